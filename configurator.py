@@ -1,11 +1,8 @@
-"""Typed configuration: defaults <- python files <- --key=value; anything unknown or ill-typed stops with one line.
+"""Typed configuration: defaults <- python files <- --key=value. Anything unknown or ill-typed stops with one line.
 
-    cfg, files = configurator.load(Config, sys.argv[1:], usage=__doc__)          # train.py config/a.py more.py --lr=3e-4
-    opt = configurator.args({"ckpt": str, "top_k": 0}, sys.argv[1:], __doc__)    # every other command line
-
-A config file is plain assignments, run alone and seeing the values so far as bare names; `_private` names are scratch.
-Files go first, in order, then the arguments. Read next: `Config` in train.py, which is what all of it fills.
-"""
+cfg, files = configurator.load(Config, sys.argv[1:], __doc__) for train.py; configurator.args for every other command.
+A config file is plain assignments, run alone, seeing the values so far as bare names; `_private` names are scratch.
+Read next: `Config` in train.py, which is what all of it fills."""
 
 import ast
 import copy
@@ -18,6 +15,7 @@ import re
 import sys
 import types
 import typing
+from contextlib import suppress
 
 
 def die(msg) -> typing.NoReturn:
@@ -26,144 +24,106 @@ def die(msg) -> typing.NoReturn:
 
 
 def coerce(value, kind):
-    """`value` as `kind`, or ValueError. Only int -> float and list -> tuple are promoted; bool is not an int."""
-    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    """`value` as `kind`, or TypeError. Only int -> float and list -> tuple are promoted; a bool is no int."""
+    origin, inner = typing.get_origin(kind) or kind, typing.get_args(kind)
+    if kind is typing.Any:  # the untyped inside of a tuple or dict: made equal to what comes back from JSON
+        return coerce(value, tuple if isinstance(value, list) else type(value))
     if origin in (typing.Union, types.UnionType):
         for option in inner:
-            try:
+            with suppress(TypeError):
                 return coerce(value, option)
-            except ValueError:
-                continue
-    elif origin is typing.Literal:
-        for option in inner:
-            if type(option) is type(value) and option == value:
-                return value
-    elif kind is typing.Any:  # untyped insides of a tuple or dict: what JSON returns must equal what went in
-        if isinstance(value, (list, tuple)):
-            return coerce(value, tuple)
-        return coerce(value, dict) if isinstance(value, dict) else value
-    elif (origin or kind) is tuple and isinstance(value, (list, tuple)):
-        kinds = inner or (typing.Any, ...)
-        kinds = kinds[:1] * len(value) if kinds[-1] is ... else kinds
+    if origin is tuple and isinstance(value, (list, tuple)):
+        kinds = [inner[0] if inner else typing.Any] * len(value) if not inner or inner[-1] is ... else inner
         if len(kinds) == len(value):
-            return tuple(coerce(v, k) for v, k in zip(value, kinds, strict=True))
-    elif (origin or kind) is dict and isinstance(value, dict):
-        of_key, of_value = inner or (str, typing.Any)
-        return {coerce(k, of_key): coerce(v, of_value) for k, v in value.items()}
-    elif kind is float and type(value) in (int, float):
-        return float(value)
-    elif type(value) is kind or (kind is None and value is None):
+            return tuple(map(coerce, value, kinds))
+    if origin is dict and isinstance(value, dict) and all(isinstance(k, str) for k in value):
+        return {k: coerce(v, inner[1] if inner else typing.Any) for k, v in value.items()}
+    if type(value) is kind or (type(value), value) in [
+        (type(option), option) for option in inner
+    ]:  # the latter: Literal
         return value
-    raise ValueError(getattr(kind, "__name__", str(kind)) if origin is None else str(kind).replace("typing.", ""))
+    if kind is float and type(value) is int:
+        return float(value)
+    raise TypeError
 
 
-def assign(values, kinds, key, value, where, text=False):
-    """values[key] = value checked; `text`: the value is a string of the command line, still to be read as its type."""
+def assign(values, kinds, key, readings, where):
+    """values[key] = the first of `readings` that fits the type of `key`."""
     if key not in kinds:
-        near = difflib.get_close_matches(key, list(kinds), 1, 0.0)
-        die(f"{where}: unknown key '{key}'" + (f"; did you mean '{near[0]}'?" if near else ""))
-    candidates = [value]
-    if (
-        text and kinds[key] is not str
-    ):  # a number, tuple, dict or None if it reads as one and fits, else the text itself
-        try:
-            literal = ast.literal_eval({"true": "True", "false": "False"}.get(value, value))
-            candidates = [value] if isinstance(literal, str) else [literal, value]
-        except (ValueError, SyntaxError):
-            candidates.append(tuple(value.split(",")))  # --acts=relu,tanh
-    for candidate in candidates:
-        try:
-            values[key] = coerce(candidate, kinds[key])
+        die(f"{where}: unknown key '{key}'; did you mean '{difflib.get_close_matches(key, kinds, 1, 0.0)[0]}'?")
+    for reading in readings:
+        with suppress(TypeError):
+            values[key] = coerce(reading, kinds[key])
             return
-        except ValueError as error:
-            expected = error
-    die(f"{where}: {key} = {value!r} is not {expected}")
+    kind = re.sub(r"typing\.|<class '|'>", "", str(kinds[key]))
+    die(f"{where}: {key} = {readings[0]!r} is not {kind}")
 
 
-def parse(values, kinds, argv, help_text):
-    for arg in argv:
-        key, has_value, text = arg.removeprefix("--").partition("=")
-        if arg in ("--help", "-h"):
-            print(help_text())
-            raise SystemExit(0)
-        if not arg.startswith("--"):
-            die(f"{arg}: not understood; settings are written --key=value")
-        if sum(other.partition("=")[0] == f"--{key}" for other in argv) > 1:
-            die(f"--{key}: given twice; keep one")
-        if not has_value and kinds.get(key, bool) is not bool and key != "resume":
-            die(f"--{key}: needs a value, --{key}=VALUE")
-        assign(values, kinds, key, text if has_value else "latest" if key == "resume" else "True", arg, text=True)
+def literal(text):
+    with suppress(ValueError, SyntaxError):
+        return ast.literal_eval(text)
+    return text
 
 
-def run_file(values, kinds, path):
-    if not os.path.isfile(path):
-        die(f"{path}: no such config file")
-    space = copy.deepcopy(values)  # a file may even change a default dict in place without touching the class
-    try:
-        with open(path, encoding="utf-8") as file:
-            exec(compile(file.read(), path, "exec"), space)
-    except (SyntaxError, NameError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
-        line = getattr(error, "lineno", None) or error.__traceback__.tb_next.tb_lineno
-        die(f"{path}, line {line}: {type(error).__name__}: {error}")
-    for key, value in space.items():
-        if not key.startswith("_") and not isinstance(value, types.ModuleType):
-            assign(values, kinds, key, value, path)
-
-
-def describe(cls, defaults):
-    """Every key, its default, and the comment beside it in the source."""
-    lines = []
-    for owner in reversed([c for c in cls.__mro__ if dataclasses.is_dataclass(c)]):
-        for line in inspect.getsource(owner).splitlines():
-            if field := re.match(r"    (\w+): .*?(?:  # (.*))?$", line):
-                entry = f"  --{field[1]}={defaults.get(field[1])}"
-                lines.append(f"{entry:<38}  {field[2] or ''}".rstrip())
-            elif heading := re.match(r"    # (.*)", line):
-                lines.append(f"\n# {heading[1]}")
-    return "\n".join(lines)
+def parse(values, kinds, argv, usage):
+    if "--help" in argv:
+        print(usage().strip())
+        raise SystemExit(0)
+    names = [arg.partition("=")[0] for arg in argv]
+    for arg, name in zip(argv, names, strict=True):
+        key, text = name[2:], arg[len(name) + 1 :]
+        if not arg.startswith("--") or names.count(name) > 1:
+            die(f"{arg}: " + ("given twice; keep one" if arg.startswith("--") else "settings are written --key=value"))
+        readings = (
+            [text] if kinds.get(key) is str else [literal(text), text, tuple(text.split(","))]
+        )  # --acts=relu,tanh
+        assign(values, kinds, key, readings if arg != name else ["latest" if key == "resume" else True], arg)
 
 
 def load(cls, argv, usage=""):
-    """-> (a `cls` of defaults <- files <- arguments, the list of files)."""
-    kinds = typing.get_type_hints(cls)
-    values = {
-        f.name: f.default_factory() if f.default is dataclasses.MISSING else f.default for f in dataclasses.fields(cls)
-    }
-    defaults, files = dict(values), [arg for arg in argv if not arg.startswith("-")]
-    if not {"--help", "-h"} & set(argv):
-        for path in files:
-            run_file(values, kinds, path)
-    parse(values, kinds, [a for a in argv if a not in files], lambda: f"{usage.strip()}\n\n{describe(cls, defaults)}")
+    """-> (`cls` of defaults <- files <- arguments, the list of files)."""
+    kinds, files = typing.get_type_hints(cls), [arg for arg in argv if not arg.startswith("-")]
+    values = {f.name: getattr(cls, f.name) for f in dataclasses.fields(cls)}
+    for path in files if "--help" not in argv else ():
+        space = copy.deepcopy(values)  # even a default dict changed in place must not reach the class
+        if not os.path.isfile(path):
+            die(f"{path}: no such config file; settings are written --key=value")
+        try:
+            exec(compile(open(path, encoding="utf-8").read(), path, "exec"), space)  # noqa: S102, SIM115
+        except (SyntaxError, NameError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+            line = getattr(error, "lineno", 0) or getattr(error.__traceback__.tb_next, "tb_lineno", "?")
+            die(f"{path}, line {line}: {type(error).__name__}: {error}")
+        for key in [k for k, v in space.items() if k[0] != "_" and not isinstance(v, types.ModuleType)]:
+            assign(values, kinds, key, [space[key]], path)
+
+    def describe():  # every key with its default and the comment beside it in the source
+        source = "\n".join(inspect.getsource(c) for c in reversed(cls.__mro__) if dataclasses.is_dataclass(c))
+        rows = re.findall(r"^    (\w+): .*?(?:  # (.*))?$|^    # (.*)$", source, re.MULTILINE)
+        keys = [f"  --{k}={getattr(cls, k, '')}".ljust(40) + note if k else f"\n# {head}" for k, note, head in rows]
+        return "\n".join([usage, *keys])
+
+    parse(values, kinds, [arg for arg in argv if arg not in files], describe)
     return cls(**values), files
 
 
 def args(defaults, argv, doc):
-    """-> SimpleNamespace. defaults: key -> default value, or a type when the key is required. None stands for `str | None`."""
-    required = {k: v for k, v in defaults.items() if isinstance(v, type) or typing.get_origin(v)}
+    """-> SimpleNamespace. `defaults`: key -> its default, or its type when it is required; None means `str | None`."""
+    required = [k for k, v in defaults.items() if isinstance(v, type) or typing.get_origin(v)]
     kinds = {k: v if k in required else str | None if v is None else type(v) for k, v in defaults.items()}
     values = {k: v for k, v in defaults.items() if k not in required}
-    text = lambda: (
-        (doc or "").strip()
-        + "\n\n"
-        + "\n".join(
-            f"  --{k}=" + (getattr(v, "__name__", str(v).replace("typing.", "")).upper() if k in required else str(v))
-            for k, v in defaults.items()
-        )
-    )
-    parse(values, kinds, argv, text)
-    for key in required:
-        if key not in values:
-            die(f"--{key}=VALUE is required; --help lists every key")
+    keys = [f"  --{k}=" + ("REQUIRED" if k in required else str(v)) for k, v in defaults.items()]
+    parse(values, kinds, argv, lambda: "\n".join([doc or "", *keys]))
+    for key in [k for k in required if k not in values]:
+        die(f"--{key}=VALUE is required; --help lists every key")
     return types.SimpleNamespace(**values)
 
 
 def to_dict(cfg):
-    """A JSON-able dict; `from_dict` restores an equal object."""
-    return json.loads(json.dumps(dataclasses.asdict(cfg)))
+    return json.loads(json.dumps(dataclasses.asdict(cfg)))  # `from_dict` restores an equal object
 
 
 def from_dict(cls, source, where="saved config"):
     values, kinds = {}, typing.get_type_hints(cls)
     for key, value in source.items():
-        assign(values, kinds, key, value, where)
+        assign(values, kinds, key, [value], where)
     return cls(**values)

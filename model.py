@@ -1,0 +1,688 @@
+"""Every architecture of prism: one Transformer block with a few knobs.
+
+    feed-forward   swiglu | polyglu (each neuron mixes four activations by a learned gate)
+    attention      causal (arch=decoder) | bidirectional (encoder) | merged: decoder queries over encoder and own keys (encdec)
+    linear         one call site, `Linear`, whose matmul fp8.py may replace
+
+Tokens are flat: a batch is N tokens, cut into documents by `cu` (cumulative lengths); no linear layer ever sees padding and no
+document sees another. `model(batch)` gives hidden states (N, D); `model.nll` the loss, without ever holding (N, vocabulary) logits;
+`model.logits(ids)` is for people; `model.step` decodes with a cache. Nothing here knows of training.
+
+    from model import ModelConfig, build
+    model = build(ModelConfig(vocab_size=257, n_layer=4))
+    model.logits(torch.tensor([[1, 2, 3]])).shape            # (1, 3, 257)
+
+Read next: kernels.py (the fused PolyGLU and the chunked loss), data.py (where batches come from), train.py (the loop).
+"""
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint as recompute
+
+from configurator import die
+from kernels import gumbel, linear_cross_entropy, polyglu_mix
+
+Gate = Literal["running", "lagged", "token", "static", "sequence"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    arch: Literal["decoder", "encoder", "encdec"] = "decoder"
+    vocab_size: int = 257  # logical ids; rows are padded in memory to a multiple of 128
+    n_layer: int = 6  # per stack
+    n_head: int = 6
+    n_kv_head: int = 0  # grouped queries; 0: as many as n_head
+    d_model: int = 384
+    head_dim: int = 0  # 0: d_model / n_head
+    d_ff: int = 0  # 0: 8/3 d_model, rounded up to a multiple of 64
+    max_len: int = 1024  # longest document the model accepts
+    norm_eps: float = 1e-6
+    qk_norm: bool = True
+    qkv_bias: bool = False
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # Llama-3: factor, low_freq_factor, high_freq_factor, original_max_position_embeddings
+    rope_bf16: bool = False  # round the rotary tables through bf16, as the published PolyGLU weights were trained
+    tie: bool = True  # the head is the embedding
+    embed_rank: int = 0  # factorised embedding: vocab x rank, rank x d_model; 0: full width
+    ffn: Literal["swiglu", "polyglu"] = "swiglu"
+    act: str | tuple[str, ...] = "silu"  # swiglu's activation, or one per layer
+    acts: tuple[str, ...] = ("relu", "tanh", "silu", "gelu")  # what a polyglu neuron chooses from
+    gate: Gate = "running"  # what its context gate has seen; `sequence` (as published) sees the future
+    gate_enc: Gate = "sequence"  # the same in a bidirectional encoder, where nothing is hidden anyway
+    gate_block: int = 256  # tokens per block of the `lagged` gate
+    gate_noise: bool = True  # Gumbel noise on the routing logits, in training only
+    allow_noncausal: bool = False  # run a causal decoder with gate=sequence all the same; its losses are not likelihoods
+    cross_rope: Literal["none", "enc", "continue"] = "none"  # positions of encoder keys in merged attention
+    n_sentinels: int = 100  # encdec: the last ids of the vocabulary mark spans
+    init_std: float = 0.02
+    remat: int = 0  # recompute every k-th block in the backward pass; 0: none
+    seed: int = 1337
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_head or self.n_head
+
+    @property
+    def width_head(self) -> int:
+        return self.head_dim or self.d_model // self.n_head
+
+    @property
+    def width_ff(self) -> int:
+        return self.d_ff or -(-8 * self.d_model // (3 * 64)) * 64
+
+    @property
+    def vocab_rows(self) -> int:
+        return -(-self.vocab_size // 128) * 128
+
+    @property
+    def causal(self) -> bool:
+        """False when a decoder's gate sees later tokens: then no loss of it is a next-token likelihood."""
+        return not (self.arch != "encoder" and self.ffn == "polyglu" and self.gate == "sequence")
+
+
+def check(cfg: ModelConfig) -> None:
+    """Refuse what cannot be built, in one line that says what to change."""
+    if cfg.n_head % cfg.kv_heads:
+        die(f"n_kv_head={cfg.kv_heads} does not divide n_head={cfg.n_head}")
+    if not cfg.head_dim and cfg.d_model % cfg.n_head:
+        die(f"d_model={cfg.d_model} is not a multiple of n_head={cfg.n_head}; change one of them or set head_dim")
+    if cfg.width_head % 2:
+        die(f"head_dim={cfg.width_head} is odd; rotary positions need it even")
+    if isinstance(cfg.act, tuple) and len(cfg.act) != cfg.n_layer:
+        die(f"act names {len(cfg.act)} activations for n_layer={cfg.n_layer} layers; give one name or one per layer")
+    for name in (*((cfg.act,) if isinstance(cfg.act, str) else cfg.act), *cfg.acts):
+        if name not in ACTIVATIONS:
+            die(f"unknown activation {name!r}; known: {', '.join(ACTIVATIONS)}")
+    if cfg.embed_rank and not cfg.tie:
+        die("embed_rank with tie=False is meaningless: a factorised head is the tied one; set embed_rank=0 or tie=True")
+    if not cfg.causal and not cfg.allow_noncausal:
+        die("gate='sequence' lets a decoder see later tokens; use gate='running', or allow_noncausal=True to run it as published")
+
+
+ACTIVATIONS: dict[str, Callable] = {
+    "relu": F.relu,
+    "tanh": torch.tanh,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "relu2": lambda x: F.relu(x).square(),
+    "identity": lambda x: x,
+}
+
+
+def full(x: torch.Tensor) -> torch.Tensor:
+    """At least fp32: norms, rotations, routing and loss are never computed in bf16 (fp64 stays, for tests)."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+# ---- attention ----------------------------------------------------------------------------------------------------------
+
+
+class Gather(torch.autograd.Function):
+    """Rows of x by index, where the way back is known too: its backward is a gather again, not a slow scatter-add."""
+
+    @staticmethod
+    def forward(ctx, x, index, back, blank):
+        ctx.save_for_backward(back, blank)
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, grad):
+        back, blank = ctx.saved_tensors
+        grad = grad.index_select(0, back)
+        return grad if blank is None else grad.index_fill_(0, blank, 0), None, None, None
+
+
+class Segments:
+    """Which queries see which keys: segment i pairs queries cu_q[i]:cu_q[i+1] with keys cu_k[i]:cu_k[i+1].
+
+    Causal means aligned at the end (the last query sees every key), which is what merged attention and caches need. On a GPU the
+    variable-length flash kernel reads `cu` itself. Elsewhere segments of like length are padded together, a few SDPA calls per
+    layer; the plan is made once per forward and shared by all layers.
+    """
+
+    def __init__(self, cu_q, max_q, cu_k=None, max_k=None, causal=True):
+        self.cu_q, self.max_q, self.causal = cu_q, max_q, causal
+        self.cu_k, self.max_k = (cu_q, max_q) if cu_k is None else (cu_k, max_k)
+        self.varlen = varlen_kernel() if cu_q.is_cuda else None
+        if not self.varlen:
+            self.plan()
+
+    def plan(self):
+        device = self.cu_q.device
+        cu_q, cu_k = self.cu_q.tolist(), self.cu_k.tolist()
+        spans = [(a, b - a, c, d - c) for a, b, c, d in zip(cu_q, cu_q[1:], cu_k, cu_k[1:], strict=False) if b > a]
+        groups: dict = {}
+        for a, nq, c, nk in spans:
+            groups.setdefault(((nq - 1).bit_length(), (nk - 1).bit_length()), []).append((a, nq, c, nk))
+        if len({(nq, nk) for _, nq, _, nk in spans}) == 1:
+            groups = {None: spans}
+        self.calls = []  # (segments, padded queries, padded keys, mask, is_causal)
+        slots_q, slots_k = [], []
+        for group in groups.values():
+            a, nq, c, nk = torch.tensor(group).unbind(1)
+            q, k = torch.arange(int(nq.max())), torch.arange(int(nk.max()))
+            aligned = self.causal and bool((nq == nk).all())  # then padding sits after every real query and needs no mask
+            mask = None
+            if not aligned and (self.causal or int(nk.min()) < len(k)):
+                mask = (k < nk[:, None])[:, None, None]  # (S, 1, 1, K)
+                if self.causal:
+                    mask = mask & (k <= q[:, None] + (nk - nq)[:, None, None])[:, None]
+            self.calls.append((len(group), len(q), len(k), mask if mask is None else mask.to(device), aligned))
+            slots_q.append(torch.where(q < nq[:, None], a[:, None] + q, -1).flatten())
+            slots_k.append(torch.where(k < nk[:, None], c[:, None] + k, -1).flatten())
+        self.q_slots = self.gather_plan(slots_q, cu_q[-1], device)
+        self.k_slots = self.gather_plan(slots_k, cu_k[-1], device)
+
+    @staticmethod
+    def gather_plan(slots, n, device):
+        """(slot -> token, token -> slot, empty slots); None when tokens already lie as the call wants them."""
+        slots = torch.cat(slots) if slots else torch.empty(0, dtype=torch.long)
+        if torch.equal(slots, torch.arange(n)):
+            return None
+        real = slots >= 0
+        home = torch.zeros(n, dtype=torch.long)
+        home[slots[real]] = real.nonzero().squeeze(1)
+        return slots.clamp(min=0).to(device), home.to(device), (~real).nonzero().squeeze(1).to(device)
+
+    def attend(self, q, k, v):
+        """q (Nq, H, E), k and v (Nk, G, E) -> (Nq, H, E)"""
+        if self.varlen:
+            window = (-1, 0) if self.causal else (-1, -1)
+            return self.varlen(q, k, v, self.cu_q, self.cu_k, self.max_q, self.max_k, window_size=window)
+        gqa = q.shape[1] != k.shape[1]
+        if self.q_slots:
+            slots, home, blank = self.q_slots
+            q = Gather.apply(q, slots, home, None)
+        if self.k_slots:
+            k, v = (Gather.apply(t, *self.k_slots[:2], None) for t in (k, v))
+        outs, i, j = [], 0, 0
+        for count, n, m, mask, causal in self.calls:
+            heads = [
+                t.unflatten(0, (count, -1)).transpose(1, 2) for t in (q[i : i + count * n], k[j : j + count * m], v[j : j + count * m])
+            ]
+            y = F.scaled_dot_product_attention(*heads, attn_mask=mask, is_causal=causal, enable_gqa=gqa)
+            outs.append(y.transpose(1, 2).flatten(0, 1))
+            i, j = i + count * n, j + count * m
+        y = outs[0] if len(outs) == 1 else torch.cat(outs) if outs else q
+        return Gather.apply(y, home, slots, blank) if self.q_slots else y
+
+
+def varlen_kernel():
+    """torch's variable-length flash attention with grouped queries, under whichever signature this torch has."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        return lambda *args, **kw: varlen_attn(*args, **kw, enable_gqa=True)
+    return varlen_attn
+
+
+def rotate(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Rotary position, half-split: x (N, H, E), tables (N, 1, E/2)."""
+    cos, sin = rope
+    a, b = full(x).chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x):
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+def matmul(x, weight, bias):
+    """The default of `Linear.matmul`: fp32 masters (or bf16 weights) cast to the activation dtype."""
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+class Linear(nn.Module):
+    """The one call site of every matmul inside a block; fp8.py replaces `matmul` on the layers that its filter picks."""
+
+    def __init__(self, n_in: int, n_out: int, role: str, bias: bool = False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_out, n_in))
+        self.bias = nn.Parameter(torch.empty(n_out)) if bias else None
+        self.role = role
+        self.matmul = matmul
+
+    def forward(self, x, rows: slice | None = None):
+        if rows is None:
+            return self.matmul(x, self.weight, self.bias)
+        return matmul(x, self.weight[rows], None if self.bias is None else self.bias[rows])
+
+
+class Attention(nn.Module):
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.n_head, self.n_kv, self.width = cfg.n_head, cfg.kv_heads, cfg.width_head
+        self.qkv = Linear(cfg.d_model, (self.n_head + 2 * self.n_kv) * self.width, "qkv", cfg.qkv_bias)
+        self.out = Linear(self.n_head * self.width, cfg.d_model, "o")
+        self.q_norm = RMSNorm(self.width, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.width, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
+
+    def forward(self, x, ctx):
+        q, k, v = self.qkv(x).unflatten(-1, (-1, self.width)).split((self.n_head, self.n_kv, self.n_kv), dim=1)  # (N, heads, E)
+        q, k = rotate(self.q_norm(q), ctx.rope), rotate(self.k_norm(k), ctx.rope)
+        return self.out(ctx.attend(self, q, k, v).flatten(1))
+
+    def encoder_keys(self, hidden, rope):
+        """Keys and values of encoder states for merged attention: this layer's own k and v weights, no norm_in, no query."""
+        k, v = self.qkv(hidden, slice(self.n_head * self.width, None)).unflatten(-1, (-1, self.width)).split(self.n_kv, dim=1)
+        k = self.k_norm(k)
+        return (k if rope is None else rotate(k, rope)), v
+
+
+# ---- feed-forward -------------------------------------------------------------------------------------------------------
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, cfg: ModelConfig, layer: int):
+        super().__init__()
+        self.act = ACTIVATIONS[cfg.act if isinstance(cfg.act, str) else cfg.act[layer]]
+        self.gate_up = Linear(cfg.d_model, 2 * cfg.width_ff, "gate_up")
+        self.down = Linear(cfg.width_ff, cfg.d_model, "down")
+
+    def forward(self, x, ctx):
+        a, u = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(self.act(a) * u)
+
+
+class PolyGLU(nn.Module):
+    """Each neuron mixes K activations by softmax((alpha_j + s + noise) / tau): alpha its own taste, s the context's wish.
+
+    s is computed from a pooled view of the normed input. By default the pool is a running mean of the document so far. The published
+    model pools the whole row, so that position t hears of later tokens: its training loss, perplexity and log-likelihoods
+    are not next-token likelihoods, and `gate='sequence'` is refused in a decoder unless allow_noncausal=True.
+    """
+
+    def __init__(self, cfg: ModelConfig, gate: str, layer: int):
+        super().__init__()
+        self.gate, self.gate_block, self.acts, self.layer = gate, cfg.gate_block, cfg.acts, layer
+        self.gate_up = Linear(cfg.d_model, 2 * cfg.width_ff, "gate_up")
+        self.down = Linear(cfg.width_ff, cfg.d_model, "down")
+        self.alpha = nn.Parameter(torch.zeros(cfg.width_ff, len(cfg.acts)))
+        if gate != "static":
+            self.beta = nn.Parameter(torch.ones(len(cfg.acts)))
+            self.gate_net = nn.Sequential(nn.Linear(cfg.d_model, 32), nn.ReLU(), nn.Linear(32, len(cfg.acts)))
+
+    def route(self, x, ctx):
+        """Routing logits before tau: per neuron (R, f, K), with noise in training, and per token (N, K) or None."""
+        alpha = full(self.alpha)[None]
+        noise = ctx.noise(self) if ctx.noise else None
+        if noise is not None:
+            alpha = alpha + noise
+        if self.gate == "static":
+            return alpha, None
+        first, second = self.gate_net[0], self.gate_net[2]
+        pooled = F.linear(full(x), full(first.weight))  # (N, 32)
+        if self.gate != "token":
+            pooled = ctx.pool(self, pooled)
+        hidden = F.relu(pooled + full(first.bias))
+        return alpha, F.linear(hidden, full(second.weight), full(second.bias)) * full(self.beta)
+
+    def forward(self, x, ctx):
+        alpha, s = self.route(x, ctx)
+        return self.down(polyglu_mix(self.gate_up(x), alpha / ctx.tau, None if s is None else s / ctx.tau, self.acts))
+
+
+# ---- the stacks ---------------------------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    def __init__(self, cfg: ModelConfig, layer: int, gate: str):
+        super().__init__()
+        self.norm1 = RMSNorm(cfg.d_model, cfg.norm_eps)
+        self.attn = Attention(cfg)
+        self.norm2 = RMSNorm(cfg.d_model, cfg.norm_eps)
+        self.ffn = PolyGLU(cfg, gate, layer) if cfg.ffn == "polyglu" else SwiGLU(cfg, layer)
+
+    def forward(self, x, ctx):
+        x = x + self.attn(self.norm1(x), ctx)
+        return x + self.ffn(self.norm2(x), ctx)
+
+
+class Stack(nn.Module):
+    def __init__(self, cfg: ModelConfig, gate: str):
+        super().__init__()
+        self.remat = cfg.remat
+        self.blocks = nn.ModuleList(Block(cfg, i, gate) for i in range(cfg.n_layer))
+        self.norm = RMSNorm(cfg.d_model, cfg.norm_eps)
+
+    def forward(self, x, ctx):
+        again = self.remat if self.training and torch.is_grad_enabled() else 0
+        for i, block in enumerate(self.blocks):
+            x = recompute(block, x, ctx, use_reentrant=False) if again and i % again == 0 else block(x, ctx)
+        return self.norm(x)
+
+
+class Packed:
+    """What the blocks share during one forward over flat documents: positions, attention, the gate's pool and noise."""
+
+    def __init__(self, model, pos, cu, max_len, causal, rows=None, merge=None):
+        self.pos, self.cu, self.tau, self.merge = pos, cu, model.tau, merge
+        self.rope = model.rope(pos)
+        self.segments = merge.segments if merge else Segments(cu, max_len, causal=causal)
+        noisy = model.training and model.cfg.gate_noise and model.cfg.ffn == "polyglu"
+        if noisy and rows is None:
+            die("gate_noise needs the global row numbers of the batch (rows); data.py gives them")
+        stack = 0 if causal else model.cfg.n_layer  # encoder layers draw their own noise
+        self.noise = model.noise or ((lambda ffn: gumbel(model.cfg.seed, rows, stack + ffn.layer, *ffn.alpha.shape)) if noisy else None)
+
+    def attend(self, attn, q, k, v):
+        if self.merge:
+            ke, ve = attn.encoder_keys(self.merge.hidden, self.merge.rope)
+            k, v = (torch.cat(pair).index_select(0, self.merge.index) for pair in ((ke, k), (ve, v)))
+        return self.segments.attend(q, k, v)
+
+    def pool(self, ffn, p):
+        """Mean of p over the part of its document that each token's gate may see; fp64 sums, so a loud document leaves no trace."""
+        here = torch.arange(len(p), device=p.device)
+        start, end = here - self.pos, here + 1
+        if ffn.gate == "lagged":
+            end = start + self.pos // ffn.gate_block * ffn.gate_block
+        if ffn.gate == "sequence":
+            end = self.cu.long()[torch.searchsorted(self.cu, here.to(self.cu.dtype), right=True)]
+        total = F.pad(p.double().cumsum(0), (0, 0, 1, 0))  # (N + 1, 32)
+        mean = (total[end] - total[start]) / (end - start).clamp(min=1)[:, None]
+        return mean.to(p.dtype)
+
+
+@dataclass
+class Merge:
+    """The encoder's side of merged attention: states, rotary tables of its keys (or None), and how keys are laid out."""
+
+    hidden: torch.Tensor
+    rope: tuple | None
+    index: torch.Tensor  # cat(encoder, decoder)[index] = [enc_b ; dec_b] for every example b
+    segments: Segments
+
+
+class Cache:
+    """Keys and values of B sequences, preallocated and written by index; any chunking of the input gives the same logits.
+
+    Sequences may have different lengths: rows are padded on the right, a key is visible when its position is not after the
+    query's, and the padding of one chunk is overwritten by the tokens of the next. `lengths` lives on the host: no sync.
+    """
+
+    def __init__(self, model, batch: int, max_len: int):
+        cfg, weight = model.cfg, model.embed.weight
+        shape = (cfg.n_layer, batch, cfg.kv_heads, max_len, cfg.width_head)
+        self.k, self.v = (torch.zeros(shape, dtype=model.dtype, device=weight.device) for _ in "kv")
+        self.lengths, self.max_len = [0] * batch, max_len
+        self.sums = torch.zeros(cfg.n_layer, 2, batch, 1, 32, dtype=torch.float64, device=weight.device)  # all; before this block
+        self.enc = None  # per layer: keys, values (B, G, S, E) of the encoder
+        self.enc_mask = None  # (B, 1, 1, S)
+
+    def begin(self, model, ids, count):
+        self.count = count or [ids.shape[1]] * ids.shape[0]
+        if max(self.lengths) + ids.shape[1] > self.max_len:
+            die(f"{max(self.lengths) + ids.shape[1]} tokens do not fit the cache of {self.max_len}; ask for a longer one")
+        rows, width = ids.shape
+        device = ids.device
+        self.pos = torch.tensor(self.lengths, device=device)[:, None] + torch.arange(width, device=device)  # (B, T)
+        self.rope, self.tau, self.noise = model.rope(self.pos.flatten() + self.offset(model)), model.tau, None
+        self.depth = {id(b.attn): i for i, b in enumerate(model.decoder.blocks)}
+        self.even = len(set(self.lengths)) == 1
+        keys = max(self.lengths) + width
+        self.mask = None  # a single query of an even batch sees everything
+        if not self.even or (width > 1 and self.lengths[0]) or (width > 1 and self.enc is not None):
+            self.mask = (torch.arange(keys, device=device) <= self.pos[..., None])[:, None]  # (B, 1, T, K)
+        if self.enc is not None:
+            own = self.mask if self.mask is not None else torch.ones(rows, 1, width, keys, dtype=torch.bool, device=device)
+            self.mask = torch.cat((self.enc_mask.expand(-1, -1, width, -1), own), dim=-1)
+
+    def offset(self, model):
+        """cross_rope=continue places the decoder after its own encoder text."""
+        if self.enc is None or model.cfg.cross_rope != "continue":
+            return 0
+        return self.enc_mask.sum((1, 2, 3)).repeat_interleave(self.pos.shape[1])
+
+    def attend(self, attn, q, k, v):
+        layer = self.depth[id(attn)]
+        rows, width = self.pos.shape
+        q, k, v = (t.unflatten(0, (rows, width)).transpose(1, 2) for t in (q, k, v))  # (B, heads, T, E)
+        end = max(self.lengths) + width
+        for store, new in ((self.k[layer], k), (self.v[layer], v)):
+            if self.even:
+                store[:, :, self.lengths[0] : end] = new
+            else:
+                store[torch.arange(rows, device=q.device)[:, None], :, self.pos] = new.transpose(1, 2)
+        k, v = self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+        if self.enc is not None:
+            k, v = (torch.cat((e, own), dim=2) for e, own in zip(self.enc[layer], (k, v), strict=True))
+        causal = self.mask is None and width > 1
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+        return y.transpose(1, 2).flatten(0, 1)
+
+    def pool(self, ffn, p):
+        rows, width = self.pos.shape
+        seen, before = self.sums[ffn.layer].unbind()  # (B, 1, 32) each
+        total = seen + F.pad(
+            p.double().unflatten(0, (rows, width)).cumsum(1), (0, 0, 1, 0)
+        )  # (B, T + 1, 32), from the start of the document
+        take = lambda index: total.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, total.shape[-1]))  # noqa: E731
+        count = self.pos + 1
+        mean = total[:, 1:]
+        first = self.pos[:, :1]
+        last = torch.tensor(self.count, device=p.device)[:, None]
+        if ffn.gate == "lagged":
+            count = self.pos // ffn.gate_block * ffn.gate_block  # tokens before this token's block
+            mean = torch.where((count > first)[..., None], take(count - first), before)
+            border = (first + last) // ffn.gate_block * ffn.gate_block
+            before.copy_(torch.where((border > first)[..., None], take(border - first), before))
+        seen.copy_(take(last))
+        return (mean / count.clamp(min=1)[..., None]).flatten(0, 1).to(p.dtype)
+
+    def end(self):
+        self.lengths = [n + c for n, c in zip(self.lengths, self.count, strict=True)]
+
+
+class Embedding(nn.Module):
+    """Token vectors, full width or factorised into vocab x rank and rank x width; the tied head reads the same tensors."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(cfg.vocab_rows, cfg.embed_rank or cfg.d_model))
+        self.proj = Linear(cfg.embed_rank, cfg.d_model, "proj") if cfg.embed_rank else None
+
+    def forward(self, ids, dtype):
+        x = F.embedding(ids, self.weight).to(dtype)
+        return self.proj(x) if self.proj else x
+
+
+class Transformer(nn.Module):
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        check(cfg)
+        self.cfg = cfg
+        self.dtype = torch.float32  # of activations; weights may be fp32 masters all the same
+        self.embed = Embedding(cfg)
+        self.encoder = Stack(cfg, cfg.gate_enc) if cfg.arch != "decoder" else None
+        self.decoder = Stack(cfg, cfg.gate) if cfg.arch != "encoder" else None
+        self.head = None if cfg.tie else Linear(cfg.d_model, cfg.vocab_rows, "head")
+        self.register_buffer("inv_freq", inverse_frequencies(cfg), persistent=False)
+        self.register_buffer("tau", torch.tensor(1.0), persistent=False)  # filled in place, so that no graph depends on its value
+        self.noise: Callable | None = None  # an experiment may inject its own routing noise: ffn -> (R, f, K)
+
+    # -- reading text
+
+    def rope(self, pos):
+        angle = pos.to(self.inv_freq.dtype)[:, None, None] * self.inv_freq  # (N, 1, E/2)
+        cos, sin = angle.cos(), angle.sin()
+        return (cos.bfloat16().to(cos.dtype), sin.bfloat16().to(sin.dtype)) if self.cfg.rope_bf16 else (cos, sin)
+
+    def embed_tokens(self, ids):
+        return self.embed(ids, self.dtype)
+
+    def forward(self, batch: dict) -> torch.Tensor:
+        """Hidden states (N, D) after the final norm: of the decoder, or of the encoder when there is nothing else.
+
+        A batch holds ids (or embeds, (N, D)), pos, cu, max_len; an encoder-decoder's these for its encoder and dec_ids, dec_pos, dec_cu,
+        dec_max_len, kv_index, kv_cu, kv_max_len for its decoder.
+        """
+        if self.encoder is None:
+            return self.read(self.decoder, batch, causal=True)
+        hidden = self.encode(batch)
+        if self.decoder is None:
+            return hidden
+        cross, pos = self.cfg.cross_rope, batch["dec_pos"]
+        if cross == "continue":
+            lengths = batch["cu"].diff()
+            pos = pos + torch.repeat_interleave(lengths, batch["dec_cu"].diff(), output_size=len(pos))
+        segments = Segments(batch["dec_cu"], batch["dec_max_len"], batch["kv_cu"], batch["kv_max_len"])
+        merge = Merge(hidden, None if cross == "none" else self.rope(batch["pos"]), batch["kv_index"], segments)
+        ctx = Packed(self, pos, batch["dec_cu"], batch["dec_max_len"], True, batch.get("rows"), merge)
+        ctx.pos = batch["dec_pos"]  # the gate counts the decoder's own tokens, wherever rotary positions begin
+        return self.decoder(self.embed_tokens(batch["dec_ids"]), ctx)
+
+    def encode(self, batch):
+        """Bidirectional states (N, D) of the encoder."""
+        return self.read(self.encoder, batch, causal=False)
+
+    def read(self, stack, batch, causal):
+        if batch["max_len"] > self.cfg.max_len:
+            die(f"a document of {batch['max_len']} tokens is longer than max_len={self.cfg.max_len}; raise it or cut the text")
+        x = batch["embeds"].to(self.dtype) if "embeds" in batch else self.embed_tokens(batch["ids"])
+        return stack(x, Packed(self, batch["pos"], batch["cu"], batch["max_len"], causal, batch.get("rows")))
+
+    # -- predicting tokens
+
+    def head_input(self, hidden):
+        """A factorised head reads hidden states in the embedding's rank: logits = E (P^T h)."""
+        return matmul(hidden, self.embed.proj.weight.T, None) if self.embed.proj else hidden
+
+    @property
+    def head_weight(self):
+        return self.embed.weight if self.head is None else self.head.weight
+
+    def nll(self, hidden, targets, weight=None):
+        """Summed negative log-likelihood (weighted), and each token's without gradient; logits exist a chunk at a time."""
+        return linear_cross_entropy(self.head_input(hidden), self.head_weight, targets, self.cfg.vocab_size, weight)
+
+    def predict(self, hidden):
+        """Logits (..., V) in fp32, padding rows left out."""
+        return full(matmul(self.head_input(hidden), self.head_weight[: self.cfg.vocab_size], None))
+
+    def logits(self, ids, enc_ids=None):
+        """(B, T) ids -> (B, T, V); an encoder-decoder reads enc_ids (B, S) first."""
+        batch = rectangle(ids) if enc_ids is None else merged_rectangle(enc_ids, ids)
+        return self.predict(self(batch)).unflatten(0, ids.shape)
+
+    def new_cache(self, batch: int, max_len: int) -> Cache:
+        if self.decoder is None or not self.cfg.causal:
+            die("a cache needs a causal decoder; an encoder, or gate='sequence', must read the whole text at every token")
+        return Cache(self, batch, max_len)
+
+    @torch.no_grad()
+    def read_encoder(self, batch, cache: Cache):
+        """Encode B examples and keep what every decoder layer reads of them in the cache."""
+        hidden = self.encode(batch)
+        rope = None if self.cfg.cross_rope == "none" else self.rope(batch["pos"])
+        lengths = batch["cu"].diff()
+        row = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths, output_size=len(hidden))
+        cache.enc_mask = (torch.arange(batch["max_len"], device=lengths.device) < lengths[:, None])[:, None, None]
+        cache.enc = []
+        for block in self.decoder.blocks:
+            padded = []
+            for t in block.attn.encoder_keys(hidden, rope):  # (N, G, E)
+                rect = t.new_zeros(len(lengths), batch["max_len"], *t.shape[1:])
+                rect[row, batch["pos"]] = t
+                padded.append(rect.transpose(1, 2))
+            cache.enc.append(padded)
+
+    @torch.no_grad()
+    def step(self, ids, cache: Cache, count: list[int] | None = None, embeds=None):
+        """Read the next ids (B, T), the first count[b] of each row being real, and return hidden states (B, T, D)."""
+        cache.begin(self, ids, count)
+        x = self.embed_tokens(ids.flatten()) if embeds is None else embeds.to(self.dtype).flatten(0, 1)
+        hidden = self.decoder(x, cache).unflatten(0, ids.shape)
+        cache.end()
+        return hidden
+
+    # -- counting
+
+    def set_dtype(self, dtype: torch.dtype):
+        """The dtype of activations and matmuls; parameters keep theirs."""
+        if dtype not in (torch.float32, torch.bfloat16, torch.float64):
+            die(f"dtype {dtype} is not supported; use float32 or bfloat16")
+        self.dtype = dtype
+        return self
+
+    def num_params(self) -> int:
+        """Parameters of the model as published: padding rows of the vocabulary are not counted."""
+        padding = (self.cfg.vocab_rows - self.cfg.vocab_size) * (
+            self.embed.weight.shape[1] + (0 if self.head is None else self.cfg.d_model)
+        )
+        return sum(p.numel() for p in self.parameters()) - padding
+
+    def flops_per_token(self, length: int) -> float:
+        """Forward and backward, causal attention counted at half, the embedding look-up not at all, the head included."""
+        cfg = self.cfg
+        linear = sum(m.weight.numel() for m in self.modules() if isinstance(m, Linear) and m is not self.head)
+        head = cfg.vocab_size * self.head_weight.shape[1] + (self.embed.proj.weight.numel() if self.embed.proj else 0)
+        half = 1.0 if cfg.arch == "encoder" else 0.5
+        return 6.0 * (linear + head) + 12.0 * half * cfg.n_layer * length * cfg.n_head * cfg.width_head
+
+
+def inverse_frequencies(cfg: ModelConfig) -> torch.Tensor:
+    width = cfg.width_head
+    freq = cfg.rope_theta ** -(torch.arange(0, width, 2, dtype=torch.float32) / width)
+    if not cfg.rope_scaling:
+        return freq
+    # Llama 3: long wavelengths are stretched by `factor`, short ones left alone, a linear ramp in between
+    s = cfg.rope_scaling
+    turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)
+    ramp = ((turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])).clamp(0, 1)
+    return freq * (ramp + (1 - ramp) / s["factor"])
+
+
+def rectangle(ids: torch.Tensor) -> dict:
+    """B whole documents of equal length as a flat batch."""
+    rows, width = ids.shape
+    pos = torch.arange(width, device=ids.device).repeat(rows)
+    cu = torch.arange(rows + 1, dtype=torch.int32, device=ids.device) * width
+    return {"ids": ids.flatten(), "pos": pos, "cu": cu, "max_len": width, "rows": torch.arange(rows, device=ids.device)}
+
+
+def merged_rectangle(enc_ids, dec_ids) -> dict:
+    """B examples of S encoder and T decoder tokens each as a flat two-sided batch."""
+    enc, dec = rectangle(enc_ids), rectangle(dec_ids)
+    rows, width = dec_ids.shape
+    n_enc = enc_ids.numel()
+    index = torch.cat((torch.arange(n_enc).view(rows, -1), n_enc + torch.arange(dec_ids.numel()).view(rows, -1)), dim=1)
+    return enc | {
+        **{f"dec_{name}": dec[name] for name in ("ids", "pos", "cu", "max_len")},
+        "kv_index": index.flatten().to(dec_ids.device),
+        "kv_cu": enc["cu"] + dec["cu"],
+        "kv_max_len": enc["max_len"] + dec["max_len"],
+    }
+
+
+def build(cfg: ModelConfig, device: str = "cpu") -> Transformer:
+    """A freshly initialised model, fp32, the same for the same seed. device='meta' gives shapes without memory."""
+    if device == "meta":
+        with torch.device("meta"):
+            return Transformer(cfg)
+    model = Transformer(cfg)
+    generator = torch.Generator().manual_seed(cfg.seed)
+    residual = (2 * cfg.n_layer) ** -0.5  # 2 n_layer branches add up in the residual stream
+    for name, p in model.named_parameters():
+        with torch.no_grad():
+            if name.endswith(("bias", "alpha")):
+                p.zero_()
+            elif p.dim() > 1:
+                std = cfg.embed_rank**-0.5 if name == "embed.proj.weight" else cfg.init_std
+                p.normal_(0.0, std * (residual if name.endswith(("attn.out.weight", "ffn.down.weight")) else 1.0), generator=generator)
+    model.head_weight.data[cfg.vocab_size :] = 0
+    model.embed.weight.data[cfg.vocab_size :] = 0
+    return model.to(device)

@@ -1,0 +1,246 @@
+"""kernels.py against float64: values, every gradient, extremes, what is saved; the Triton path too where it can run."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import kernels
+from kernels import DEFAULT_ACTS, gumbel, linear_cross_entropy, polyglu_mix, polyglu_reference
+
+ACTS = {1: ("silu",), 2: ("relu", "gelu"), 4: DEFAULT_ACTS, 6: (*DEFAULT_ACTS, "sigmoid", "relu2")}
+
+
+def inputs(n=51, f=40, rows=3, k=4, dtype=torch.float32, spread=1.0, static=False, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    au = torch.randn(n, 2 * f, generator=g, dtype=torch.float64).to(dtype)
+    small = torch.promote_types(dtype, torch.float32)
+    al = (torch.randn(rows, f, k, generator=g, dtype=torch.float64) * spread).to(small)
+    s = None if static else (torch.randn(n, k, generator=g, dtype=torch.float64) * spread).to(small)
+    dy = torch.randn(n, f, generator=g, dtype=torch.float64).to(dtype)
+    return au, al, s, dy
+
+
+def run(function, au, al, s, dy, acts, dtype=None):
+    args = [None if t is None else t.detach().to(dtype or t.dtype).requires_grad_() for t in (au, al, s)]
+    y = function(*args, acts)
+    y.backward(dy.to(y.dtype))
+    return [y.detach()] + [t.grad for t in args if t is not None]
+
+
+def close(got, want, relative, value=0.0):
+    """Within `relative` of the largest magnitude, plus `value` of the element itself (bf16's own rounding)."""
+    for name, a, b in zip(("y", "dau", "dal", "ds")[: len(want)], got, want, strict=True):
+        assert torch.isfinite(a).all(), name
+        loose = value if name in ("y", "dau") else 0.0
+        limit = relative * b.abs().max() + loose * b.abs()
+        worst = ((a.double() - b).abs() - limit).max()
+        assert worst <= 0, f"{name}: {worst:.2e} over the limit, largest value {b.abs().max():.2e}"
+
+
+@pytest.mark.parametrize("k", [1, 2, 4, 6])
+@pytest.mark.parametrize("static", [False, True])
+def test_mix_equals_float64(k, static):
+    args = inputs(k=k, static=static)
+    close(run(polyglu_mix, *args, ACTS[k]), run(polyglu_reference, *args, ACTS[k], torch.float64), 1e-5)
+
+
+@pytest.mark.parametrize(("n", "f", "rows"), [(1, 200, 1), (17, 200, 1), (34, 7, 2), (2055, 40, 5), (5, 40000, 5)])
+def test_odd_shapes(n, f, rows):
+    args = inputs(n, f, rows)
+    close(run(polyglu_mix, *args, DEFAULT_ACTS), run(polyglu_reference, *args, DEFAULT_ACTS, torch.float64), 1e-5)
+
+
+def test_bf16_is_mixed_in_fp32():
+    args = inputs(200, 64, 2, dtype=torch.bfloat16)
+    got, want = run(polyglu_mix, *args, DEFAULT_ACTS), run(polyglu_reference, *args, DEFAULT_ACTS, torch.float64)
+    assert got[0].dtype == got[1].dtype == torch.bfloat16 and got[2].dtype == got[3].dtype == torch.float32
+    close(got[:2] + got[2:], want, 1e-5, 2**-8)
+
+
+def test_both_softmax_paths():
+    ordinary, far = inputs(), inputs(spread=200.0)
+    _, total = kernels._weights(ordinary[1][0], ordinary[2])
+    assert total.min() < 0.9  # exp(al) exp(s), each scaled by its own maximum
+    _, total = kernels._weights(far[1][0], far[2])
+    assert total.min() >= 1  # |z| to 1e3 would underflow that; the plain softmax's sum always holds an exp(0)
+    close(run(polyglu_mix, *far, DEFAULT_ACTS), run(polyglu_reference, *far, DEFAULT_ACTS, torch.float64), 1e-5)
+
+
+def test_extreme_values():
+    au, al, s, dy = inputs(64, 32, 1)
+    au[:, :8] = torch.tensor([0.0, -0.0, 1e4, -1e4, 30.0, -30.0, 1e-6, -1e-6])
+    args = au, al * 300, s * 300, dy
+    got, want = run(polyglu_mix, *args, DEFAULT_ACTS), run(polyglu_reference, *args, DEFAULT_ACTS, torch.float64)
+    close(got[:2], want[:2], 1e-5)
+    for a, b in zip(got[2:], want[2:], strict=True):  # sigma_k - m of a saturated gate cancels to the rounding of a = 1e4
+        assert torch.isfinite(a).all() and (a - b).abs().max() < 1e4 * 1e-6 * 10
+    au = torch.tensor([[0.0, 1.0]] * 4)  # a = 0, u = 1, and a gate that is all ReLU
+    zero = run(polyglu_mix, au, torch.tensor([[[50.0, 0, 0, 0]]]), None, torch.ones(4, 1), DEFAULT_ACTS)
+    assert zero[1][:, 0].abs().max() < 1e-12  # relu'(0) = 0
+
+
+def test_strided_view_and_repeat_bitwise():
+    au, al, s, dy = inputs(96, 24, 2)
+    wide = torch.randn(96, 48 + 32)
+    wide[:, :48] = au  # the gate net's rows may share the GEMM: au is then a view of a wider buffer
+    first = run(polyglu_mix, au, al, s, dy, DEFAULT_ACTS)
+    leaf = wide.requires_grad_()
+    y = polyglu_mix(leaf[:, :48], al, s)
+    y.backward(dy)
+    assert torch.equal(y.detach(), first[0]) and torch.equal(leaf.grad[:, :48], first[1])
+    assert all(map(torch.equal, first, run(polyglu_mix, au, al, s, dy, DEFAULT_ACTS)))
+
+
+@pytest.mark.parametrize("k", [2, 4])
+def test_gradcheck(k):
+    au, al, s, _ = inputs(6, 5, 2, k, torch.float64)
+    leaves = [t.requires_grad_() for t in (au, al, s)]
+    assert torch.autograd.gradcheck(lambda *t: polyglu_mix(*t, ACTS[k]), leaves)
+    assert torch.autograd.gradcheck(lambda a, b: polyglu_mix(a, b, None, ACTS[k]), leaves[:2])
+
+
+def test_saves_what_swiglu_saves():
+    """No tensor of [N, f, K], no gate, no activation: au, al and s are all that waits for the backward pass."""
+    au, al, s, _ = (t.requires_grad_() for t in inputs(64, 32, 2))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
+        polyglu_mix(au, al, s)
+    assert sorted(saved) == sorted(t.data_ptr() for t in (au, al, s))
+
+
+def test_compiles_without_a_graph_break():
+    args = [t.requires_grad_() for t in inputs(32, 16, 2)[:3]]
+    explained = torch._dynamo.explain(lambda au, al, s: polyglu_mix(au * 2, al / 0.5, s) + 1)(*args)
+    assert explained.graph_break_count == 0 and explained.graph_count == 1
+    assert torch.library.opcheck(torch.ops.prism.polyglu.default, (*args, "relu,tanh,silu,gelu")) is not None
+
+
+def test_backend_choice_is_said():
+    assert kernels.polyglu_backend("cpu")[0] == "torch"
+    assert kernels.polyglu_backend("cuda")[0] == "triton"
+    assert kernels.polyglu_backend("cuda", ("relu", "gelu"))[0] == "torch"
+
+
+def test_gumbel_moments_and_statelessness():
+    rows = torch.tensor([0, 1, 7, 2**33 + 5])
+    noise = gumbel(1337, rows, 3, 8192)
+    assert noise.shape == (4, 8192, 4) and noise.dtype == torch.float32 and torch.isfinite(noise).all()
+    assert abs(noise.mean() - 0.5772) < 0.02 and abs(noise.var() - 1.645) < 0.05
+    state = torch.get_rng_state()
+    assert torch.equal(noise[2:3], gumbel(1337, rows[2:3], 3, 8192)) and torch.equal(state, torch.get_rng_state())
+    others = [gumbel(1338, rows, 3, 8192), gumbel(1337, rows + 1, 3, 8192), gumbel(1337, rows, 4, 8192)]
+    for other in others + [noise.flip(0), noise.roll(1, 1), noise.roll(1, 2)]:
+        assert abs(torch.corrcoef(torch.stack([noise.flatten(), other.flatten()]))[0, 1]) < 0.02
+    assert gumbel(1, torch.arange(300), 0, 4096).unique().numel() > 1_000_000  # 23 bits are really used
+    assert torch.equal(gumbel(5, rows, 0, 10, 4)[:, :, 0], gumbel(5, rows, 0, 10, 4)[..., 0])
+
+
+def cross_entropy(n, d, vocab, padded, dtype, seed=0, ignore=0.3):
+    g = torch.Generator().manual_seed(seed)
+    h = torch.randn(n, d, generator=g, dtype=torch.float64)
+    w = torch.randn(padded, d, generator=g, dtype=torch.float64)
+    targets = torch.randint(0, vocab, (n,), generator=g)
+    targets[torch.rand(n, generator=g) < ignore] = -100
+    return h.to(dtype).requires_grad_(), w.to(dtype).requires_grad_(), targets, torch.rand(n, generator=g, dtype=torch.float64).to(dtype)
+
+
+@pytest.mark.parametrize(("n", "d", "vocab", "padded", "chunk"), [(37, 12, 101, 128, 8), (64, 8, 128, 128, 2048), (1, 3, 5, 128, 1)])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_cross_entropy_equals_torch(n, d, vocab, padded, chunk, weighted):
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 2e-5)):
+        h, w, targets, weight = cross_entropy(n, d, vocab, padded, dtype)
+        total, nll = linear_cross_entropy(h, w, targets, vocab, weight if weighted else None, chunk)
+        (total * 0.7).backward()
+        h64, w64 = h.detach().double().requires_grad_(), w.detach().double().requires_grad_()
+        want = F.cross_entropy(h64 @ w64[:vocab].t(), targets, reduction="none", ignore_index=-100)
+        want_total = (want * weight).sum() if weighted else want.sum()
+        (want_total * 0.7).backward()
+        for got, right in ((total, want_total), (nll, want), (h.grad, h64.grad), (w.grad, w64.grad)):
+            assert (got.double() - right).abs().max() <= tolerance * max(1.0, right.abs().max())
+        assert not nll.requires_grad
+        assert padded == vocab or w.grad[vocab:].abs().max() == 0
+
+
+def test_cross_entropy_all_ignored():
+    h, w, targets, _ = cross_entropy(9, 4, 50, 128, torch.float32, ignore=2.0)
+    total, nll = linear_cross_entropy(h, w, targets, 50)
+    total.backward()
+    assert total == 0 and nll.abs().max() == 0 and h.grad.abs().max() == 0 and w.grad.abs().max() == 0
+
+
+def test_cross_entropy_without_gradients_and_chunks():
+    h, w, targets, _ = cross_entropy(40, 16, 100, 128, torch.float64)
+    with torch.no_grad():
+        total, nll = linear_cross_entropy(h, w, targets, 100, chunk=7)
+    assert not total.requires_grad
+    again, nll2 = linear_cross_entropy(h, w, targets, 100, chunk=40)
+    assert torch.allclose(total, again, rtol=1e-13) and torch.allclose(nll, nll2, rtol=1e-12)
+    again.backward()
+    with pytest.raises((TypeError, RuntimeError)):
+        again.backward()
+
+
+def test_cross_entropy_outliers_and_bf16():
+    h, w, targets, _ = cross_entropy(40, 16, 100, 128, torch.float32, ignore=0)
+    total, nll = linear_cross_entropy(h * 1e3, w, targets, 100)
+    total.backward()
+    assert torch.isfinite(nll).all() and torch.isfinite(h.grad).all()
+    hb = h.detach().bfloat16().requires_grad_()
+    total, nll = linear_cross_entropy(hb, w, targets, 100)  # fp32 master weights, bf16 activations
+    total.backward()
+    want = F.cross_entropy(h @ w[:100].t(), targets)
+    assert nll.dtype == torch.float32 and abs(nll.mean() - want) < 0.02 and hb.grad.dtype == torch.bfloat16
+
+
+# The Triton kernels: on a GPU, or in Triton's interpreter (TRITON_INTERPRET=1 pytest tests/test_kernels.py -k triton).
+triton_path = pytest.mark.skipif(not kernels.HAS_TRITON, reason="needs CUDA or TRITON_INTERPRET=1")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def triton_run(au, al, s, dy):
+    au, al, s, dy = (t if t is None else t.to(DEVICE) for t in (au, al, s, dy))
+    grads = kernels._backward_triton(dy, au, al, s)
+    return [t.cpu() for t in (kernels._forward_triton(au, al, s), *grads[: 2 if s is None else 3])]
+
+
+@triton_path
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize(
+    ("n", "f", "rows", "spread", "dtype"),
+    [(34, 200, 2, 1, torch.float32), (1, 130, 1, 1, torch.float32), (300, 70, 1, 1, torch.bfloat16), (40, 40, 1, 200, torch.float32)],
+)
+def test_triton_equals_float64(n, f, rows, spread, dtype, static):
+    args = inputs(n, f, rows, 4, dtype, spread, static)
+    args[0][0, :6] = torch.tensor([0.0, 1e4, -1e4, 1e-4, -0.05, 5.0]).to(dtype)
+    got, want = triton_run(*args), run(polyglu_reference, *args, DEFAULT_ACTS, torch.float64)
+    bf16 = dtype == torch.bfloat16
+    close(got[:2], want[:2], 1e-5, 2**-8 if bf16 else 0)
+    for a, b in zip(got[2:], want[2:], strict=True):
+        assert (a - b).abs().max() <= (1e-3 if bf16 else 1e-5) * b.abs().max()
+    assert all(map(torch.equal, got, triton_run(*args)))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gpu_operator_and_cross_entropy():
+    args = [t.cuda() for t in inputs(2000, 512, 2, dtype=torch.bfloat16)]
+    want = [t.cpu() for t in run(polyglu_reference, *args, DEFAULT_ACTS, torch.float64)]
+    got = run(torch.compile(polyglu_mix, fullgraph=True), *args, DEFAULT_ACTS)
+    close([t.cpu() for t in got[:2]], want[:2], 1e-5, 2**-8)
+    h, w, targets, _ = (t.detach().cuda() for t in cross_entropy(4100, 64, 1000, 1024, torch.float32))
+    total, _ = linear_cross_entropy(h.bfloat16().requires_grad_(), w.requires_grad_(), targets, 1000)
+    total.backward()
+    right = F.cross_entropy(h.bfloat16().double() @ w.detach().bfloat16()[:1000].double().t(), targets, reduction="sum", ignore_index=-100)
+    assert abs(total - right) < 1e-4 * right
+
+
+def test_triton_is_not_imported_without_a_gpu():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has one")
+    code = "import sys, kernels; sys.exit('triton' in sys.modules and not kernels.HAS_TRITON)"
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    assert subprocess.run([sys.executable, "-c", code], env=env).returncode == 0

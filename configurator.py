@@ -38,9 +38,7 @@ def coerce(value, kind):
             return tuple(map(coerce, value, kinds))
     if origin is dict and isinstance(value, dict) and all(isinstance(k, str) for k in value):
         return {k: coerce(v, inner[1] if inner else typing.Any) for k, v in value.items()}
-    if type(value) is kind or (type(value), value) in [
-        (type(option), option) for option in inner
-    ]:  # the latter: Literal
+    if type(value) is kind or (type(value), value) in [(type(option), option) for option in inner]:  # the latter: Literal
         return value
     if kind is float and type(value) is int:
         return float(value)
@@ -74,9 +72,7 @@ def parse(values, kinds, argv, usage):
         key, text = name[2:], arg[len(name) + 1 :]
         if not arg.startswith("--") or names.count(name) > 1:
             die(f"{arg}: " + ("given twice; keep one" if arg.startswith("--") else "settings are written --key=value"))
-        readings = (
-            [text] if kinds.get(key) is str else [literal(text), text, tuple(text.split(","))]
-        )  # --acts=relu,tanh
+        readings = [text] if kinds.get(key) is str else [literal(text), text, tuple(text.split(","))]  # --acts=relu,tanh
         assign(values, kinds, key, readings if arg != name else ["latest" if key == "resume" else True], arg)
 
 

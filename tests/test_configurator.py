@@ -1,0 +1,189 @@
+"""configurator.py: what is accepted, what dies, and that every death is one line with exit code 2."""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+
+import configurator
+
+
+@dataclass(frozen=True)
+class Base:
+    # shape
+    n_layer: int = 6  # how deep
+    lr: float = 1e-3  # peak, "quoted = sign"
+    act: str | tuple[str, ...] = "silu"
+
+
+@dataclass(frozen=True)
+class Config(Base):
+    arch: Literal["decoder", "encoder"] = "decoder"
+    data: str | dict[str, str] = "data/x"
+    acts: tuple[str, ...] = ("relu",)
+    betas: tuple[float, float] = (0.9, 0.95)
+    stages: tuple[dict, ...] = ()
+    mix: dict[str, float] | None = None
+    scaling: dict | None = None
+    compile: bool = False
+    out: str = "out/debug"
+    resume: str = ""
+
+
+def load(*argv):
+    return configurator.load(Config, list(argv), "usage: train")[0]
+
+
+def dies(capsys, call, *words):
+    with pytest.raises(SystemExit) as stop:
+        call()
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and message.count("\n") == 1, message
+    for word in words:
+        assert word in message, message
+
+
+@pytest.mark.parametrize(
+    ("arg", "key", "value"),
+    [
+        ("--lr=3e-4", "lr", 3e-4),
+        ("--lr=1", "lr", 1.0),
+        ("--n_layer=-2", "n_layer", -2),
+        ("--compile", "compile", True),
+        ("--compile=False", "compile", False),
+        ("--resume", "resume", "latest"),
+        ("--resume=best", "resume", "best"),
+        ("--out=a=b=c", "out", "a=b=c"),
+        ("--out=12", "out", "12"),
+        ("--out=", "out", ""),
+        ("--data=dir", "data", "dir"),
+        ("--data=7", "data", "7"),
+        ("--data={'a': 'x=y'}", "data", {"a": "x=y"}),
+        ("--betas=0.8,1", "betas", (0.8, 1.0)),
+        ("--betas=[0.8, 0.9]", "betas", (0.8, 0.9)),
+        ("--acts=relu,tanh", "acts", ("relu", "tanh")),
+        ("--acts=()", "acts", ()),
+        ("--act=('a', 'b')", "act", ("a", "b")),
+        ("--mix={'a': 1}", "mix", {"a": 1.0}),
+        ("--mix=None", "mix", None),
+        ("--stages=({'tokens': 8, 'mix': {'a': 1}},)", "stages", ({"tokens": 8, "mix": {"a": 1}},)),
+        ("--arch=encoder", "arch", "encoder"),
+    ],
+)
+def test_accepts(arg, key, value):
+    found = getattr(load(arg), key)
+    assert found == value and type(found) is type(value)
+    if key == "mix" and value:
+        assert type(found["a"]) is float
+
+
+@pytest.mark.parametrize(
+    ("arg", "words"),
+    [
+        ("--n_layers=3", ["'n_layers'", "'n_layer'"]),
+        ("--learning_rate=3", ["unknown key", "did you mean"]),
+        ("--n_layer=1.5", ["n_layer", "1.5", "int"]),
+        ("--n_layer=True", ["n_layer", "int"]),
+        ("--n_layer=1e3", ["int"]),
+        ("--lr=True", ["lr", "float"]),
+        ("--lr=fast", ["'fast'", "float"]),
+        ("--lr", ["lr", "float"]),
+        ("--out", ["out", "str"]),
+        ("--compile=1", ["bool"]),
+        ("--arch=decodr", ["decodr", "'decoder', 'encoder'"]),
+        ("--betas=0.9", ["betas", "tuple[float, float]"]),
+        ("--betas=1,2,3", ["betas"]),
+        ("--mix={'a': 'b'}", ["mix"]),
+        ("--stages=(1, 2)", ["stages"]),
+        ("lr=3", ["--key=value"]),
+        ("-lr=3", ["--key=value"]),
+        ("missing.py", ["missing.py", "no such config file"]),
+    ],
+)
+def test_refuses(capsys, arg, words):
+    dies(capsys, lambda: load(arg), *words)
+
+
+def test_a_key_given_twice_dies(capsys):
+    dies(capsys, lambda: load("--lr=1", "--lr=2"), "--lr", "twice")
+
+
+def test_files_see_current_values_and_arguments_win(tmp_path):
+    one, two = tmp_path / "one.py", tmp_path / "two.py"
+    one.write_text("import math\n_depth = 2\nn_layer = n_layer * _depth\nlr = 1\nmix = {'a': 2}\n")
+    two.write_text("n_layer = n_layer + 1; mix['a'] = 3\nscaling = {'factor': [1, 2]}\n")
+    cfg, files = configurator.load(Config, ["--lr=0.5", str(one), str(two), "--compile"])
+    assert (cfg.n_layer, cfg.lr, cfg.mix, cfg.compile) == (13, 0.5, {"a": 3.0}, True)
+    assert files == [str(one), str(two)] and Config().mix is None
+    assert cfg.scaling == {"factor": (1, 2)}  # an untyped list is stored as what JSON will give back
+
+
+def test_a_file_cannot_change_a_default_in_place(tmp_path):
+    @dataclass(frozen=True)
+    class Nested:
+        mix: dict = None
+
+    Nested.mix = {"a": 1}
+    (tmp_path / "c.py").write_text("mix['a'] = 2\n")
+    assert configurator.load(Nested, [str(tmp_path / "c.py")])[0].mix == {"a": 2} and Nested.mix == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("lrr = 3", ["'lrr'", "'lr'"]),
+        ("n_layer = '6'", ["n_layer", "int"]),
+        ("def f(): pass", ["'f'"]),
+        ("lr = 1\nlr = 1 / 0", ["line 2", "ZeroDivisionError"]),
+        ("lr = 1\n\nlr = lrr", ["line 3", "NameError"]),
+        ("lr = = 1", ["line 1", "SyntaxError"]),
+    ],
+)
+def test_broken_files(tmp_path, capsys, text, words):
+    path = tmp_path / "c.py"
+    path.write_text(text)
+    dies(capsys, lambda: load(str(path)), "c.py", *words)
+
+
+def test_json_round_trip():
+    cfg = load("--data={'a': 'b'}", "--acts=x,y", "--mix={'a': 0.25}", "--stages=({'seq_len': 8, 'mix': {'a': (1, 2)}},)")
+    saved = json.loads(json.dumps(configurator.to_dict(cfg)))
+    assert configurator.from_dict(Config, saved) == cfg
+    assert isinstance(configurator.to_dict(cfg)["acts"], list)
+
+
+def test_a_saved_config_with_an_unknown_key_dies(capsys):
+    dies(capsys, lambda: configurator.from_dict(Config, {"n_heads": 3}, "run/config.json"), "run/config.json", "n_heads")
+
+
+def test_help_lists_every_key_with_default_and_comment(capsys):
+    with pytest.raises(SystemExit) as stop:
+        load("--help")
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and text.startswith("usage: train")
+    for line in ("--n_layer=6 ", "how deep", "# shape", "--betas=(0.9, 0.95)", 'peak, "quoted = sign"', "--arch=decoder"):
+        assert line in text
+    assert text.index("--n_layer") < text.index("--arch")
+
+
+def test_args(capsys):
+    keys = {"ckpt": str, "device": Literal["cpu", "cuda"], "top_k": 0, "temperature": 1.0, "chat": False, "prompt": None}
+    opt = configurator.args(keys, ["--ckpt=out/x=1", "--device=cpu", "--temperature=0", "--chat", "--prompt=12"], "doc")
+    assert vars(opt) == {"ckpt": "out/x=1", "device": "cpu", "top_k": 0, "temperature": 0.0, "chat": True, "prompt": "12"}
+    assert configurator.args({"prompt": None}, [], "").prompt is None
+    dies(capsys, lambda: configurator.args(keys, ["--ckpt=a"], "doc"), "--device", "required")
+    dies(capsys, lambda: configurator.args(keys, ["--ckpt=a", "--device=tpu"], "doc"), "tpu", "'cpu', 'cuda'")
+    dies(capsys, lambda: configurator.args(keys, ["--topk=3"], "doc"), "topk", "top_k")
+    dies(capsys, lambda: configurator.args(keys, ["out/run"], "doc"), "out/run")
+    with pytest.raises(SystemExit) as stop:
+        configurator.args(keys, ["--help"], "what it does")
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and text.startswith("what it does") and "--top_k=0" in text and "--ckpt=REQUIRED" in text
+
+
+def test_import_is_light():
+    code = "import sys, configurator; assert not {'torch', 'numpy'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

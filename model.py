@@ -100,8 +100,6 @@ def check(cfg: ModelConfig) -> None:
     for name in (*((cfg.act,) if isinstance(cfg.act, str) else cfg.act), *cfg.acts):
         if name not in ACTIVATIONS:
             die(f"unknown activation {name!r}; known: {', '.join(ACTIVATIONS)}")
-    if cfg.embed_rank and not cfg.tie:
-        die("embed_rank with tie=False is meaningless: a factorised head is the tied one; set embed_rank=0 or tie=True")
     if not cfg.causal and not cfg.allow_noncausal:
         die("gate='sequence' lets a decoder see later tokens; use gate='running', or allow_noncausal=True to run it as published")
 
@@ -559,7 +557,11 @@ class Transformer(nn.Module):
 
     def head_input(self, hidden):
         """A factorised head reads hidden states in the embedding's rank: logits = E (P^T h)."""
-        return matmul(hidden, self.embed.proj.weight.T, None) if self.embed.proj else hidden
+        return matmul(hidden, self.embed.proj.weight.T, None) if self.factorised else hidden
+
+    @property
+    def factorised(self) -> bool:
+        return self.head is None and self.embed.proj is not None
 
     @property
     def head_weight(self):
@@ -629,7 +631,7 @@ class Transformer(nn.Module):
         """Forward and backward, causal attention counted at half, the embedding look-up not at all, the head included."""
         cfg = self.cfg
         linear = sum(m.weight.numel() for m in self.modules() if isinstance(m, Linear) and m is not self.head)
-        head = cfg.vocab_size * self.head_weight.shape[1] + (self.embed.proj.weight.numel() if self.embed.proj else 0)
+        head = cfg.vocab_size * self.head_weight.shape[1] + (self.embed.proj.weight.numel() if self.factorised else 0)
         half = 1.0 if cfg.arch == "encoder" else 0.5
         return 6.0 * (linear + head) + 12.0 * half * cfg.n_layer * length * cfg.n_head * cfg.width_head
 

@@ -1,0 +1,36 @@
+# Each target does all of its own set-up in .venv and can be run again: what is done is not done twice.
+PY := .venv/bin/python
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: quickstart test lint bench latent faults clean
+
+quickstart: .venv/.train ## train a small model on Python's own source, measure it and let it write
+	$(PY) -m prepare.text --from=stdlib --out=data/stdlib --tokenizer=bpe:4096 --val=0.02
+	$(PY) train.py config/quickstart.py --resume=auto
+	$(PY) -m eval.plots --run=out/quickstart
+	$(PY) -m eval.perplexity --ckpt=out/quickstart --data=data/stdlib
+	$(PY) sample.py --ckpt=out/quickstart --prompt="def read_lines(path):" --max_new_tokens=200 --temperature=0.7 --seed=1
+
+test: .venv/.test ## every test; two at a time, one thread each
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist=worksteal
+
+lint: .venv/.test
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+bench: .venv/.test ## speed against named peers, as ratios
+	$(PY) bench.py --suite=cpu
+
+.venv/.train: pyproject.toml
+	test -x $(PY) || python3 -m venv .venv
+	$(PY) -m pip install -q torch==2.13.0
+	$(PY) -m pip install -q torch==2.13.0 -e .[plot]
+	touch $@
+
+.venv/.test: .venv/.train
+	$(PY) -m pip install -q torch==2.13.0 -e .[test]
+	touch $@
+
+clean: ## forget runs and prepared data, keep .venv
+	rm -rf out data

@@ -1,0 +1,121 @@
+"""What a process runs on: device, dtype and reason, asked of the hardware once; and how a model is spread over processes.
+
+Used by train.py, sample.py, bench.py and eval/. Read next: train.py.
+"""
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from configurator import die
+
+
+class Machine(NamedTuple):
+    rank: int
+    world: int
+    device: torch.device
+    dtype: torch.dtype  # of activations
+    why: str  # one line, printed
+    peak: float  # dense bf16 FLOP/s of the device, 0 when unknown
+
+
+# dense, without sparsity, from the vendor's data sheets
+PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "RTX 4090": 165e12, "RTX 5090": 209e12, "L4": 121e12}
+
+
+def find(device: str = "auto", dtype: str = "auto") -> Machine:
+    rank, world, local = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if kind.startswith("cuda"):
+        if not torch.cuda.is_available():
+            die(f"device={device}, but torch {torch.__version__} sees no GPU; use --device=cpu")
+        where = torch.device("cuda", local) if kind == "cuda" else torch.device(kind)
+        torch.cuda.set_device(where)
+        torch.set_float32_matmul_precision("high")
+        name, fast = torch.cuda.get_device_name(where), torch.cuda.get_device_capability(where) >= (8, 0)
+    elif kind == "cpu":
+        where, name, fast = torch.device("cpu"), f"CPU, {torch.get_num_threads()} threads", cpu_has_bf16()
+    else:
+        die(f"device={device} is not known; use auto, cpu or cuda")
+    reason = ("it has" if fast else "it has no") + " bf16 instructions" if dtype == "auto" else "as asked"
+    chosen = (torch.bfloat16 if fast else torch.float32) if dtype == "auto" else getattr(torch, dtype)
+    why = f"{name}: activations in {str(chosen)[6:]} ({reason})"
+    return Machine(rank, world, where, chosen, why, next((v for k, v in PEAKS.items() if k in name), 0.0))
+
+
+def cpu_has_bf16() -> bool:
+    return any(getattr(torch.cpu, ask, bool)() for ask in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+
+
+def join(machine: Machine) -> None:
+    """Meet the other ranks. Control words travel over gloo on the host, gradients over nccl when there are GPUs."""
+    if machine.world > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if machine.device.type == "cuda" else "gloo")
+
+
+def wrap(model, parallel: str, machine: Machine):
+    """Data parallel, or fully sharded per block; the loop sees one callable either way."""
+    if machine.world == 1:
+        return model
+    if parallel == "ddp":
+        ids = [machine.device.index] if machine.device.type == "cuda" else None
+        return torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = init_device_mesh(machine.device.type, (machine.world,))
+    # polyglu's routing parameters must stay fp32, so there the all-gather does too; Linear casts either way
+    half = machine.dtype if model.cfg.ffn == "swiglu" and machine.dtype == torch.bfloat16 else None
+    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
+    for stack in (model.encoder, model.decoder):
+        for block in stack.blocks if stack is not None else ():
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+    return fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def sync_gradients(model, parallel: str, machine: Machine, now: bool) -> None:
+    """Reduce gradients in this micro-batch's backward or leave them to the last one; must be said before the forward."""
+    if machine.world > 1 and parallel == "ddp":
+        model.require_backward_grad_sync = now
+    elif machine.world > 1:
+        model.set_requires_gradient_sync(now)
+
+
+def total(values: list[float], machine: Machine) -> list[float]:
+    """Sum over ranks, on the host, so that no GPU has to wait."""
+    if machine.world == 1:
+        return values
+    t = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(t)
+    return t.tolist()
+
+
+def to_device(batch: dict, device: torch.device) -> dict:
+    if device.type == "cpu":
+        return batch
+    return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the allocator's peak on a GPU, the process's on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def git_commit() -> str:
+    """The commit of the code that runs, marked when files differ from it; empty outside a checkout."""
+    here = Path(__file__).parent
+    if not (here / ".git").exists():
+        return ""
+
+    def ask(*args):
+        return subprocess.run(["git", *args], cwd=here, capture_output=True, text=True).stdout.strip()
+
+    return ask("rev-parse", "HEAD") + ("-dirty" if ask("status", "--porcelain", "-uno") else "")

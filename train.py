@@ -1,0 +1,423 @@
+"""The training loop, once, for every objective.
+
+    python train.py config/shakespeare_char.py                        one process
+    python train.py config/shakespeare_char.py --lr=2e-3 --max_steps=500
+    torchrun --nproc_per_node=8 train.py config/polyglu_a100.py       data parallel; the same batches in the same order
+    python train.py config/shakespeare_char.py --resume               go on where the newest checkpoint stands, to the bit
+    python train.py --help                                            every setting with its default
+
+A run is a folder, out/RUN: config.json, metrics.jsonl, checkpoints. Ctrl-C, SIGTERM and SIGUSR1 save and stop. The loss of a step is the
+exact mean over all trained tokens of the global batch: how it is cut into micro-batches and ranks changes nothing.
+Read next: model.py (what is trained), data.py (the batches), optim.py (the plan of a run), checkpoint.py (what is saved).
+"""
+
+import json
+import math
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+import checkpoint
+import configurator
+import data
+import machine as hardware
+import optim
+from configurator import die
+from machine import to_device, total
+from model import ModelConfig, build
+
+
+@dataclass(frozen=True)
+class Config(ModelConfig):
+    # what and where
+    out: str = "out/debug"
+    objective: Literal["lm", "denoise", "contrast", "latent"] = "lm"
+    init_from: str = ""  # a run whose weights to start from; step, data and optimizer start afresh
+    resume: str = ""  # latest | best | a step folder; auto: latest if there is one. Bare --resume is latest
+    # data
+    data: str | dict[str, str] = "data/stdlib"  # a folder of shards, or {name: folder}
+    mix: dict[str, float] | None = None  # share of each source; None: by size
+    mix_end: dict[str, float] | None = None  # the shares at the last step, reached linearly
+    mix_decay_start: float = 0.8  # from this share of the run on
+    packing: Literal["windows", "documents"] = "windows"  # documents: whole conversations packed into rows, never cut
+    doc_mask: bool = True  # a document never sees its neighbours in the row
+    chunk: int = 0  # shuffle unit in tokens; 0: the stages' least common multiple, else seq_len
+    prefetch: int = 2  # steps built ahead of time
+    # the arithmetic of a step
+    seq_len: int = 256
+    tokens_per_step: int = 2048  # over all ranks and accumulations
+    micro_tokens: int = 0  # tokens of one forward; 0: tokens_per_step / world
+    max_steps: int = 0  # exactly one of max_steps, max_tokens, epochs
+    max_tokens: int = 0
+    epochs: float = 0.0
+    stages: tuple[dict, ...] = ()  # rows {tokens | start, seq_len, mult, clip, rows, accum, warmup, mix, note}: see optim.py
+    # optimisation
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    lr: float = 1e-3
+    min_lr_ratio: float = 0.1
+    warmup: int = 100
+    warmup_from: float = 0.0  # first lr as a share of the peak; 0: peak / warmup
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    decay_share: float = 0.2  # of the run, for wsd
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    decay_embed: bool = True  # False: neither the embedding nor norms decay
+    clip: float = 1.0  # of the global gradient norm; 0: none
+    muon_lr: float = 0.02
+    muon_momentum: float = 0.95
+    tau_max: float = 1.0  # temperature of polyglu's routing, linear over the run
+    tau_min: float = 0.1
+    on_nonfinite: Literal["stop", "skip"] = "stop"  # a loss or gradient that is not finite never reaches the weights
+    # denoise (encdec), see denoise.py
+    mixture: str | tuple = "recommended"
+    mixture_end: tuple[float, ...] | None = None  # weights at the last step
+    mode_tokens: bool = True
+    max_enc: int = 512
+    max_dec: int = 256
+    closing_sentinel: bool = False
+    length_adaptive: bool = False
+    snap: bool = False
+    analyze_batch: int = 0  # print this many examples and exit
+    # reports
+    log_every: int = 10
+    eval_every: int = 0  # 0: only at the end
+    eval_tokens: int = 65536  # per source
+    save_every: int = 0  # 0: only at the end
+    keep: int = 2  # newest checkpoints kept, besides the best
+    best_metric: str = "val/mean/loss"  # lower is better
+    wandb: bool = False
+    tensorboard: bool = False
+    progress: bool = True  # a bar, when stderr is a terminal
+    # machine
+    device: str = "auto"
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of activations; masters are fp32
+    compile: bool = False
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+
+
+# ---- objectives: plain functions of (model, batch) -----------------------------------------------------------------------
+
+
+def token_counts(batch) -> dict[str, float]:
+    """How much each loss term of this micro-batch weighs; known on the host before the forward."""
+    real = batch["targets"] != -100
+    return {"loss": float((batch["weight"] * real).sum() if "weight" in batch else real.sum())}
+
+
+def token_sums(model, raw, batch):
+    """Next-token loss, denoising, fine-tuning: they differ in the stream alone. -> {term: sum}, (nll, group) of each target."""
+    sum_, each = raw.nll(model(batch), batch["targets"], batch.get("weight"))
+    return {"loss": sum_}, each
+
+
+def group_of(batch):
+    """What each target's loss is also logged under: its data source, or its denoiser."""
+    if "task" in batch:
+        return torch.repeat_interleave(batch["task"], batch["dec_cu"].diff(), output_size=len(batch["targets"]))
+    return batch["source"].repeat_interleave(len(batch["targets"]) // len(batch["source"]))
+
+
+class Objective(NamedTuple):
+    build: object  # cfg -> model
+    open_stream: object  # cfg, plan, rank, world -> stream
+    counts: object  # batch -> {term: float}
+    sums: object  # wrapped model, raw model, batch -> {term: sum}, per-target nll or None
+    prepare: object = None  # wrapped model, raw model, batches -> None: work over the whole step's batches before the first backward
+
+
+def find_objective(cfg) -> Objective:
+    if cfg.objective == "lm":
+        return Objective(build, data.open_stream, token_counts, token_sums)
+    if cfg.objective == "denoise":
+        import denoise_stream
+
+        return Objective(build, denoise_stream.open_stream, token_counts, token_sums)
+    if cfg.objective == "contrast":
+        import contrast
+
+        return Objective(build, contrast.open_stream, contrast.counts, contrast.sums, contrast.prepare)
+    import latentwire
+
+    return Objective(latentwire.build, latentwire.open_stream, latentwire.counts, latentwire.sums)
+
+
+# ---- evaluation ----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(model, val, machine, shares: bool) -> dict[str, float]:
+    """Loss per token and bits per byte of each held-out set, noise-free; ranks score shares, or all of it where a forward is collective."""
+    model.eval()
+    rows, suffix = {}, "" if model.cfg.causal else "_noncausal"
+    for name, batches in val.items():
+        nats, count, size = 0.0, 0, 0
+        for batch in batches[machine.rank :: machine.world] if shares else batches:
+            batch = to_device(batch, machine.device)
+            nats = nats + model.nll(model(batch), batch["targets"])[0].double()
+            count, size = count + token_counts(batch)["loss"], size + batch.get("bytes", 0)
+        nats, count, size = total([float(nats), count, size], machine)
+        rows[f"val/{name}/loss{suffix}"] = nats / max(count, 1)
+        if size:
+            rows[f"val/{name}/bpb{suffix}"] = nats / (math.log(2) * size)
+    model.train()
+    for metric in ("loss", "bpb"):
+        values = [v for k, v in rows.items() if k.endswith(metric + suffix)]
+        if values:
+            rows[f"val/mean/{metric}{suffix}"] = sum(values) / len(values)
+    return rows
+
+
+def sources(cfg) -> dict[str, str]:
+    return cfg.data if isinstance(cfg.data, dict) else {Path(cfg.data).name: cfg.data}
+
+
+def held_out(cfg) -> dict[str, list]:
+    if cfg.objective == "lm":
+        micro = min(cfg.micro_tokens or cfg.tokens_per_step, 16384)
+        length = max([row.get("seq_len", cfg.seq_len) for row in cfg.stages], default=cfg.seq_len)
+        return {name: data.val_batches(path, length, cfg.eval_tokens, max(micro, length)) for name, path in sources(cfg).items()}
+    if cfg.objective == "denoise":
+        import denoise_stream
+
+        return denoise_stream.val_batches(cfg)
+    return {}
+
+
+# ---- logs ----------------------------------------------------------------------------------------------------------------
+
+
+class Log:
+    """stdout and metrics.jsonl always, wandb and TensorBoard when asked for. Only rank 0 has one."""
+
+    def __init__(self, cfg, out: Path, start: int):
+        self.path, self.bar, self.sinks = out / "metrics.jsonl", None, []
+        lines = self.path.read_text().splitlines() if self.path.exists() and start else []
+        lines = [line for line in lines if json.loads(line)["step"] <= start]  # what a killed run logged after its last save
+        checkpoint.write_text(self.path, "".join(line + "\n" for line in lines))
+        if cfg.wandb:
+            import wandb
+
+            run = wandb.init(project="prism", name=out.name, dir=str(out), config=configurator.to_dict(cfg), resume="allow", id=out.name)
+            self.sinks.append((lambda row: run.log(row, step=row["step"]), run.finish))
+        if cfg.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            board = SummaryWriter(str(out), purge_step=start or None)
+            self.sinks.append((lambda row: [board.add_scalar(k, v, row["step"]) for k, v in row.items() if k != "step"], board.close))
+
+    def say(self, text):
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+    def row(self, row: dict):
+        row = {k: v for k, v in row.items() if v is not None}
+        with open(self.path, "a") as f:
+            f.write(json.dumps(row) + "\n")
+        for write, _ in self.sinks:
+            write(row)
+
+    def close(self):
+        for _, close in self.sinks:
+            close()
+
+
+# ---- the loop ------------------------------------------------------------------------------------------------------------
+
+
+def complain(step, losses, model, batches, machine) -> str:
+    """Name what is not finite, in one line: a weight, else a term of the loss, else the first gradient."""
+    odd = {
+        "weight": [n for n, p in model.named_parameters() if not torch.isfinite(p.detach()).all()],
+        "loss": [k for k, v in losses.items() if not math.isfinite(v)],
+        "gradient of": [n for n, p in model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()],
+    }
+    what = ", ".join(f"{kind} {names[0]}" for kind, names in odd.items() if names) or "the gradient norm"
+    sources = sorted({name for batch in batches for name in batch.get("names", ())})
+    return f"step {step}: not finite on rank {machine.rank}: {what}" + (f" (data from {', '.join(sources)})" if sources else "")
+
+
+def main(argv):
+    cfg, files = configurator.load(Config, argv, __doc__)
+    machine = hardware.find(cfg.device, cfg.dtype)
+    hardware.join(machine)
+    lead = machine.rank == 0
+    objective = find_objective(cfg)
+    out = Path(cfg.out)
+    resume_from = checkpoint.find_resume(out, cfg.resume)
+    lock = checkpoint.lock(out) if lead else None  # held until the process ends: two runs in one folder would destroy each other
+
+    for path in sources(cfg).values() if cfg.objective in ("lm", "denoise") else ():
+        tokens = data.read_manifest(path)["tokenizer"]["vocab_size"]
+        if tokens > cfg.vocab_size:
+            die(f"vocab_size={cfg.vocab_size} is too small for the {tokens} tokens of {path}; set --vocab_size={tokens}")
+    torch.manual_seed(cfg.seed)
+    raw = objective.build(cfg)
+    if cfg.init_from:
+        checkpoint.load_weights(cfg.init_from, raw)
+    raw.set_dtype(machine.dtype).to(machine.device).train()
+    plan = optim.make_plan(cfg, machine.world, data.epoch_tokens(cfg) if cfg.epochs else 0)
+    model = hardware.wrap(raw, cfg.parallel, machine)
+    optimizer = optim.build_optimizer(raw, cfg)
+    stream = objective.open_stream(cfg, plan, machine.rank, machine.world)
+
+    start, state = 0, {"tokens": 0, "skipped": 0, "best": None, "metrics": {}}
+    if resume_from:
+        state = checkpoint.load_training(resume_from, raw, optimizer)
+        start = state["step"]
+        stream.load(state["stream"])
+    call = torch.compile(model, dynamic=False) if cfg.compile else model
+    names = stream.names
+    stream = data.prefetch(stream, cfg.prefetch)
+    val = held_out(cfg)
+
+    log = Log(cfg, out, start) if lead else None
+    if lead:
+        checkpoint.start_run(
+            out,
+            cfg,
+            {"commit": hardware.git_commit(), "torch": torch.__version__, "files": files, "machine": machine.why, "world": machine.world},
+        )
+        log.say("\n".join(f"{k} = {v!r}" for k, v in configurator.to_dict(cfg).items() if v != getattr(Config, k)))
+        log.say(f"{machine.why}; {machine.world} process{'es' * (machine.world > 1)}; {raw.num_params():,} parameters\n{plan.table()}")
+        log.say(f"resumed from {resume_from}" if resume_from else f"new run in {out}")
+
+    asked = []  # signals: noticed between steps, agreed on by all ranks in the reduction that every step makes anyway
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        signal.signal(getattr(signal, name), lambda number, frame: asked.append(number))
+
+    def save(step, metrics):
+        score = metrics.get(cfg.best_metric)
+        best = score is not None and (state["best"] is None or score < state["best"])
+        state["best"] = score if best else state["best"]
+        full = state | {"step": step, "stream": position, "metrics": metrics, "config": configurator.to_dict(cfg), "tau": float(raw.tau)}
+        checkpoint.save(out, step, raw, optimizer, full, cfg.keep, metric=score, is_best=best)
+        if lead:
+            log.say(f"saved {out}/step-{step:06d}{' (best so far)' if best else ''}")
+
+    groups = torch.zeros(max(len(names), 1), 2, dtype=torch.float64, device=machine.device)  # nats, targets by source or denoiser
+    params = [p for p in raw.parameters() if p.requires_grad]
+    bar = tqdm(
+        total=plan.steps, initial=start, unit="step", disable=not (lead and cfg.progress and sys.stderr.isatty()), dynamic_ncols=True
+    )
+    clock, clock_tokens, waited, saved_at = time.perf_counter(), 0, 0.0, start
+
+    step, position = start, stream.state
+    while step < plan.steps:
+        row = plan(step)
+        batches = next(stream)
+        counts = [objective.counts(b) for b in batches]
+        terms = sorted({t for c in counts for t in c})
+        real = sum(int(b["tokens"]) for b in batches)
+        *count, stepped, stop = total([sum(c.get(t, 0.0) for c in counts) for t in terms] + [real, len(asked)], machine)
+        if stop:  # this step's batches were drawn but not used: `position` is still that of the step before
+            break
+        count = dict(zip(terms, count, strict=True))
+        for group in optimizer.param_groups:
+            group["lr"] = row.lr
+        raw.tau.fill_(row.tau)
+        if objective.prepare:
+            objective.prepare(call, raw, batches)
+
+        sums = torch.zeros(len(terms), dtype=torch.float64, device=machine.device)
+        for i, batch in enumerate(batches):
+            hardware.sync_gradients(model, cfg.parallel, machine, now=i == len(batches) - 1)
+            batch = to_device(batch, machine.device)
+            term, each = objective.sums(call, raw, batch)
+            loss = sum(term[t] / max(count[t], 1.0) for t in term)
+            (loss * machine.world).backward()  # the wrapper averages over ranks; the mean is already in count
+            sums += torch.stack([term[t].detach().double() if t in term else sums.new_zeros(()) for t in terms])
+            if each is not None:
+                keep = batch["targets"] != -100
+                groups.index_add_(0, group_of(batch), torch.stack((each.double() * keep, keep.double()), dim=1))
+
+        norm = torch.nn.utils.clip_grad_norm_(params, row.clip or math.inf)
+        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        if not math.isfinite(norm):
+            local = dict(zip(terms, sums.tolist(), strict=True))
+            local = dict(zip(terms, sums.tolist(), strict=True))
+            line = complain(step, local, raw, batches, machine)
+            if cfg.on_nonfinite == "stop":
+                guilty = lead or not all(map(math.isfinite, local.values()))
+                die(f"{line}; the last checkpoint stands; --on_nonfinite=skip passes over such steps" if guilty else "")
+            state["skipped"] += 1
+            if lead:
+                log.say(f"{line}; step skipped, {state['skipped']} so far")
+        else:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        state["tokens"] += int(stepped)
+        step, position = step + 1, stream.state
+        clock_tokens, waited = clock_tokens + int(stepped), waited + stream.wait
+        bar.update()
+
+        if step % cfg.log_every == 0 or step in (start + 1, plan.steps):
+            values = total([*sums.tolist(), *groups.flatten().tolist()], machine)
+            losses = {t: v / max(count[t], 1.0) for t, v in zip(terms, values, strict=False)}
+            pairs = list(zip(values[len(terms) :: 2], values[len(terms) + 1 :: 2], strict=True))
+            seconds = time.perf_counter() - clock
+            speed = clock_tokens / seconds
+            flops = raw.flops_per_token(row.seq_len) if hasattr(raw, "flops_per_token") else 0
+            mfu = speed * flops / (machine.peak * machine.world) if machine.peak and flops else None
+            suffix = "" if cfg.causal else "_noncausal"
+            record = {f"train/{t}{suffix}": v for t, v in losses.items()}
+            record |= {f"train/{n}/loss{suffix}": a / b for n, (a, b) in zip(names, pairs, strict=False) if b and len(names) > 1}
+            record |= {
+                "train/lr": row.lr,
+                "train/grad_norm": norm,
+                "train/tokens_per_sec": speed,
+                "train/mfu": mfu,
+                "train/wait": waited / seconds,
+            }
+            record |= {
+                "train/peak_mem": hardware.peak_memory(machine.device),
+                "train/seq_len": row.seq_len,
+                "train/stage": row.stage,
+                "tokens": state["tokens"],
+            }
+            record |= {"train/tau": row.tau} if cfg.ffn == "polyglu" else {}
+            groups.zero_()
+            if lead:
+                log.row({"step": step} | record | ({} if cfg.causal else {"causal": False}))
+                main_loss = losses.get("loss", sum(losses.values()))
+                text = f"step {step:>6}/{plan.steps} | loss {main_loss:.4f} | lr {row.lr:.2e} | norm {norm:.2f} | {speed / 1e3:.1f}k tok/s"
+                log.say(text + (f" | MFU {mfu:.1%}" if mfu else "") + (f" | T {row.seq_len}" if cfg.stages else ""))
+            clock, clock_tokens, waited = time.perf_counter(), 0, 0.0
+
+        due = lambda every: step == plan.steps or (every and step % every == 0)  # noqa: B023, E731
+        if due(cfg.eval_every) and val:
+            metrics = evaluate(raw, val, machine, shares=cfg.parallel == "ddp")
+            state["metrics"] = metrics
+            if lead:
+                log.row({"step": step} | metrics)
+                log.say("  ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
+        if due(cfg.save_every):
+            save(step, state["metrics"] if due(cfg.eval_every) else {})
+            saved_at = step
+        if due(cfg.eval_every) or due(cfg.save_every):
+            clock, clock_tokens, waited = time.perf_counter(), 0, 0.0
+
+    bar.close()
+    if step > saved_at:
+        save(step, {})
+    if lead:
+        log.say(
+            f"stopped by a signal at step {step}; --resume goes on"
+            if step < plan.steps
+            else f"done: {step} steps, {state['tokens']:,} tokens"
+        )
+        log.close()
+    stream.close()
+    if machine.world > 1:
+        torch.distributed.destroy_process_group()
+    del lock
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,293 @@
+"""Checkpoints: folders of safetensors and json, whole at every moment, checked when read.
+
+    out/RUN/config.json history.json tokenizer/ latest -> step-000200 best -> step-000100
+    out/RUN/step-000200/model.safetensors optim.safetensors state.json
+
+A save is written beside its final name, synced to the disk and renamed; a kill at any moment leaves the previous one in place.
+`state.json` holds the sha256 of its neighbours and of itself. Weights are those of the raw module, whole, whatever the world size.
+
+    model, state = checkpoint.load("out/RUN", device="cpu")    # eval mode; state: step, config, metrics, ...
+
+Read next: train.py, which saves and resumes; sample.py and hub.py, which load.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import random
+import shutil
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+import configurator
+from configurator import die
+from model import ModelConfig, Transformer
+
+FILES = ("model.safetensors", "optim.safetensors")
+
+
+# ---- files that are whole or absent -------------------------------------------------------------------------------------
+
+
+def sync(path):
+    """A rename survives a power cut only if the file, and the folder that names it, have reached the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def write_text(path, text):
+    path = Path(path)
+    new = path.with_name(f".tmp-{path.name}")
+    new.write_text(text, encoding="utf-8")
+    sync(new)
+    os.replace(new, path)
+    sync(path.parent)
+
+
+def point(link: Path, target: str):
+    new = link.with_name(f".tmp-{link.name}")
+    new.unlink(missing_ok=True)
+    new.symlink_to(target)
+    os.replace(new, link)
+
+
+def digest(path):
+    with open(path, "rb") as file:
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read()).hexdigest()
+        )
+
+
+def digest_json(body):
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+# ---- a run directory ----------------------------------------------------------------------------------------------------
+
+
+def steps(run) -> dict[int, Path]:
+    """Checkpoints of a run by step number, ascending: names count, times do not."""
+    found = {int(p.name[5:]): p for p in Path(run).glob("step-*") if p.name[5:].isdigit() and (p / "state.json").is_file()}
+    return dict(sorted(found.items()))
+
+
+def lock(run):
+    """Hold the run directory until the returned file is closed or the process ends; a second holder is refused."""
+    os.makedirs(run, exist_ok=True)
+    handle = open(Path(run) / ".lock", "a+")  # noqa: SIM115
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        handle.seek(0)
+        die(f"{run}: process {handle.read().strip() or 'another'} is training here; wait for it or choose another --out")
+    handle.truncate(0)
+    handle.write(str(os.getpid()))
+    handle.flush()
+    return handle
+
+
+def start_run(run, cfg, info):
+    """config.json (the settings, and `info`: commit, versions, hardware) and the tokenizer, so that the folder stands alone."""
+    write_text(Path(run) / "config.json", json.dumps({"config": configurator.to_dict(cfg), **info}, indent=1) + "\n")
+    folders = list(cfg.data.values()) if isinstance(cfg.data, dict) else [cfg.data]
+    for source in [Path(folder) / "tokenizer" for folder in folders]:
+        if source.is_dir() and not (Path(run) / "tokenizer").exists():
+            new = Path(run) / ".tmp-tokenizer"
+            shutil.rmtree(new, ignore_errors=True)
+            shutil.copytree(source, new)
+            os.replace(new, Path(run) / "tokenizer")
+
+
+def resolve(path, which=None) -> Path:
+    """A step directory: `path` itself if it is one, else the run's `which`, by default its best, else its latest."""
+    path = Path(path)
+    if (path / "state.json").is_file():
+        return path
+    found = steps(path)
+    if not found:
+        die(f"{path}: no checkpoint here; give a run directory (out/RUN) or one of its step-NNNNNN folders")
+    for name in (which,) if which else ("best", "latest"):
+        if (path / name / "state.json").is_file():
+            return path / os.readlink(path / name)
+    if which == "best":
+        die(f"{path}: has no best checkpoint; use latest, or evaluate with --eval_every")
+    return list(found.values())[-1]
+
+
+def find_resume(run, how):
+    """What `--resume=how` means: None for a new run, else a step directory. A new run never overwrites an old one."""
+    if how in ("", "auto"):
+        if steps(run) and not how:
+            die(f"{run}: holds a run already; --resume goes on with it, --out=DIR starts another, or delete the folder")
+        return resolve(run, "latest") if steps(run) else None
+    return resolve(run, how) if how in ("latest", "best") else resolve(how, "latest")
+
+
+# ---- saving -------------------------------------------------------------------------------------------------------------
+
+
+def whole(tensor):
+    """A parameter or state tensor on the CPU; gathers the shards of a fully sharded one, so every rank must ask for it."""
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).cpu().contiguous()
+
+
+def random_state():
+    _, keys, position, has_gauss, gauss = np.random.get_state()
+    version, internal, cached = random.getstate()
+    state = {"rng.torch": torch.get_rng_state(), "rng.numpy": torch.tensor([*keys.tolist(), position, has_gauss])}
+    state |= {"rng.numpy_gauss": torch.tensor(gauss, dtype=torch.float64), "rng.python": torch.tensor([version, *internal])}
+    state |= {"rng.python_gauss": torch.tensor(float("nan") if cached is None else cached, dtype=torch.float64)}
+    return state | ({"rng.cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def set_random_state(state):
+    numbers, python, cached = state["rng.numpy"].tolist(), state["rng.python"].tolist(), state["rng.python_gauss"].item()
+    torch.set_rng_state(state["rng.torch"])
+    np.random.set_state(("MT19937", numbers[:-2], *numbers[-2:], state["rng.numpy_gauss"].item()))
+    random.setstate((python[0], tuple(python[1:]), None if cached != cached else cached))
+    if "rng.cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["rng.cuda"])
+
+
+def save(run, step, model, optimizer, state: dict, keep, metric=None, is_best=False):
+    """Called by every rank, written by the first; -> bytes on disk. Keeps the newest `keep` steps and the best."""
+    weights = {name: whole(t) for name, t in model.state_dict().items()}
+    moments = (
+        {f"{n}.{k}": whole(v) for n, p in model.named_parameters() for k, v in optimizer.state.get(p, {}).items()} if optimizer else {}
+    )
+    if int(os.environ.get("RANK", 0)):
+        return 0
+    run, name = Path(run), f"step-{step:06d}"
+    new, final = run / f".tmp-{name}", run / name
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        for stale in run.glob(".tmp-step-*"):  # of a run killed while saving
+            shutil.rmtree(stale)
+        new.mkdir()
+        for file, tensors in zip(FILES, (weights, moments | random_state()), strict=True):
+            save_file(tensors, new / file)
+            sync(new / file)
+        body = state | {"format": 1, "step": step, "optimizer": type(optimizer).__name__, "sha256": {f: digest(new / f) for f in FILES}}
+        body = json.loads(json.dumps(body))
+        write_text(new / "state.json", json.dumps(body | {"sha256_state": digest_json(body)}, indent=1) + "\n")
+        if final.exists():
+            os.replace(final, run / f".tmp-{name}-old")
+        os.replace(new, final)
+        sync(run)
+        size = sum(p.stat().st_size for p in final.iterdir())
+        point(run / "latest", name)
+        if is_best:
+            point(run / "best", name)
+        history = json.loads((run / "history.json").read_text()) if (run / "history.json").exists() else []
+        entry = {"step": step, "metric": metric, "best": is_best, "metrics": state.get("metrics", {}), "bytes": size, "time": time.time()}
+        write_text(run / "history.json", json.dumps([h for h in history if h["step"] < step] + [entry], indent=1) + "\n")
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(new, ignore_errors=True)
+        size = sum(t.nbytes for t in (*weights.values(), *moments.values())) / 1e9
+        die(f"{final}: could not be saved ({error}); it needs {size:.2f} GB; earlier checkpoints are untouched, --resume goes on")
+    shutil.rmtree(run / f".tmp-{name}-old", ignore_errors=True)
+    best = os.readlink(run / "best") if (run / "best").is_symlink() else None
+    older = [s for s in steps(run) if s < step and f"step-{s:06d}" != best]
+    for s, path in steps(run).items():  # after a resume from an older step, later ones belong to an abandoned run
+        if s > step or s in older[: max(len(older) - keep + 1, 0)]:
+            shutil.rmtree(path)
+    if best and not (run / best).exists():
+        (run / "best").unlink()
+    return size
+
+
+# ---- loading ------------------------------------------------------------------------------------------------------------
+
+
+def read_state(folder: Path) -> dict:
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        body = {k: v for k, v in state.items() if k != "sha256_state"}
+        sound = state["sha256_state"] == digest_json(body)
+    except (OSError, ValueError, KeyError, TypeError):
+        sound = False
+    if not sound:
+        die(f"{folder}/state.json: damaged or missing; use another step of the run")
+    return body
+
+
+def read_tensors(folder: Path, file: str, state: dict) -> dict:
+    path = folder / file
+    if not path.is_file() or digest(path) != state["sha256"][file]:
+        die(f"{path}: {'damaged: its sha256 is not the one saved' if path.is_file() else 'missing'}; use another step of the run")
+    return load_file(path)
+
+
+def fit(model, weights, where):
+    """Names and shapes must agree exactly; the first difference is named."""
+    own = model.state_dict()
+    for name in [*own, *weights]:
+        if name not in weights:
+            die(f"{where}: has no {name}, which the model needs; is it a checkpoint of another architecture?")
+        if name not in own:
+            die(f"{where}: holds {name}, which the model has not; is it a checkpoint of another architecture?")
+        if own[name].shape != weights[name].shape:
+            die(f"{where}: {name} is {tuple(weights[name].shape)}, the model's is {tuple(own[name].shape)}; compare the two configs")
+    return own
+
+
+def scatter(value, like):
+    """`value` as `like` is: on its device, and sharded if it is."""
+    if not hasattr(like, "full_tensor"):
+        return value.to(like.device)
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+
+
+def load(path, device="cpu", build=Transformer):
+    """-> (the model of that run in eval mode, its state dict). `build` makes a module from a ModelConfig."""
+    folder = resolve(path)
+    state = read_state(folder)
+    known = {f.name for f in fields(ModelConfig)}
+    cfg = configurator.from_dict(ModelConfig, {k: v for k, v in state["config"].items() if k in known}, f"{folder}/state.json")
+    model, weights = build(cfg), read_tensors(folder, FILES[0], state)
+    fit(model, weights, folder / FILES[0])
+    model.load_state_dict(weights, assign=True)  # takes the tensors as they are: no second copy of the weights
+    if "tau" in state:
+        model.tau.fill_(state["tau"])
+    return model.requires_grad_(True).to(device).eval(), state
+
+
+def load_weights(path, model):
+    """`init_from`: the weights of another run, and nothing else of it."""
+    folder = resolve(path)
+    put_weights(model, read_tensors(folder, FILES[0], read_state(folder)), folder / FILES[0])
+
+
+def put_weights(model, weights, where):
+    with torch.no_grad():
+        for name, own in fit(model, weights, where).items():
+            own.copy_(scatter(weights[name], own))
+
+
+def load_training(path, model, optimizer) -> dict:
+    """Weights, optimizer and random states into the given ones; -> state. What follows equals the uninterrupted run bit for bit."""
+    folder = resolve(path, "latest")
+    state = read_state(folder)
+    if state["optimizer"] != type(optimizer).__name__:
+        die(f"{folder}: was trained with {state['optimizer']}; resume with the same --optimizer, or begin anew with --init_from={folder}")
+    put_weights(model, read_tensors(folder, FILES[0], state), folder / FILES[0])
+    saved, params = read_tensors(folder, FILES[1], state), dict(model.named_parameters())
+    for key in [k for k in saved if not k.startswith("rng.")]:
+        name, _, kind = key.rpartition(".")
+        if name not in params or (saved[key].ndim and saved[key].shape != params[name].shape):
+            die(f"{folder / FILES[1]}: {key} fits no parameter of the model; is it a checkpoint of another architecture?")
+        p = params[name]
+        optimizer.state[p][kind] = scatter(saved[key], p) if saved[key].ndim else saved[key].to(p.device)
+    set_random_state(saved)
+    return state

@@ -1,0 +1,269 @@
+"""What each step does, and what applies it: the plan (length, batch, lr, clip, mix, tau) and the optimizer.
+
+    plan = make_plan(cfg, world)       # plan(step) -> Row, plan.steps, plan.table(): a pure function of the step, so that
+    optimizer = build_optimizer(model, cfg)                    # resuming, prefetching and logging cannot disagree with it
+
+A run without `stages` is a table of one row. Every knob of lr is one product: peak x warm-up x decay x the row's mult.
+Read next: train.py, which walks the plan; data.py, which cuts batches by it; checkpoint.py, which names the state.
+"""
+
+import bisect
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+
+from configurator import assign, die
+
+STAGE = {
+    "tokens": int,  # how long this stage is ...
+    "start": int,  # ... or the step it begins at; one of the two throughout a table
+    "seq_len": int,
+    "mult": float,  # of the scheduled lr
+    "clip": float,
+    "rows": int,  # rows of seq_len per micro-batch, over all ranks; without it tokens_per_step is constant
+    "accum": int,
+    "warmup": int,  # steps over which mult moves from the previous stage's
+    "mix": dict[str, float],
+    "note": str,
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One optimizer step. `tokens` is over all ranks, `micro_tokens` one rank's share of one micro-batch."""
+
+    step: int
+    stage: int
+    seq_len: int
+    tokens: int
+    micro_tokens: int
+    accum: int
+    lr: float
+    clip: float
+    mix: dict  # source -> share, summing to 1; {} when the config names no shares
+    tau: float
+    eta: float  # step / steps
+
+
+@dataclass(frozen=True)
+class Stage:
+    first: int  # step
+    start: int  # tokens before it
+    seq_len: int
+    tokens: int  # per step
+    micro_tokens: int
+    accum: int
+    mult: float
+    clip: float
+    warmup: int
+    mix: dict | None
+    note: str
+
+
+def shares(mix, cfg, where):
+    """A dict of non-negative weights of the configured sources, normalised."""
+    names = cfg.data if isinstance(cfg.data, dict) else ()
+    for name, share in mix.items():
+        if name not in names or not share >= 0:
+            die(f"{where}: {name}={share} must be a share >= 0 of a source of --data ({', '.join(names) or 'a single folder'})")
+    if not sum(mix.values()) > 0:
+        die(f"{where}: the shares {mix} sum to 0; give one source a share")
+    return {name: share / sum(mix.values()) for name, share in mix.items()}
+
+
+def batch_shape(cfg, world, row, where):
+    """-> (tokens per step, one rank's tokens per micro-batch, accumulation); all divisions exact. `rows` counts all ranks."""
+    length = row.get("seq_len", cfg.seq_len)
+    if "rows" in row:
+        accum = row.get("accum", 1)
+        tokens, micro = row["rows"] * length * accum, row["rows"] * length / world
+    else:
+        tokens = cfg.tokens_per_step
+        micro = tokens / world / row["accum"] if "accum" in row else cfg.micro_tokens or tokens / world
+        accum = tokens / world / micro
+    if micro != int(micro) or accum != int(accum):
+        die(f"{where}: tokens_per_step {tokens} is not a whole number of micro-batches, world {world} x micro_tokens "
+            f"{micro:g}; try --micro_tokens={math.gcd(tokens // world, int(micro)) or tokens} or --tokens_per_step="
+            f"{math.ceil(tokens / world / max(int(micro), 1)) * world * max(int(micro), 1)}")  # fmt: skip
+    if cfg.objective == "lm" and micro % length:
+        die(f"{where}: micro_tokens {micro:g} is not a multiple of seq_len {length}; try --micro_tokens={-int(-micro // length) * length}")
+    if cfg.objective == "lm" and length > cfg.max_len:
+        die(f"{where}: seq_len {length} exceeds max_len {cfg.max_len}; raise --max_len")
+    return tokens, int(micro), int(accum)
+
+
+class Plan:
+    """Holds the resolved stages; calling it computes a row from nothing but the step."""
+
+    def __init__(self, cfg, world=1, epoch_tokens=0):
+        self.cfg, table = cfg, cfg.stages or ({"start": 0},)
+        unit = "tokens" if "tokens" in table[0] else "start"
+        limits = {k: getattr(cfg, k) for k in ("max_steps", "max_tokens", "epochs") if getattr(cfg, k)}
+        closed = unit == "tokens" and "tokens" in table[-1]  # the table itself says where the run ends
+        if len(limits) != (0 if closed else 1):
+            die(f"set exactly one of max_steps, max_tokens, epochs (or `tokens` in every stage and none of them); got {limits or 'none'}")
+        self.by_tokens, self.stages, border = unit == "tokens", [], 0
+        for i, row in enumerate(table):
+            where = f"stages[{i}]" if cfg.stages else "config"
+            for key, value in row.items():
+                assign({}, STAGE, key, [value], where)
+            if {"tokens": "start", "start": "tokens"}[unit] in row or (unit not in row and not (self.by_tokens and i == len(table) - 1)):
+                die(f"{where}: needs `{unit}`, like the first stage, and not both")
+            first, start = self._end(border if self.by_tokens else row["start"], self.by_tokens)
+            border += row.get("tokens", 0)
+            if (i == 0 and first) or (i and first <= self.stages[-1].first):
+                die(f"{where}: begins at step {first}; the first stage begins at 0 and every stage lasts at least one step")
+            mix = shares(row["mix"], cfg, f"{where}.mix") if "mix" in row else None
+            shape = row.get("seq_len", cfg.seq_len), *batch_shape(cfg, world, row, where)
+            self.stages.append(Stage(first, start, *shape, row.get("mult", 1.0), row.get("clip", cfg.clip),
+                                     row.get("warmup", 0), mix, row.get("note", "")))  # fmt: skip
+        if cfg.epochs and not epoch_tokens:
+            die(f"epochs = {cfg.epochs}: the data's length is unknown here; set --max_steps or --max_tokens")
+        total = border if closed else cfg.max_tokens or math.ceil(cfg.epochs * epoch_tokens)
+        self.steps, self.total = self._end(total, True) if total else self._end(cfg.max_steps, False)
+        if self.steps <= self.stages[-1].first:
+            die(f"the run ends at step {self.steps}, before its last stage begins at {self.stages[-1].first}; raise the limit {limits}")
+        self.mix = shares(cfg.mix, cfg, "mix") if cfg.mix else {}
+        self.mix_end = shares(cfg.mix_end, cfg, "mix_end") if cfg.mix_end else self.mix
+        if cfg.mix_end and (not cfg.mix or any(s.mix for s in self.stages)):
+            die("mix_end: needs `mix` to start from, and no `mix` in the stages")
+
+    def _end(self, amount, tokens):
+        """-> (first step that begins at or after `amount` tokens, or steps; the tokens before that step)."""
+        if not self.stages:
+            return amount, 0
+        last = self.stages[-1]
+        steps = -(-(amount - last.start) // last.tokens) if tokens else amount - last.first
+        return last.first + steps, last.start + steps * last.tokens
+
+    def _seen(self, step):
+        """Progress at `step` in the table's own unit, 0..1."""
+        stage = self.stages[bisect.bisect([s.first for s in self.stages], step) - 1]
+        return (stage.start + (step - stage.first) * stage.tokens) / self.total if self.by_tokens else step / self.steps
+
+    def _lr(self, step):
+        cfg, x = self.cfg, self._seen(step)
+        rise = cfg.warmup_from + (1 - cfg.warmup_from) * step / max(cfg.warmup, 1) if cfg.warmup_from else (step + 1) / max(cfg.warmup, 1)
+        warm = self._seen(min(cfg.warmup, self.steps))
+        past = min(max((x - warm) / (1 - warm), 0.0), 1.0) if warm < 1 else 0.0  # share of the run after warm-up
+        fall = {"cosine": (1 + math.cos(math.pi * past)) / 2, "linear": 1 - past, "constant": 1.0,
+                "wsd": min(1.0, (1 - x) / cfg.decay_share)}[cfg.schedule]  # fmt: skip
+        return cfg.lr * min(1.0, rise) * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * fall)
+
+    def __call__(self, step):
+        if not 0 <= step <= self.steps:
+            die(f"step {step} lies outside the plan of {self.steps} steps")
+        cfg, i = self.cfg, bisect.bisect([s.first for s in self.stages], step) - 1
+        stage, before = self.stages[i], self.stages[i - 1].mult if i else 0.0
+        mult = before + (stage.mult - before) * min(1.0, (step - stage.first + 1) / stage.warmup) if stage.warmup else stage.mult
+        hold = int(cfg.mix_decay_start * self.steps)
+        w = max(0.0, (step - hold) / (self.steps - hold)) if self.steps > hold else 0.0
+        mix = {k: (1 - w) * self.mix.get(k, 0.0) + w * self.mix_end.get(k, 0.0) for k in {**self.mix, **self.mix_end}}
+        tau = max(cfg.tau_min, cfg.tau_max - (cfg.tau_max - cfg.tau_min) * step / self.steps)
+        return Row(step, i, stage.seq_len, stage.tokens, stage.micro_tokens, stage.accum, self._lr(step) * mult,
+                   stage.clip, stage.mix or mix, tau, step / self.steps)  # fmt: skip
+
+    def table(self):
+        heads = ("stage", "L", "rows", "accum", "mult", "clip", "first step", "steps", "tokens", "share")
+        lines = ["{:>5} {:>6} {:>7} {:>5} {:>5} {:>5} {:>10} {:>9} {:>15} {:>6}".format(*heads)]
+        for i, s in enumerate(self.stages):
+            steps = ([t.first for t in self.stages] + [self.steps])[i + 1] - s.first
+            mix = " ".join(f"{k}={v:.3g}" for k, v in (s.mix or {}).items())
+            line = f"{i:5} {s.seq_len:6,} {s.tokens // s.seq_len:7,} {s.accum:5} {s.mult:5.2f} {s.clip:5.2f} {s.first:10,} {steps:9,}"
+            lines.append(f"{line} {steps * s.tokens:15,} {steps * s.tokens / self.total:6.1%}  {mix} {s.note}".rstrip())
+        return "\n".join([*lines, f"total {self.steps:,} steps, {self.total:,} tokens"])
+
+
+def make_plan(cfg, world=1, epoch_tokens=0):
+    """`epoch_tokens`: tokens of one pass over the data, needed only when the config counts `epochs`."""
+    return Plan(cfg, world, epoch_tokens)
+
+
+# ---- the optimizer ------------------------------------------------------------------------------------------------------
+
+
+def newton_schulz(g):
+    """Five quintic iterations towards the nearest orthogonal matrix, for a batch (B, m, n) at once, in bf16 as published."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = g.bfloat16()
+    x = x.mT if g.size(-2) > g.size(-1) else x
+    x = x / x.flatten(1).norm(dim=1).clamp(min=1e-7)[:, None, None]
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if g.size(-2) > g.size(-1) else x
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW, except for groups with `muon`: their momentum is orthogonalised, each part of a fused matrix by itself."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        every, self.param_groups = self.param_groups, [g for g in self.param_groups if not g["muon"]]
+        super().step()
+        self.param_groups = every
+        for group in every:
+            if group["muon"]:
+                self.muon_step(group, group["lr"] * group["muon"])
+
+    def muon_step(self, group, lr):
+        shapes = {}  # (m, n) -> [(slice of a parameter, its update)]: equal shapes go through Newton-Schulz together
+        for p, parts in zip(group["params"], group["parts"], strict=True):
+            if p.grad is None:
+                continue
+            buf = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+            buf.lerp_(p.grad, 1 - group["momentum"])
+            p.mul_(1 - lr * group["weight_decay"])
+            for w, u in zip(p.split(parts), p.grad.lerp(buf, group["momentum"]).split(parts), strict=True):
+                shapes.setdefault(w.shape, []).append((w, u))
+        for (m, n), pairs in shapes.items():
+            updates = newton_schulz(torch.stack([u for _, u in pairs]))
+            for (w, _), u in zip(pairs, updates, strict=True):
+                w.add_(u, alpha=-lr * max(1, m / n) ** 0.5)
+
+
+def role(name, p):
+    """What a parameter is, from its own name and place: the optimizer treats a kind alike, never a matching substring."""
+    last = name.rpartition(".")[2]
+    if p.ndim < 2:
+        return "vector"  # norms, biases, beta
+    if name == "embed.weight":
+        return "embedding"
+    if last == "alpha":
+        return "alpha"  # per-neuron routing logits: a matrix in shape only
+    return "hidden" if ".blocks." in name and ".gate_net." not in name else "other matrix"
+
+
+def build_optimizer(model, cfg):
+    """Groups by role, each printed; `group["lr"]` is the plan's lr for every group (Muon scales it by muon_lr / lr)."""
+    params = {n: p for n, p in model.named_parameters() if p.requires_grad}  # a tied weight appears once
+    roles = {}
+    for name, p in params.items():
+        roles.setdefault(role(name, p), []).append(name)
+    muon = cfg.optimizer == "muon"
+    groups, lines = [], [f"{'parameters':<14} {'tensors':>7} {'elements':>14} {'decay':>6}  by"]
+    for kind, names in roles.items():
+        decay = 0.0 if kind in ("vector", "alpha") or (kind == "embedding" and not cfg.decay_embed) else cfg.weight_decay
+        by_muon = muon and kind == "hidden"
+        group = {"params": [params[n] for n in names], "names": names, "role": kind, "weight_decay": decay, "muon": 0.0}
+        if by_muon:
+            if any(hasattr(params[n], "full_tensor") for n in names):
+                die("optimizer=muon needs whole matrices; use --parallel=ddp, or --optimizer=adamw with fsdp")
+            group |= {"muon": cfg.muon_lr / cfg.lr, "momentum": cfg.muon_momentum, "parts": [fused_parts(n, params[n], cfg) for n in names]}
+        groups.append(group)
+        elements = sum(params[n].numel() for n in names)
+        lines.append(f"{kind:<14} {len(names):7} {elements:14,} {decay:6g}  {'muon' if by_muon else 'adamw'}")
+    held = [n for g in groups for n in g["names"]]
+    assert sorted(held) == sorted(params) and len({id(p) for p in params.values()}) == len(held), "groups must partition the parameters"
+    if int(os.environ.get("RANK", 0)) == 0:
+        print("\n".join(lines), flush=True)
+    return (Muon if muon else torch.optim.AdamW)(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
+
+
+def fused_parts(name, p, cfg):
+    """Row counts of the separate matrices that a fused weight holds."""
+    if name.endswith(".attn.qkv.weight"):
+        return [cfg.n_head * cfg.width_head] + 2 * [cfg.kv_heads * cfg.width_head]
+    return [len(p) // 2] * 2 if name.endswith(".ffn.gate_up.weight") else [len(p)]

@@ -96,12 +96,6 @@ class Tokenizer:
     def token_bytes(self, i):
         return self.table[i]
 
-    def byte_lengths(self):
-        """(vocab_size,) bytes of text behind every id: a special stands for none. For bits per byte."""
-        lengths = np.array([len(b) for b in self.table], dtype=np.int64)
-        lengths[list(self.special.values())] = 0
-        return lengths
-
     def save(self, folder):
         os.makedirs(folder, exist_ok=True)
         for name, content in self.files.items():

@@ -6,7 +6,6 @@ import os
 import random
 import unicodedata
 
-import numpy as np
 import pytest
 
 import tokenizer
@@ -65,7 +64,6 @@ def test_any_text_comes_back_and_bytes_are_exact(tmp_path):
             assert tok.decode(ids) == text
             assert b"".join(map(tok.token_bytes, ids)) == text.encode()
             assert max(ids, default=0) < tok.vocab_size and not set(ids) & set(tok.special.values())
-            assert int(tok.byte_lengths()[np.array(ids, dtype=int)].sum()) == len(text.encode())
         assert tok.decode(tok.encode("x\ud800y")) == "x\ufffdy"  # no UTF-8 holds a lone surrogate
         assert tok.encode_batch(["ab", "c"]) == [tok.encode("ab"), tok.encode("c")]
 
@@ -74,7 +72,7 @@ def test_markers_enter_by_id_only(tmp_path):
     for tok in every(tmp_path):
         for marker, i in tok.special.items():
             assert i not in tok.encode(f"a{marker}b") and tok.decode([i]) == marker
-        assert tok.eos_id == tok.special["<|endoftext|>"] and tok.byte_lengths()[tok.eos_id] == 0
+        assert tok.eos_id == tok.special["<|endoftext|>"]
 
 
 def test_saved_folders_load_as_the_same_tokenizer(tmp_path):

@@ -1,0 +1,196 @@
+"""Where text comes from: local txt, jsonl, parquet and arrow files, Python's own standard library, or a streamed hub dataset.
+
+`tasks` cuts the input into pieces of about CHUNK bytes, always the same ones, that any number of processes can work on; `rows` and
+`documents` read one task. Bytes that are not UTF-8 become U+FFFD and the document counts as "repaired"; a line that is no JSON object
+is skipped and counted. Read next: prepare/shards.py, which runs the tasks."""
+
+import codecs
+import glob
+import gzip
+import json
+import mmap
+import os
+import re
+import sysconfig
+
+from configurator import die
+from tokenizer import LONG, pieces, scalar
+
+CHUNK = 2 << 20  # bytes of input per task
+TABLES = (".parquet", ".arrow")
+LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".json.gz")
+repaired = [0]
+
+
+def repair(error):
+    repaired[0] += 1
+    return codecs.lookup_error("replace")(error)
+
+
+codecs.register_error("repair", repair)
+
+
+def find(spec):
+    """Comma-separated globs, folders, or `stdlib` -> [(path, size)], sorted, so that every machine cuts the same tasks."""
+    found = {}
+    for pattern in spec.split(","):
+        if pattern == "stdlib":
+            root = sysconfig.get_path("stdlib")
+            files = glob.glob(f"{root}/**/*.py", recursive=True)
+            files = [f for f in files if not re.search(r"/(site-packages|dist-packages|tests?|idle_test|__pycache__)/", f[len(root) :])]
+        elif os.path.isdir(pattern):
+            files = [os.path.join(d, f) for d, _, names in os.walk(pattern) for f in names if f[0] != "." and not f.endswith(".json")]
+        else:
+            files = [f for f in glob.glob(pattern, recursive=True) if os.path.isfile(f)]
+        if not files:
+            die(f"--from={pattern}: no file there; give a path, a glob in quotes, a folder, or stdlib")
+        found.update((f, os.path.getsize(f)) for f in files)
+    return sorted(found.items())
+
+
+def tasks(files, column=None, separator=b""):
+    """-> (task, bytes of input): runs of whole small files, ranges of lines (or between separators), slices of row groups."""
+    small, held = [], 0
+    for path, size in files:
+        sep = b"\n" if path.endswith(LINES) else separator
+        if not path.endswith(TABLES) and not sep:
+            small.append(path)
+            held += size
+        if small and (held >= CHUNK or small[-1] != path):  # the order of documents is the order of files
+            yield ("whole", small), held
+            small, held = [], 0
+        if path.endswith(".parquet"):
+            yield from row_groups(path, size, column)
+        elif path.endswith(".arrow") or (sep and path.endswith(".gz")):
+            yield ("arrow" if path.endswith(".arrow") else "range", path, 0, 0, sep), size
+        elif sep and size:
+            with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as view:
+                start = 0
+                while start < size:
+                    cut = view.find(sep, start + CHUNK - 1) if size - start > CHUNK else -1
+                    stop = size if cut < 0 else cut + len(sep)
+                    yield ("range", path, start, stop, sep), stop - start
+                    start = stop
+    if small:
+        yield ("whole", small), held
+
+
+def row_groups(path, size, column):
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as table:
+        meta, names = table.metadata, table.schema_arrow.names
+        if column and column not in names:
+            die(f"{path}: no column '{column}'; --text_field= one of {', '.join(names)}")
+        total = max(1, sum(meta.row_group(g).total_byte_size for g in range(meta.num_row_groups)))
+        for g in range(meta.num_row_groups):
+            group, share = meta.row_group(g), size * meta.row_group(g).total_byte_size / total
+            cuts = min(
+                8, -(-group.total_byte_size // CHUNK)
+            )  # a slice re-reads what lies before it: cheap beside tokenising, up to a point
+            edges = [group.num_rows * c // cuts for c in range(cuts + 1)]
+            for start, stop in zip(edges, edges[1:], strict=False):
+                yield ("parquet", path, start, stop, g), share / cuts
+
+
+def hub(name, config, split, skip):
+    """Rows of a dataset streamed from the hub, in tasks; the access token, if one is needed, is HF_TOKEN of the environment."""
+    import datasets
+
+    try:
+        stream = datasets.load_dataset(name, config or None, split=split, streaming=True)
+    except (ValueError, OSError) as error:
+        die(f"--dataset={name} --config={config} --split={split}: {error}")
+    batch, held = [], 0
+    for row in stream.skip(skip) if skip else stream:
+        batch.append(row)
+        held += sum(len(v) for v in row.values() if isinstance(v, str)) or 1000
+        if held >= CHUNK:
+            yield ("given", batch), held
+            batch, held = [], 0
+    if batch:
+        yield ("given", batch), held
+
+
+def unzipped(path):
+    return gzip.open(path) if path.endswith(".gz") else open(path, "rb", buffering=1 << 20)
+
+
+def split_range(path, start, stop, sep):
+    """Texts between separators, as bytes, one at a time."""
+    with unzipped(path) as f:
+        f.seek(start)
+        if sep == b"\n":
+            while (stop == 0 or f.tell() < stop) and (line := f.readline()):
+                yield line.removesuffix(sep)
+            return
+        left = f.read(stop - start if stop else -1)
+    at = 0
+    while (cut := left.find(sep, at)) >= 0:
+        yield left[at:cut]
+        at = cut + len(sep)
+    if at < len(left):
+        yield left[at:]
+
+
+def rows(task, count, columns=None):
+    """Rows of one task as dicts."""
+    kind, path, *where = task if task[0] != "given" else (*task, None)
+    if kind == "given":
+        yield from path
+    elif kind == "parquet":
+        import pyarrow.parquet as pq
+
+        start, stop, group = where
+        with pq.ParquetFile(path) as table:
+            for batch in table.iter_batches(128, row_groups=[group], columns=columns):
+                yield from batch.slice(max(0, start), max(0, stop)).to_pylist() if stop > 0 and start < len(batch) else []
+                start, stop = start - len(batch), stop - len(batch)
+                if stop <= 0:
+                    break
+    elif kind == "arrow":
+        import pyarrow as pa
+
+        with pa.memory_map(path) as source:
+            for batch in pa.ipc.open_stream(source):
+                for at in range(0, len(batch), 128):
+                    yield from batch.slice(at, 128).to_pylist()
+    else:
+        for line in split_range(path, *where):
+            if line.strip():
+                try:
+                    row = json.loads(line.decode("utf-8", "repair"))
+                except (ValueError, RecursionError):
+                    row = None
+                del line
+                if isinstance(row, dict):
+                    yield row
+                else:
+                    count["not a JSON object"] += 1
+
+
+def documents(task, count, field):
+    """Documents of one task: each an iterable of slices of its text, so that no text need be whole in memory."""
+    if task[0] == "whole":
+        yield from map(blocks, task[1])
+    elif task[0] == "range" and not task[1].endswith(LINES):
+        yield from (pieces(text.decode("utf-8", "repair")) for text in split_range(*task[1:]))
+    else:
+        for row in rows(task, count, [field]):
+            text = row.get(field)
+            if isinstance(text, str):
+                sound = scalar(text)
+                repaired[0] += sound is not text
+                del row, text
+                yield pieces(sound)
+            else:
+                count[f"no text in '{field}'"] += 1
+
+
+def blocks(path):
+    decoder, carry = codecs.getincrementaldecoder("utf-8")("repair"), ""
+    with unzipped(path) as f:
+        while block := f.read(4 * LONG):
+            *whole, carry = pieces(carry + decoder.decode(block))
+            yield from whole
+    yield carry + decoder.decode(b"", final=True)

@@ -1,0 +1,168 @@
+"""Text -> shards of tokens: local txt, jsonl, parquet, arrow, the standard library, or a hub dataset, on every core, resumable.
+
+    python -m prepare.text --from=stdlib --out=data/stdlib
+    python -m prepare.text --from='web/*.parquet,more.jsonl' --out=data/web --tokenizer=qwen.tiktoken --val=0.005
+    python -m prepare.text --source=math --out=data/math --tokenizer=DIR            (streams; HF_TOKEN comes from the environment)
+    python -m prepare.text --out=data/web --verify                                  (every hash; --check also decodes a sample)
+
+A file of plain text is one document (or several, with --separator='\\n\\n'); a line of jsonl and a row of a table are one each. EOS ends
+every document. Which documents are validation is decided by a hash of their text, so the same text is never on both sides.
+Read next: prepare/sources.py (reading), prepare/shards.py (writing, resuming), data.py (what training does with it)."""
+
+import functools
+import hashlib
+import itertools
+import json
+import os
+import re
+import sys
+from collections import Counter
+
+import numpy as np
+
+import configurator
+import tokenizer
+from configurator import die
+from prepare import shards, sources
+
+OPTIONS = {
+    "from": "", "out": "", "tokenizer": "bytes", "text_field": "text", "separator": "", "val": 0.01, "val_from": "", "exclude": "",
+    "min_chars": 0, "max_tokens": 0, "shard_tokens": 100_000_000, "workers": 0, "part": "0/1", "source": "", "dataset": "",
+    "config": "", "split": "train", "verify": False, "check": False,
+}  # fmt: skip
+NOTES = """
+--separator   text between documents of a plain text file ('\\n' a line each); without it a file is one document
+--val         share of documents for validation; --val_from=FILES makes those the validation split instead
+--exclude     files (as from prepare.val) whose texts must not be trained on: dropped and counted
+--max_tokens  stop before the document that would exceed it (0: no limit)
+--part        i/n: every n-th task of the input, so that n machines fill one --out
+--workers     processes (0: all cores); the output is the same for any number
+--source      math, stem or code: the published mixture, as dataset, config, split, text_field and max_tokens; all: three directories"""
+SOURCES = {  # what the published run really used
+    "math": {"dataset": "nvidia/Nemotron-CC-Math-v1", "config": "4plus", "text_field": "text", "max_tokens": 7_000_000_000},
+    "stem": {"dataset": "openbmb/Ultra-FineWeb", "split": "en", "text_field": "content", "max_tokens": 2_500_000_000},
+    "code": {"dataset": "lumees/github-code-2025-language-split", "config": "python", "text_field": "content", "max_tokens": 500_000_000},
+}
+
+
+def digest(slices):
+    total = hashlib.blake2b(digest_size=8)
+    for text in slices:
+        total.update(text.encode())
+    return total.digest()
+
+
+def encode(o, held_out, task, tok, out, count):
+    """The job of a worker, see shards.work: every document of `task` is encoded, or dropped and counted."""
+    docs, forced = [], task[0] == "val"
+    for slices in sources.documents(task[1] if forced else task, count, o.text_field):
+        start, chars, nbytes, blank, broken = out.tell(), 0, 0, True, sources.repaired[0]
+        key = hashlib.blake2b(digest_size=8)
+        for text in slices:
+            raw = text.encode()
+            key.update(raw)
+            chars, nbytes, blank = chars + len(text), nbytes + len(raw), blank and not text.strip()
+            out.write(tok.encode_array(text).astype("<u4").tobytes())
+        out.write(np.uint32(tok.eos_id).tobytes())
+        count["repaired"] += sources.repaired[0] - broken > 0
+        reason = "blank" if blank else f"under {o.min_chars} characters" if chars < o.min_chars else ""
+        if reason or (not forced and key.digest() in held_out):
+            count[reason or "held out"] += 1
+            out.seek(start)
+            out.truncate()
+        else:
+            val = int.from_bytes(key.digest(), "big") < o.val * 2**64
+            docs.append(((out.tell() - start) // 4, nbytes, int(forced or (val and not o.val_from))))
+    return docs
+
+
+def report(out, manifest, seconds=0, read=0):
+    for split in ("train", "val"):
+        mine = [s for s in manifest["shards"] if s["split"] == split]
+        tokens, documents, nbytes = (sum(s[k] for s in mine) for k in ("tokens", "documents", "bytes"))
+        ratio = f", {nbytes / tokens:.3f} bytes/token" if tokens else ""
+        print(f"{split:5} {documents:>12,} documents {tokens:>15,} tokens {nbytes:>15,} bytes in {len(mine)} shards{ratio}")
+    dropped = {k: n for k, n in manifest["dropped"].items() if n}
+    print(f"counted: {', '.join(f'{n:,} {k}' for k, n in sorted(dropped.items())) or 'nothing blank, broken or dropped'}")
+    print(f"{out}: {read / 1e6:.1f} MB in {seconds:.1f} s, {read / 1e6 / seconds:.1f} MB/s" if read else f"{out}: complete, nothing to do")
+
+
+def check(o):
+    """--verify: sizes and hashes of a prepared directory; --check: that and a sample, or, with --from, counts of the raw text."""
+    if getattr(o, "from") and o.check:
+        count, n, nbytes, longest = Counter(), 0, 0, 0
+        for task, _ in sources.tasks(sources.find(getattr(o, "from")), o.text_field, o.separator):
+            for slices in sources.documents(task, count, o.text_field):
+                size = sum(len(text.encode()) for text in slices)
+                n, nbytes, longest = n + 1, nbytes + size, max(longest, size)
+        count["repaired characters"] = sources.repaired[0]
+        return print(f"{n:,} documents, {nbytes:,} bytes, longest {longest:,}; {dict(count)}")
+    import data
+
+    manifest, tok = data.read_manifest(data.Path(o.out)), tokenizer.load(o.out)
+    if tok.fingerprint != manifest["tokenizer"]["fingerprint"]:
+        die(f"{o.out}/tokenizer is not the one of its manifest ({tok.fingerprint[:12]}): prepare {o.out} again")
+    files = 0
+    for split in dict.fromkeys(s["split"] for s in manifest["shards"]):
+        found = data.Shards(o.out, split)
+        files += found.verify()
+        (start,), (size,) = found.documents(np.array([0]))
+        ids = found.tokens(start, start + size) & 0x7FFFFFFF
+        if ids.max() >= tok.vocab_size or ids[-1] != tok.eos_id:
+            die(f"{o.out}: the first document of {split} does not end with id {tok.eos_id}, or has ids that {tok.name} lacks")
+        if o.check:
+            print(f"{split}: {tok.decode(ids[:40].tolist())!r} ... {tok.decode(ids[-8:].tolist())!r}")
+    print(tok)
+    report(o.out, manifest)
+    print(f"{files} files hold what the manifest says")
+
+
+def main(argv):
+    o = configurator.args(OPTIONS, argv, __doc__ + NOTES)
+    given = {arg[2:].partition("=")[0] for arg in argv}
+    if o.source == "all":
+        for name in SOURCES:
+            rest = [arg for arg in argv if not arg.startswith(("--source", "--out"))]
+            main([*rest, f"--source={name}", f"--out={os.path.join(o.out, name)}"])
+        return
+    if o.source:
+        if o.source not in SOURCES:
+            die(f"--source={o.source}: one of {', '.join(SOURCES)}, all")
+        vars(o).update({k: v for k, v in SOURCES[o.source].items() if k not in given})
+    o.separator = o.separator.encode().decode("unicode_escape").encode("latin-1")
+    if o.verify or o.check:
+        return check(o)
+    local = getattr(o, "from")
+    if not o.out or bool(local) == bool(o.dataset):
+        die("give --out=DIR and either --from=FILES (or stdlib) or --dataset=NAME; --help lists every key")
+    if not 0 <= o.val < 1 or o.shard_tokens < 1 or min(o.workers, o.max_tokens, o.min_chars) < 0:
+        die(f"--val={o.val} must be in [0, 1), --shard_tokens={o.shard_tokens} at least 1, the other counts not negative")
+    part = re.fullmatch(r"(\d+)/(\d+)", o.part) or die(f"--part={o.part}: write i/n")
+    this, parts = map(int, part.groups())
+    if this >= parts or (parts > 1 and (o.dataset or o.max_tokens)):
+        die(f"--part={o.part}: i/n with i < n, for local files and without --max_tokens")
+    tok = tokenizer.load(o.tokenizer)
+    print(tok)
+    files, vals = (sources.find(spec) if spec else [] for spec in (local, o.val_from))
+    held = sources.tasks(vals + (sources.find(o.exclude) if o.exclude else []), None, o.separator)
+    held_out = frozenset(digest(slices) for task, _ in held for slices in sources.documents(task, Counter(), o.text_field))
+
+    def tasks(done, rows):
+        if o.dataset:
+            return sources.hub(o.dataset, o.config, o.split, rows)
+        valid = ((("val", task), size) for task, size in sources.tasks(vals, o.text_field, o.separator))
+        return itertools.islice(itertools.chain(sources.tasks(files, o.text_field, o.separator), valid), this + done * parts, None, parts)
+
+    settings = {k: getattr(o, k) for k in ("from", "dataset", "config", "split", "text_field", "val", "val_from", "exclude", "min_chars")}
+    settings |= {"separator": o.separator.decode("latin-1"), "tokenizer": tok.fingerprint, "files": hash_of([files, vals, len(held_out)])}
+    job, total = functools.partial(encode, o, held_out), sum(size for _, size in files + vals)
+    result = shards.build(o.out, tok, tasks, job, settings, o.shard_tokens, o.max_tokens, o.workers, (this, parts), total)
+    report(o.out, *result)
+
+
+def hash_of(value):
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

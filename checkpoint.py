@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 import configurator
@@ -60,10 +60,11 @@ def point(link: Path, target: str):
 
 
 def digest(path):
-    with open(path, "rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read()).hexdigest()
-        )
+    total = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(1 << 24):
+            total.update(block)
+    return total.hexdigest()
 
 
 def digest_json(body):
@@ -140,30 +141,27 @@ def whole(tensor):
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).cpu().contiguous()
 
 
-def random_state():
-    _, keys, position, has_gauss, gauss = np.random.get_state()
-    version, internal, cached = random.getstate()
-    state = {"rng.torch": torch.get_rng_state(), "rng.numpy": torch.tensor([*keys.tolist(), position, has_gauss])}
-    state |= {"rng.numpy_gauss": torch.tensor(gauss, dtype=torch.float64), "rng.python": torch.tensor([version, *internal])}
-    state |= {"rng.python_gauss": torch.tensor(float("nan") if cached is None else cached, dtype=torch.float64)}
-    return state | ({"rng.cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+def random_state() -> str:
+    name, keys, *rest = np.random.get_state()
+    state = {"torch": bytes(torch.get_rng_state()).hex(), "numpy": [name, keys.tolist(), *rest], "python": random.getstate()}
+    return json.dumps(state | ({"cuda": bytes(torch.cuda.get_rng_state()).hex()} if torch.cuda.is_available() else {}))
 
 
-def set_random_state(state):
-    numbers, python, cached = state["rng.numpy"].tolist(), state["rng.python"].tolist(), state["rng.python_gauss"].item()
-    torch.set_rng_state(state["rng.torch"])
-    np.random.set_state(("MT19937", numbers[:-2], *numbers[-2:], state["rng.numpy_gauss"].item()))
-    random.setstate((python[0], tuple(python[1:]), None if cached != cached else cached))
-    if "rng.cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["rng.cuda"])
+def set_random_state(text: str):
+    state = json.loads(text)
+    (version, internal, gauss), unhex = state["python"], lambda text: torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
+    random.setstate((version, tuple(internal), gauss))
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(unhex(state["torch"]))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(unhex(state["cuda"]))
 
 
 def save(run, step, model, optimizer, state: dict, keep, metric=None, is_best=False):
     """Called by every rank, written by the first; -> bytes on disk. Keeps the newest `keep` steps and the best."""
-    weights = {name: whole(t) for name, t in model.state_dict().items()}
-    moments = (
-        {f"{n}.{k}": whole(v) for n, p in model.named_parameters() for k, v in optimizer.state.get(p, {}).items()} if optimizer else {}
-    )
+    weights, moments = {name: whole(t) for name, t in model.state_dict().items()}, {}
+    for name, p in model.named_parameters() if optimizer else ():
+        moments |= {f"{name}.{kind}": whole(value) for kind, value in optimizer.state.get(p, {}).items()}
     if int(os.environ.get("RANK", 0)):
         return 0
     run, name = Path(run), f"step-{step:06d}"
@@ -173,10 +171,12 @@ def save(run, step, model, optimizer, state: dict, keep, metric=None, is_best=Fa
         for stale in run.glob(".tmp-step-*"):  # of a run killed while saving
             shutil.rmtree(stale)
         new.mkdir()
-        for file, tensors in zip(FILES, (weights, moments | random_state()), strict=True):
-            save_file(tensors, new / file)
+        save_file(weights, new / FILES[0])
+        save_file(moments, new / FILES[1], metadata={"rng": random_state()})
+        for file in FILES:
             sync(new / file)
-        body = state | {"format": 1, "step": step, "optimizer": type(optimizer).__name__, "sha256": {f: digest(new / f) for f in FILES}}
+        kind = type(optimizer).__name__ if optimizer else "no optimizer"
+        body = state | {"format": 1, "step": step, "optimizer": kind, "sha256": {f: digest(new / f) for f in FILES}}
         body = json.loads(json.dumps(body))
         write_text(new / "state.json", json.dumps(body | {"sha256_state": digest_json(body)}, indent=1) + "\n")
         if final.exists():
@@ -195,10 +195,10 @@ def save(run, step, model, optimizer, state: dict, keep, metric=None, is_best=Fa
         size = sum(t.nbytes for t in (*weights.values(), *moments.values())) / 1e9
         die(f"{final}: could not be saved ({error}); it needs {size:.2f} GB; earlier checkpoints are untouched, --resume goes on")
     shutil.rmtree(run / f".tmp-{name}-old", ignore_errors=True)
-    best = os.readlink(run / "best") if (run / "best").is_symlink() else None
-    older = [s for s in steps(run) if s < step and f"step-{s:06d}" != best]
-    for s, path in steps(run).items():  # after a resume from an older step, later ones belong to an abandoned run
-        if s > step or s in older[: max(len(older) - keep + 1, 0)]:
+    best, found = os.readlink(run / "best") if (run / "best").is_symlink() else None, steps(run)
+    kept = [s for s in found if s <= step][-keep:]  # later ones belong to a future that a resume from here abandoned
+    for s, path in found.items():
+        if s > step or (s not in kept and path.name != best):
             shutil.rmtree(path)
     if best and not (run / best).exists():
         (run / "best").unlink()
@@ -260,7 +260,7 @@ def load(path, device="cpu", build=Transformer):
     model.load_state_dict(weights, assign=True)  # takes the tensors as they are: no second copy of the weights
     if "tau" in state:
         model.tau.fill_(state["tau"])
-    return model.requires_grad_(True).to(device).eval(), state
+    return model.to(device).eval(), state
 
 
 def load_weights(path, model):
@@ -283,11 +283,12 @@ def load_training(path, model, optimizer) -> dict:
         die(f"{folder}: was trained with {state['optimizer']}; resume with the same --optimizer, or begin anew with --init_from={folder}")
     put_weights(model, read_tensors(folder, FILES[0], state), folder / FILES[0])
     saved, params = read_tensors(folder, FILES[1], state), dict(model.named_parameters())
-    for key in [k for k in saved if not k.startswith("rng.")]:
+    for key in saved:
         name, _, kind = key.rpartition(".")
         if name not in params or (saved[key].ndim and saved[key].shape != params[name].shape):
             die(f"{folder / FILES[1]}: {key} fits no parameter of the model; is it a checkpoint of another architecture?")
         p = params[name]
         optimizer.state[p][kind] = scatter(saved[key], p) if saved[key].ndim else saved[key].to(p.device)
-    set_random_state(saved)
+    with safe_open(folder / FILES[1], "pt") as file:
+        set_random_state(file.metadata()["rng"])
     return state

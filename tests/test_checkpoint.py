@@ -1,0 +1,275 @@
+"""checkpoint.py: bitwise round trips, atomicity under kill, rotation, and one clear line for every kind of damage."""
+
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import checkpoint
+import configurator
+import optim
+from model import build
+from train import Config
+
+TINY = {"n_layer": 2, "n_head": 2, "n_kv_head": 1, "d_model": 32, "d_ff": 48, "vocab_size": 100, "max_steps": 9}
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+
+
+def make(seed=1, **change):
+    cfg = Config(**TINY | {"seed": seed, "ffn": "polyglu"} | change)
+    model = build(cfg)
+    return cfg, model, optim.build_optimizer(model, cfg)
+
+
+def train(model, optimizer, steps):
+    """Steps whose data comes from the global generators, so that a resume must restore them."""
+    for _ in range(steps):
+        ids = (torch.randint(0, 100, (24,)) + np.random.randint(100) + random.randrange(100)) % 100
+        batch = {"ids": ids, "pos": torch.arange(24), "cu": torch.tensor([0, 24], dtype=torch.int32), "max_len": 24}
+        model.nll(model(batch | {"rows": torch.zeros(1, dtype=torch.int64)}), ids.roll(-1))[0].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def save(run, step, trio, **more):
+    cfg, model, optimizer = trio
+    state = {"config": configurator.to_dict(cfg), "stream": {"at": step}, "tau": 0.25, "metrics": {"val/loss": 1.5}}
+    return checkpoint.save(run, step, model, optimizer, state, **{"keep": 2} | more)
+
+
+def dies(capsys, call, *words):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        call()
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and message.count("\n") == 1, message
+    for word in words:
+        assert word in message, message
+
+
+def names(run):
+    return sorted(p.name for p in Path(run).glob("step-*"))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_resume_is_bitwise(tmp_path, optimizer):
+    _, straight, opt = trio = make(optimizer=optimizer)
+    random.seed(3)
+    random.gauss(0, 1)  # leaves a cached second value, which is part of the state
+    train(straight, opt, 3)
+    save(tmp_path, 3, trio)
+    train(straight, opt, 3)
+    after = (torch.rand(2), np.random.rand(2), random.random(), random.gauss(0, 1))
+
+    torch.manual_seed(99), np.random.seed(99), random.seed(99)
+    _, resumed, opt2 = make(optimizer=optimizer)
+    train(resumed, opt2, 1)  # other weights and moments, to be replaced
+    state = checkpoint.load_training(tmp_path, resumed, opt2)
+    assert state["step"] == 3 and state["stream"] == {"at": 3} and state["tau"] == 0.25
+    train(resumed, opt2, 3)
+    for (name, a), (_, b) in zip(straight.named_parameters(), resumed.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+        for kind, value in opt.state[a].items():
+            assert torch.equal(value, opt2.state[b][kind]), (name, kind)
+    assert torch.equal(after[0], torch.rand(2)) and (after[1] == np.random.rand(2)).all()
+    assert after[2:] == (random.random(), random.gauss(0, 1))
+
+
+@pytest.mark.parametrize("change", [{}, {"tie": False}, {"arch": "encdec", "ffn": "swiglu"}, {"arch": "encoder"}, {"embed_rank": 8}])
+def test_load_builds_the_same_model(tmp_path, change):
+    trio = make(**change)
+    save(tmp_path, 5, trio)
+    model, state = checkpoint.load(tmp_path)
+    assert not model.training and state["step"] == 5 and state["metrics"] == {"val/loss": 1.5} and float(model.tau) == 0.25
+    assert all(torch.equal(a, b) for a, b in zip(trio[1].parameters(), model.parameters(), strict=True))
+    assert all(p.requires_grad for p in model.parameters())
+    stored = load_file(tmp_path / "step-000005" / "model.safetensors")
+    assert len(stored) == len({id(p) for p in trio[1].parameters()}) and len(stored["embed.weight"]) == 128  # tied once, padded as it is
+    assert not any("inv_freq" in name for name in stored)
+
+
+def test_files_of_a_step_are_plain(tmp_path):
+    trio = make()
+    train(*trio[1:], 1)
+    size = save(tmp_path, 1, trio, metric=0.5, is_best=True)
+    folder = tmp_path / "step-000001"
+    assert sorted(p.name for p in folder.iterdir()) == ["model.safetensors", "optim.safetensors", "state.json"]
+    assert size == sum(p.stat().st_size for p in folder.iterdir())
+    assert json.loads((folder / "state.json").read_text())["config"]["n_layer"] == 2
+    with safe_open(folder / "optim.safetensors", "pt") as file:
+        assert "embed.weight.exp_avg" in file.keys() and "embed.weight.step" in file.keys()
+    for link in ("latest", "best"):
+        assert os.readlink(tmp_path / link) == "step-000001"
+    assert not list(tmp_path.glob(".tmp*"))
+
+
+def test_rotation_keeps_the_newest_and_the_best(tmp_path):
+    trio = make()
+    for step, best in ((2, False), (10, True), (9, False)):
+        save(tmp_path, step, trio, is_best=best, metric=float(step))
+    assert names(tmp_path) == ["step-000002", "step-000009"]  # 9 after 10: a resume from an older step abandons what came later
+    assert not (tmp_path / "best").is_symlink()
+    save(tmp_path, 11, trio, is_best=True)
+    for step in (12, 100, 1000):
+        save(tmp_path, step, trio)
+        os.utime(tmp_path / "step-000011")  # the order is by number, whatever the clock says
+    assert names(tmp_path) == ["step-000011", "step-000100", "step-001000"]
+    save(tmp_path, 1_000_000, trio, keep=1)
+    assert names(tmp_path) == ["step-000011", "step-1000000"]
+    assert [h["step"] for h in json.loads((tmp_path / "history.json").read_text())] == [2, 9, 11, 12, 100, 1000, 1_000_000]
+    assert json.loads((tmp_path / "history.json").read_text())[2]["best"] is True
+
+
+def test_saving_a_step_again_replaces_it(tmp_path):
+    trio = make()
+    save(tmp_path, 1, trio)
+    train(*trio[1:], 1)
+    save(tmp_path, 1, trio)
+    assert torch.equal(checkpoint.load(tmp_path)[0].embed.weight, trio[1].embed.weight) and names(tmp_path) == ["step-000001"]
+    assert not list(tmp_path.glob(".tmp*"))
+
+
+def test_resolve(tmp_path, capsys):
+    trio = make()
+    dies(capsys, lambda: checkpoint.resolve(tmp_path / "none"), "no checkpoint")
+    save(tmp_path, 1, trio)
+    dies(capsys, lambda: checkpoint.resolve(tmp_path, "best"), "best")
+    assert checkpoint.resolve(tmp_path).name == "step-000001"
+    save(tmp_path, 2, trio, is_best=True)
+    save(tmp_path, 3, trio)
+    assert checkpoint.resolve(tmp_path).name == checkpoint.resolve(tmp_path, "best").name == "step-000002"
+    assert checkpoint.resolve(tmp_path, "latest").name == "step-000003"
+    assert checkpoint.resolve(tmp_path / "step-000003", "best").name == "step-000003"
+    (tmp_path / "best").unlink()
+    (tmp_path / "latest").unlink()  # links are a convenience: the newest step is still found
+    assert checkpoint.resolve(tmp_path).name == "step-000003"
+
+
+def test_find_resume(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert checkpoint.find_resume(run, "") is None and checkpoint.find_resume(run, "auto") is None
+    dies(capsys, lambda: checkpoint.find_resume(run, "latest"), "no checkpoint")
+    trio = make()
+    save(run, 1, trio, is_best=True)
+    save(run, 2, trio)
+    dies(capsys, lambda: checkpoint.find_resume(run, ""), "--resume", "--out")
+    assert checkpoint.find_resume(run, "auto").name == checkpoint.find_resume(run, "latest").name == "step-000002"
+    assert checkpoint.find_resume(run, "best").name == "step-000001"
+    assert checkpoint.find_resume(tmp_path / "other", str(run / "step-000001")).name == "step-000001"
+    assert checkpoint.find_resume(tmp_path / "other", str(run)).name == "step-000002"
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optim.safetensors", "state.json"])
+@pytest.mark.parametrize("harm", ["flip", "cut", "remove"])
+def test_damage_is_one_line(tmp_path, capsys, file, harm):
+    trio = make()
+    train(*trio[1:], 1)
+    save(tmp_path, 1, trio)
+    folder = tmp_path / "step-000001"
+    data = bytearray((folder / file).read_bytes())
+    if harm == "flip":
+        at = data.index(b'"tau": 0.25') + 8 if file == "state.json" else len(data) - 5
+        data[at] ^= 1
+    (folder / file).write_bytes(data if harm == "flip" else data[: len(data) // 2])
+    if harm == "remove":
+        (folder / file).unlink()
+    dies(capsys, lambda: checkpoint.load_training(folder, *trio[1:]), file if (file, harm) != ("state.json", "remove") else "no checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"n_layer": 3}, ["decoder.blocks.2", "another architecture"]),
+        ({"n_layer": 1}, ["decoder.blocks.1", "has not"]),
+        ({"d_ff": 64}, ["decoder.blocks.0.ffn.alpha is (48, 4), the model's is (64, 4)"]),
+        ({"arch": "encoder"}, ["encoder."]),
+        ({"optimizer": "muon"}, ["AdamW", "--optimizer"]),
+    ],
+)
+def test_another_architecture_is_one_line(tmp_path, capsys, change, words):
+    trio = make()
+    save(tmp_path, 1, trio)
+    _, model, optimizer = make(**change)
+    before = [p.clone() for p in model.parameters()]
+    dies(capsys, lambda: checkpoint.load_training(tmp_path, model, optimizer), *words)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    if "optimizer" not in change:
+        dies(capsys, lambda: checkpoint.load_weights(tmp_path, model), *words)
+
+
+def test_init_from_takes_weights_only(tmp_path):
+    trio = make()
+    train(*trio[1:], 1)
+    save(tmp_path, 1, trio)
+    _, model, optimizer = make(seed=7)
+    state = torch.get_rng_state()
+    checkpoint.load_weights(tmp_path, model)
+    assert all(torch.equal(a, b) for a, b in zip(trio[1].parameters(), model.parameters(), strict=True))
+    assert not optimizer.state and torch.equal(state, torch.get_rng_state())
+
+
+def test_two_processes_on_one_run_are_refused(tmp_path, capsys):
+    held = checkpoint.lock(tmp_path)
+    dies(capsys, lambda: checkpoint.lock(tmp_path), str(os.getpid()), "--out")
+    held.close()
+    checkpoint.lock(tmp_path).close()
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, capsys, monkeypatch):
+    trio = make()
+    save(tmp_path, 1, trio)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    dies(capsys, lambda: save(tmp_path, 2, trio), "No space left", "GB", "untouched")
+    assert names(tmp_path) == ["step-000001"] and not list(tmp_path.glob(".tmp*"))
+    checkpoint.load(tmp_path)
+
+
+def test_kill_9_in_the_middle_of_a_save(tmp_path):
+    """A child saves without end, keeping one; killed at several moments, the previous checkpoint always loads."""
+    trio = make(n_head=2, n_kv_head=2, d_model=256, d_ff=512, vocab_size=2000)
+    torn = 0
+    for delay in (0.0, 0.003, 0.006, 0.009, 0.012, 0.02, 0.03, 0.04):
+        reader, writer = os.pipe()
+        child = os.fork()
+        if not child:
+            for step in range(1, 10_000):
+                os.write(writer, b"." if step > 2 else b"")
+                save(tmp_path, step, trio, keep=1)
+            os._exit(0)
+        os.read(reader, 1)
+        time.sleep(delay)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        torn += bool(list(tmp_path.glob(".tmp-step*")))
+        model, state = checkpoint.load(tmp_path)
+        assert state["step"] >= 2 and torch.equal(model.embed.weight, trio[1].embed.weight)
+        checkpoint.lock(tmp_path).close()
+        os.close(reader), os.close(writer)
+    assert torn  # at least one kill fell into a save
+
+
+def test_start_run_makes_the_folder_stand_alone(tmp_path):
+    (tmp_path / "data" / "tokenizer").mkdir(parents=True)
+    (tmp_path / "data" / "tokenizer" / "tokenizer.json").write_text("{}")
+    (tmp_path / "run").mkdir()
+    cfg = Config(**TINY, data={"a": str(tmp_path / "data")})
+    checkpoint.start_run(tmp_path / "run", cfg, {"torch": torch.__version__})
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert configurator.from_dict(Config, saved["config"]) == cfg and saved["torch"] == torch.__version__
+    assert (tmp_path / "run" / "tokenizer" / "tokenizer.json").read_text() == "{}"

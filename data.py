@@ -17,12 +17,14 @@ The files are described at `Shards`; prepare/text.py writes them. Read next: opt
 """
 
 import hashlib
+import itertools
 import json
 import math
 import queue
 import re
 import threading
 import time
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -85,9 +87,8 @@ class Shards:
             die(f"{self.dir}: split '{split}' holds {self.n_tokens} tokens, too few to predict one: prepare more text")
         self.bins = [self.open(s["name"] + ".bin", "<u4", s["tokens"]) for s in self.infos]
         self.idxs = [self.open(s["name"] + ".idx", "<i8", s["documents"] + 1) for s in self.infos]
-        for shard, idx in zip(self.infos, self.idxs, strict=True):
-            if idx[0] != 0 or idx[-1] != shard["tokens"]:
-                self.damaged(shard["name"] + ".idx", f"does not span the {shard['tokens']:,} tokens of its shard")
+        for s, idx in enumerate(self.idxs):
+            self.expect(s, idx[[0, -1]] == [0, self.infos[s]["tokens"]])
 
     def open(self, name, dtype, count):
         path, want = self.dir / name, np.dtype(dtype).itemsize * count
@@ -100,16 +101,19 @@ class Shards:
     def damaged(self, name, what):
         die(f"{self.dir / name} {what}: damaged or not finished; copy it again or prepare {self.dir} again")
 
+    def expect(self, s, good):
+        if not good.all():
+            self.damaged(self.infos[s]["name"] + ".idx", "holds offsets that do not rise from 0 to the number of tokens")
+
     def verify(self):
         """Every byte against the hashes of the manifest (slow, for --verify) -> the number of files read."""
-        for shard in self.infos:
-            for kind in ("bin", "idx"):
-                name, digest = f"{shard['name']}.{kind}", hashlib.sha256()
-                with open(self.dir / name, "rb") as file:
-                    while block := file.read(1 << 22):
-                        digest.update(block)
-                if digest.hexdigest() != shard["sha256_" + kind]:
-                    self.damaged(name, "does not have the sha256 that the manifest says")
+        for shard, kind in itertools.product(self.infos, ("bin", "idx")):
+            name, digest = f"{shard['name']}.{kind}", hashlib.sha256()
+            with open(self.dir / name, "rb") as file:
+                while block := file.read(1 << 22):
+                    digest.update(block)
+            if digest.hexdigest() != shard["sha256_" + kind]:
+                self.damaged(name, "does not have the sha256 that the manifest says")
         return 2 * len(self.infos)
 
     def tokens(self, start, stop):
@@ -125,8 +129,7 @@ class Shards:
         for s in np.unique(shard):
             here = shard == s
             lo, hi = (self.idxs[s][ids[here] - self.doc_base[s] + i] for i in (0, 1))
-            if ((lo < 0) | (hi < lo) | (hi > self.infos[s]["tokens"])).any():
-                self.damaged(self.infos[s]["name"] + ".idx", "holds offsets that do not rise")
+            self.expect(s, (lo >= 0) & (hi >= lo) & (hi <= self.infos[s]["tokens"]))
             start[here], size[here] = self.base[s] + lo, hi - lo
         return start, size
 
@@ -143,8 +146,7 @@ class Shards:
                     lo = np.searchsorted(idx, first, "right")
                     k = np.maximum(np.searchsorted(idx, first + n, "left") - lo, 0)
                     border = idx[ramp(lo, k)] - np.repeat(first, k)
-                    if ((border <= 0) | (border >= np.repeat(n, k))).any():
-                        self.damaged(self.infos[s]["name"] + ".idx", "holds offsets that do not rise")
+                    self.expect(s, (border > 0) & (border < np.repeat(n, k)))
                     new[np.repeat(to, k) + border] = True
             more = size > here  # what runs over the end of a shard goes on in the next, which begins with a document
             start, size, at = (start + here)[more], (size - here)[more], (at + here)[more]
@@ -177,16 +179,14 @@ def read_manifest(dir):
     tok, shards = manifest.get("tokenizer"), manifest.get("shards")
     if not (isinstance(tok, dict) and isinstance(tok.get("fingerprint"), str) and tok["fingerprint"] and count(tok.get("vocab_size"))):
         die(f"{path} does not say which tokenizer (fingerprint, vocab_size): prepare {dir} again")
-    names = set()
     for shard in shards if isinstance(shards, list) else [None]:
         good = isinstance(shard, dict) and all(count(shard.get(key)) for key in ("tokens", "documents", "bytes"))
         good = good and all(isinstance(shard.get(key), str) for key in ("name", "split", "sha256_bin", "sha256_idx"))
         # A name is that of a file in this very directory, and says its split: nothing called val-* is ever trained on.
-        if not good or not re.fullmatch(r"\w+-\d+", shard["name"]) or shard["name"].rsplit("-", 1)[0] != shard["split"]:
+        if not good or not re.fullmatch(rf"{re.escape(shard['split'])}-\d+", shard["name"]) or not shard["split"].isidentifier():
             die(f"{path} has an incomplete or misnamed entry, {str(shard)[:80]}: prepare {dir} again")
-        if shard["name"] in names:
-            die(f"{path} lists {shard['name']} twice: prepare {dir} again")
-        names.add(shard["name"])
+    if len({shard["name"] for shard in shards}) < len(shards):
+        die(f"{path} lists a shard twice: prepare {dir} again")
     return manifest
 
 
@@ -196,10 +196,7 @@ def count(value):
 
 def collate(shards, source, rows, seq_len, pieces, doc_mask=True, fixed_len=False, byte_lengths=None):
     """Pieces (row, col, start, size), arrays (P,) -> a flat micro-batch. source, rows (R,): each row's data source and global number.
-
-    A row is laid out one column wider than it is: inputs are columns 0..L-1, targets columns 1..L. What no piece covers is padding, a
-    document of its own that nothing is trained to predict.
-    """
+    Rows are laid out one column wider: inputs are columns 0..L-1, targets 1..L. What no piece covers is padding, an untrained document."""
     n, width = len(rows) * seq_len, seq_len + 1
     raw, new = np.full(len(rows) * width, UNTRAINED, np.uint32), np.zeros(len(rows) * width, bool)
     row, col, start, size = pieces
@@ -281,10 +278,10 @@ class Stream:
     def __init__(self, sources, plan, rank, world, cfg, order, log):
         self.sources, self.plan, self.rank, self.world, self.cfg, self.log = sources, plan, rank, world, cfg, log
         self.order = order  # in words, all that decides the order besides the sources
+        self.shards, self.n_tokens = [src.shards for src in sources], sum(src.shards.n_tokens for src in sources)
         self.names = [src.name for src in sources]  # what batch["source"] counts in
         self.step = self.rows = 0
         self.rest = None  # (source, first token, length) that the last step left of its last chunk
-        self.byte_lengths = None  # set it to a Shards.byte_lengths, and every micro-batch says its `bytes`
 
     @property
     def state(self):
@@ -308,32 +305,19 @@ class Stream:
             raise StopIteration
         row = self.plan(self.step)
         n_rows, per_micro = row.tokens // row.seq_len, row.micro_tokens // row.seq_len
-        if row.micro_tokens % row.seq_len or row.accum * self.world * row.micro_tokens != row.tokens:
-            die(
-                f"step {self.step}: {row.tokens} tokens are not {row.accum} x {self.world} ranks x {row.micro_tokens}, rows of {row.seq_len}"
-            )
+        assert per_micro * row.seq_len * row.accum * self.world == row.tokens, row
+        weights = [row.mix.get(src.name, 0.0) if row.mix else float(src.shards.n_tokens) / self.n_tokens for src in self.sources]
         fill = self.fill_documents if self.cfg.packing == "documents" else self.fill_windows
-        source, pieces = fill(n_rows, row.seq_len, self.weights(row.mix))
-        micros, shards = [], [src.shards for src in self.sources]
+        source, pieces = fill(n_rows, row.seq_len, weights)
+        micros = []
         for first in range(self.rank * per_micro, n_rows, self.world * per_micro):
             mine = slice(*np.searchsorted(pieces[0], [first, first + per_micro]))
             here = (pieces[0][mine] - first, *(array[mine] for array in pieces[1:]))
             rows = self.rows + np.arange(first, first + per_micro)
-            masks = self.cfg.doc_mask, self.cfg.compile, self.byte_lengths
-            micros.append(collate(shards, source[first : first + per_micro], rows, row.seq_len, here, *masks))
+            where, cfg = source[first : first + per_micro], self.cfg
+            micros.append(collate(self.shards, where, rows, row.seq_len, here, cfg.doc_mask, cfg.compile))
         self.step, self.rows = self.step + 1, self.rows + n_rows
         return micros
-
-    def weights(self, mix):
-        """-> a weight per source; without a mix in proportion to the tokens."""
-        if not mix:
-            return [src.shards.n_tokens / sum(s.shards.n_tokens for s in self.sources) for src in self.sources]
-        for name, weight in mix.items():
-            if name not in self.names or weight < 0:
-                die(f"mix: {name!r} = {weight}: weights are at least 0, and the sources of data are {', '.join(self.names)}")
-        if abs(sum(mix.values()) - 1) > 1e-6:
-            die(f"mix: {mix} sums to {sum(mix.values()):g}, not to 1")
-        return [mix.get(name, 0.0) for name in self.names]
 
     def draw(self, weights, size, take):
         """Take from the source furthest behind its share: shares are counted in tokens, by the mix of the step that uses them."""
@@ -440,24 +424,25 @@ def val_batches(dir, seq_len, tokens=0, micro_tokens=0, doc_mask=True):
 
 class Prefetch:
     """Any stream, built ahead by a thread: the same items in the same order, and the state that belongs to the last delivered one.
-
-    An error in the thread is raised by the very next next(). `wait`: seconds that the last next() spent waiting for data.
-    """
+    An error in the thread is raised by the very next next(). `wait`: seconds that the last next() spent waiting for data."""
 
     def __init__(self, stream, depth, pin):
         self.stream, self.depth, self.pin = stream, depth, pin
         self.state, self.wait, self.thread = stream.state, 0.0, None
 
     def work(self, ready, stop):
-        try:
+        state = self.state
+        while state is not None and not stop.is_set():
+            try:
+                item, state = next(self.stream), self.stream.state
+                item = pin_memory(item) if self.pin else item
+            except BaseException as error:  # whatever it is, SystemExit too, it belongs to the thread that trains
+                item, state = error, None
+                self.error = None if isinstance(error, StopIteration) else error
             while not stop.is_set():
-                item = next(self.stream)
-                put((pin_memory(item) if self.pin else item, self.stream.state), ready, stop)
-        except StopIteration as end:
-            put((end, None), ready, stop)
-        except BaseException as error:  # whatever it is, SystemExit too, it belongs to the thread that trains
-            self.error = error
-            put((error, None), ready, stop)
+                with suppress(queue.Full):
+                    ready.put((item, state), timeout=0.05)
+                    break
 
     def __iter__(self):
         return self
@@ -485,14 +470,6 @@ class Prefetch:
             self.stop.set()
             self.thread.join()
             self.thread = None
-
-
-def put(item, ready, stop):
-    while not stop.is_set():
-        try:
-            return ready.put(item, timeout=0.05)
-        except queue.Full:
-            continue
 
 
 def pin_memory(item):

@@ -304,14 +304,8 @@ def test_mix_within_one_percent_of_any_million_tokens_and_changes_without_lag(tm
     assert any("x: epoch 2 begins" in line for line in said)
 
 
-def test_mix_must_name_sources_and_sum_to_one(tmp_path, capsys):
-    cfg = mixed(tmp_path)
-    for mix, word in (({"a": 0.5, "c": 0.5}, "'c'"), ({"a": 0.5, "b": 0.4}, "0.9"), ({"a": 1.5, "b": -0.5}, "-0.5")):
-        with pytest.raises(SystemExit) as stop:
-            next(open_stream(cfg, make_plan([(1, 32, 96)], mix=mix)))
-        line = capsys.readouterr().err
-        assert stop.value.code == 2 and word in line and line.count("\n") == 1
-    stream = open_stream(cfg, make_plan([(60, 32, 96)]))  # no mix: as the sources are long
+def test_without_a_mix_sources_are_seen_in_proportion_to_their_length(tmp_path):
+    stream = open_stream(mixed(tmp_path), make_plan([(60, 32, 96)]))
     share = torch.cat([batch["source"] for batch in all_micros(stream)]).float().mean()
     assert abs(share - 1777 / 4778) < 0.03
 
@@ -413,8 +407,6 @@ def test_settings_that_contradict_stop(tmp_path, capsys):
     for keys in ({"chunk": 24}, {"packing": "documents", "doc_mask": False}, {"packing": "documents", "seq_len": 1}):
         with pytest.raises(SystemExit):
             open_stream(make_cfg(dir, **keys), make_plan([(1, 16, 16)]))
-    with pytest.raises(SystemExit):
-        next(open_stream(make_cfg(dir), make_plan([(1, 16, 72)])))
     other = write_shards(tmp_path / "o", make_docs(500), tokenizer="other")
     with pytest.raises(SystemExit):
         open_stream(make_cfg({"a": dir, "b": other}), make_plan([(1, 16, 16)]))

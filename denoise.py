@@ -132,8 +132,8 @@ def weights(mix: Mixture, progress: float, n: int = 0, length_adaptive: bool = F
 
 
 def name(d: Denoiser) -> str:
-    share = "{:g}-{:g}".format(*d.r) if isinstance(d.r, tuple) else f"{d.r:g}"
-    return f"{d.kind}{d.mu:g}/{share}" if d.mu else f"{d.kind}/{share}"
+    share = "{:g}-{:g}".format(*d.r) if isinstance(d.r, tuple) else f"{d.r:g}"  # no slash: metrics are named by it
+    return f"{d.kind}{d.mu:g}@{share}" if d.mu else f"{d.kind}@{share}"
 
 
 # Lengths

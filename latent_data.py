@@ -1,0 +1,299 @@
+"""What the interlingua reads and what the frozen models are asked: sources, prompts, flat batches, and their stream.
+
+    [BOS?] [head] [P_1 .. P_M] [tail: question, anchor] [answer] [EOS]          one flat document per question and model
+
+Position arithmetic happens once, in `pack`: the token that predicts each target is known by index, and nothing is ever shifted again.
+A step is a pure function of (seed, step): any world size sees the same sources in the same order. Read next: latentwire.py.
+"""
+
+import json
+import random
+import re
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import data
+from configurator import die
+
+CONTEXT, QUESTION = "\x00", "\x01"  # the two holes of a template
+TEXT = {  # anchor -> the question's part; the passage stands before it as "Context: ..."
+    "text": f"\nQuestion: {QUESTION}\nAnswer:",
+    "none": f"\nQuestion: {QUESTION}\n",
+}
+REPEAT = "\nText:"  # asks for the source back
+BOS = ("<|begin_of_text|>", "<s>", "<bos>")
+
+
+class Side:
+    """One frozen model's way of putting things: its tokenizer, template, BOS and anchor."""
+
+    def __init__(self, tok, cfg):
+        self.tok, self.all, self.bos_mode = tok, cfg.compress == "all", cfg.bos
+        self.anchor = ("chat" if tok.chat_template else "text") if cfg.anchor == "auto" else cfg.anchor
+        if self.anchor == "chat" and not tok.chat_template:
+            die(f"anchor=chat, but {tok.name} has no chat template; use --anchor=text")
+        self.bos = [tok.special[name] for name in BOS if name in tok.special][:1]
+        if self.anchor == "chat":
+            import jinja2
+
+            message = {"role": "user", "content": f"Context: {CONTEXT}\nQuestion: {QUESTION}\nAnswer with a few words of the context."}
+            render = jinja2.Environment().from_string(tok.chat_template).render
+            text = render(messages=[message], add_generation_prompt=True, bos_token="", eos_token="")
+        else:
+            text = f"Context: {CONTEXT}" + TEXT[self.anchor]
+        self.join = "" if self.anchor == "chat" or text.endswith("\n") else " "  # between anchor and answer
+        self.text = self.cut(text)  # of the model that reads text
+        head, tail = text.split(CONTEXT)
+        head, tail = head.removesuffix("Context: "), tail if not self.all else tail.split(QUESTION)[1]
+        if self.all and self.anchor == "text":
+            tail = "Answer:"  # the packet ends with the question, and the anchor calls for the answer again
+        self.head, self.tail = self.cut(head), self.cut(tail)
+        self.ids = lru_cache(maxsize=1 << 16)(lambda text: tuple(tok.encode(text)))
+
+    def cut(self, text):
+        """Markers such as <|im_start|> become ids; they never can from the user's text, which is put in later."""
+        markers = "|".join(map(re.escape, sorted(self.tok.special, key=len, reverse=True)))
+        return [self.tok.special.get(part, part) for part in re.split(f"({markers})", text) if part] if markers else [text]
+
+    def fill(self, parts, context="", question=""):
+        out = []
+        for part in parts:
+            out += [part] if isinstance(part, int) else self.ids(part.replace(CONTEXT, context).replace(QUESTION, question))
+        return out
+
+    def gold(self, answer):
+        return (list(self.ids(self.join + answer)) if answer else []) + [self.tok.eos_id]
+
+    def aligned(self, question, answer):
+        """Is the answer's first token the same whether or not it follows the anchor? Hard check of the target at t = 0."""
+        last = self.tail[-1] if self.tail else self.text[-1]
+        if isinstance(last, int) or not answer:
+            return True
+        last = last.replace(QUESTION, question)
+        return tuple(self.tok.encode(last + self.join + answer)) == self.ids(last) + self.ids(self.join + answer)
+
+    def prompt(self, question, context=None, slots=0):
+        """Ids of a prompt; -1 stands for a slot. With a context the model reads text, else (slots or nothing) and the tail."""
+        if context is not None:
+            return (self.bos if self.bos_mode != "none" else []) + self.fill(self.text, context, question)
+        before, after = (self.bos, []) if self.bos_mode == "first" else ([], self.bos if self.bos_mode == "after" else [])
+        return before + self.fill(self.head) + [-1] * slots + after + self.fill(self.tail, question=question)
+
+    def bare(self, slots, tail=""):
+        """[BOS][P][tail]: what reconstruction (tail = REPEAT) and continuation (none) are predicted from."""
+        return (self.bos if self.bos_mode == "first" else []) + [-1] * slots + list(self.ids(tail))
+
+
+def pack(docs, prefix=""):
+    """Documents (prompt ids with -1 for slots, first slot in Z, targets, kind) -> one flat batch.
+
+    Inputs are prompt + targets[:-1]; target i is predicted at position len(prompt) - 1 + i. `at`, `goal`, `step` list them by kind.
+    """
+    ids, slot_at, slot_z, lengths = [], [], [], []
+    kinds = {}
+    for prompt, z, targets, kind in docs:
+        base = len(ids)
+        slots = [base + i for i, t in enumerate(prompt) if t < 0]
+        slot_at += slots
+        slot_z += range(z, z + len(slots))
+        ids += [max(t, 0) for t in prompt] + targets[:-1]
+        at, goal, step = kinds.setdefault(kind, ([], [], []))
+        at += range(base + len(prompt) - 1, base + len(prompt) - 1 + len(targets))
+        goal += targets
+        step += range(len(targets))
+        lengths.append(len(ids) - base)
+    out = flat(ids, lengths, prefix) | {prefix + "slot_at": slot_at, prefix + "slot_z": slot_z}
+    for kind, lists in kinds.items():
+        out |= {f"{prefix}{kind}.{name}": values for name, values in zip(("at", "goal", "step"), lists, strict=True)}
+    return {k: torch.tensor(v, dtype=torch.long) if isinstance(v, list) else v for k, v in out.items()}
+
+
+def flat(ids, lengths, prefix=""):
+    lengths = np.array(lengths, np.int64)
+    return {
+        prefix + "ids": torch.tensor(ids, dtype=torch.long),  # (N,)
+        prefix + "pos": torch.from_numpy(data.ramp(np.zeros_like(lengths), lengths)),  # (N,)
+        prefix + "cu": torch.from_numpy(np.append(0, lengths.cumsum()).astype(np.int32)),  # (S + 1,)
+        prefix + "max_len": int(lengths.max()),
+    }
+
+
+class Reader:
+    """How sources become the encoder's input: tokens, packet lengths, and which tokens each slot pools."""
+
+    def __init__(self, tok, cfg):
+        self.tok, self.cfg, self.limit = tok, cfg, cfg.seq_len
+        self.queries = cfg.latent_encoder == "byte"  # its slots are read as tokens in front of the text
+        self.cut = 0  # sources that were too long
+
+    def source(self, context, question=None):
+        """(ids of the source, with EOS, so that an empty text has a token too; characters of the context are cut, never the question)."""
+        text = context if question is None else f"Context: {context}\nQuestion: {question}\nAnswer: "
+        ids = self.tok.encode(text)
+        if len(ids) >= self.limit:
+            self.cut += 1
+            keep, tail = self.tok.encode("Context: " + context if question is not None else context), []
+            if question is not None:
+                tail = self.tok.encode(f"\nQuestion: {question}\nAnswer: ")[: self.limit - 1]
+            ids = keep[: self.limit - 1 - len(tail)] + tail
+        return ids + [self.tok.eos_id]
+
+    def slots(self, n):
+        return -(-n // self.cfg.latent_ratio) if self.cfg.latent_ratio else self.cfg.latent_len
+
+    def collate(self, sources):
+        """Lists of ids -> flat encoder input; slot j of n tokens pools tokens floor(jn/M) .. floor((j+1)n/M), at least one."""
+        m = np.array([self.slots(len(s)) for s in sources])
+        front = m if self.queries else np.zeros_like(m)
+        lengths = np.array([len(s) for s in sources])
+        base = np.cumsum(np.append(0, lengths + front))[:-1]
+        j = data.ramp(np.zeros_like(m), m)  # (sum M,) number of each slot in its packet
+        n, mm, first = (np.repeat(x, m) for x in (lengths, m, base + front))
+        start = j * n // mm
+        size = np.maximum((j + 1) * n // mm - start, 1)
+        batch = flat([t for s, f in zip(sources, front, strict=True) for t in [0] * f + list(s)], lengths + front)
+        return batch | {
+            "z_cu": torch.from_numpy(np.append(0, m.cumsum()).astype(np.int32)),  # (B + 1,)
+            "z_max": int(m.max()),
+            "slot": torch.from_numpy(j),  # (sum M,)
+            "query_at": torch.from_numpy(np.repeat(base, m) + j),  # (sum M,), where `byte` puts its queries
+            "text_at": torch.from_numpy(data.ramp(base + front, lengths)),  # (tokens,)
+            "text_of": torch.from_numpy(np.repeat(np.arange(len(m)), lengths)),  # (tokens,) the source of each
+            "pool": torch.from_numpy(data.ramp(first + start, size)),  # (P,) tokens ...
+            "pool_to": torch.from_numpy(np.repeat(np.arange(len(j)), size)),  # (P,) ... and the slot that pools them
+            "tokens": int(lengths.sum()),
+        }
+
+
+def read_rows(path):
+    """{context, question, answers, id} and {text} rows of a jsonl, json or parquet file, or of a folder's train.jsonl."""
+    path = Path(path)
+    path = path / "train.jsonl" if path.is_dir() else path
+    if not path.is_file():
+        die(f"{path} does not exist; write it with `python -m prepare.factqa` or `python -m prepare.squad`")
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        return pyarrow.parquet.read_table(path).to_pylist()
+    text = path.read_text(encoding="utf-8")
+    rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines() if line.strip()]
+    for row in rows:
+        if "text" not in row and not {"context", "question", "answers"} <= set(row):
+            die(f"{path}: a row is {{context, question, answers}} or {{text}}, not {sorted(row)}")
+    return rows
+
+
+def sources_of(rows, cfg, sides):
+    """Rows -> (context, [(question, answer)]) with the questions of one passage together, or (text, None); and how many were dropped."""
+    groups, out, dropped = {}, [], 0
+    for row in rows:
+        if "text" in row:
+            out.append((row["text"], None))
+            continue
+        answer = row["answers"][0] if row["answers"] else ""  # trained on the first reference; evaluation takes the best over all
+        if not all(side.aligned(row["question"], answer) for side in sides):
+            dropped += 1
+            continue
+        key = row["context"] if cfg.compress == "context" else (row["context"], row["question"])
+        if key not in groups:
+            groups[key] = (row["context"], [])
+            out.append(groups[key])
+        groups[key][1].append((row["question"], answer))
+    return out, dropped
+
+
+class Stream:
+    """next() -> this rank's micro-batches of the next step; a row of the plan is one source. Same interface as data.Stream."""
+
+    def __init__(self, cfg, plan, rank, world, sides, reader, log=print):
+        self.cfg, self.plan, self.rank, self.world, self.sides, self.reader = cfg, plan, rank, world, sides, reader
+        files = cfg.data if isinstance(cfg.data, dict) else {"qa": cfg.data}
+        self.sources, self.names, self.step = {}, [], 0  # one loss per term, not per source: the terms say which source they are of
+        for name, path in files.items():
+            self.sources[name], dropped = sources_of(read_rows(path), cfg, sides)
+            if not self.sources[name]:
+                die(f"data: {path} holds nothing that can be asked ({dropped} rows not aligned to the tokens of the answer)")
+            log(
+                f"data: {name}: {len(self.sources[name]):,} sources; {dropped} questions dropped, their answer does not begin at a token border"
+            )
+        self.taken = dict.fromkeys(self.sources, 0)
+
+    @property
+    def state(self):
+        return {"step": self.step, "taken": dict(self.taken), "sizes": {k: len(v) for k, v in self.sources.items()}}
+
+    def load(self, state):
+        if state["sizes"] != self.state["sizes"]:
+            die(f"cannot continue the data of the checkpoint ({state['sizes']}) with {self.state['sizes']}: use its data, or init_from")
+        self.step, self.taken = state["step"], dict(state["taken"])
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self.step >= self.plan.steps:
+            raise StopIteration
+        row, rng = self.plan(self.step), random.Random(f"{self.cfg.seed}/{self.step}")
+        count, per_micro = row.tokens // row.seq_len, row.micro_tokens // row.seq_len
+        if row.accum * self.world * per_micro != count or not per_micro:
+            die(f"{count} sources a step (tokens / seq_len) do not divide into {row.accum} x {self.world} micro-batches of {per_micro}")
+        mix = row.mix or {name: float(len(rows)) for name, rows in self.sources.items()}
+        if unknown := set(mix) - set(self.sources):
+            die(f"mix names {sorted(unknown)[0]!r}, but data holds {', '.join(self.sources)}")
+        names = sorted(rng.choices(list(mix), list(mix.values()), k=count))
+        chosen = [(*self.take(name), rng.random()) for name in names]
+        rng.shuffle(chosen)  # every micro-batch gets its share of each source
+        bits = rng.choice(self.cfg.wire_bits) if self.cfg.wire_bits and row.eta >= self.cfg.wire_start else 0
+        micros = []
+        for i in range(row.accum):
+            first = (i * self.world + self.rank) * per_micro
+            micros.append(self.collate(chosen[first : first + per_micro]) | {"bits": bits, "first_k": self.cfg.first_k})
+        self.step += 1
+        return micros
+
+    def take(self, name):
+        rows = self.sources[name]
+        epoch, i = divmod(self.taken[name], len(rows))
+        self.taken[name] += 1
+        return rows[int(data.permute([i], len(rows), f"{self.cfg.seed}/{name}/{epoch}")[0])]
+
+    def collate(self, chosen):
+        """[(context, questions or None, a random number)] -> one micro-batch for the encoder and every model."""
+        cfg, texts, later = self.cfg, [], []
+        for context, questions, u in chosen:
+            rest = ""
+            if questions is None:  # continuation: somewhere in the middle half, at a space
+                border = context.find(" ", int(len(context) * (0.4 + 0.3 * u)))
+                context, rest = (context[:border], context[border:]) if border > 0 else (context, "")
+            elif cfg.latent_questions and len(questions) > cfg.latent_questions:
+                questions = random.Random(u).sample(questions, cfg.latent_questions)
+            texts.append(self.reader.source(context, questions[0][0] if questions and cfg.compress == "all" else None))
+            later.append((context, questions, rest))
+        batch = self.reader.collate(texts)
+        z = batch["z_cu"].tolist()
+        for m, side in enumerate(self.sides):
+            docs, teacher = [], []
+            for i, (context, questions, rest) in enumerate(later):
+                slots, room = z[i + 1] - z[i], cfg.seq_len
+                for question, answer in questions or ():
+                    gold = side.gold(answer)
+                    docs.append((side.prompt(question, slots=slots), z[i], gold, "ans"))
+                    teacher.append((side.prompt(question, context=context), 0, gold[: cfg.first_k], "kd"))
+                if cfg.w_ae if questions is None else cfg.w_ae_qa:
+                    docs.append(
+                        (
+                            side.bare(slots, REPEAT),
+                            z[i],
+                            (list(side.ids(context)) + [side.tok.eos_id])[:room],
+                            "ae" if questions is None else "ae_qa",
+                        )
+                    )
+                if rest and cfg.w_lm:
+                    docs.append((side.bare(slots), z[i], list(side.ids(rest))[:room], "lm"))
+            batch |= pack(docs, f"{m}.")
+            if cfg.w_kd and teacher:
+                batch |= pack(teacher, f"{m}.teacher.")
+        return batch

@@ -1,0 +1,466 @@
+"""LatentWire: one encoder turns a text into a short packet of vectors that several frozen, different language models read instead.
+
+    text --encoder--> Z (M, d_z) --codec--> Z' --adapter of model m--> P_m (M, d_m) --input embeddings--> frozen model m --> answer
+
+    python train.py config/latent_toy.py          objective latent; `make latent` does all of it from nothing
+    python sample.py --ckpt=out/latent            text in, one answer per frozen model out
+    python -m eval.latent --ckpt=out/latent       every arm and control, in bytes and in tokens
+
+The frozen models are run directories; they are neither trained nor saved, their fingerprints are. Everything is flat: packets of any
+lengths lie behind one another, cut by `z_cu`. What was measured to matter: the reader starts from a pretrained model, and slots pool the
+text in order. Read next: latent_data.py (layouts, batches), eval/latent.py (what it is worth).
+"""
+
+import dataclasses
+import hashlib
+import math
+import struct
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint as recompute
+
+import checkpoint
+import configurator
+import latent_data
+import tokenizer
+from configurator import die
+from model import ModelConfig, Segments, Transformer
+from model import build as build_transformer
+
+# ---- the wire -----------------------------------------------------------------------------------------------------------
+
+HEADER = struct.Struct("<4sBBHHHI")  # magic, version, bits, group, M, d_z, count: 16 bytes
+MAGIC, VERSION, GROUP = b"LWIR", 1, 32
+WIDTHS = (32, 16, 8, 6, 4)
+
+
+def scales_of(amax, qmax):
+    """fp16 scales as stored, rounded towards zero: then scale <= amax / qmax and the error stays below amax / (2 qmax)."""
+    exact = amax / qmax
+    half = exact.astype(np.float16)
+    return np.where(half.astype(np.float32) > exact, np.nextafter(half, np.float16(0)), half)
+
+
+def encode(z, bits: int) -> bytes:
+    """(M, d_z) -> the bytes that travel. 32 and 16 are floats; below, groups of 32 values share a scale."""
+    z = np.ascontiguousarray(torch.as_tensor(z).detach().float().cpu().numpy())
+    if bits not in WIDTHS or z.ndim != 2 or max(z.shape) > 65535 or not np.isfinite(z).all():
+        raise ValueError(f"cannot send bits={bits}, shape {z.shape}: bits in {WIDTHS}, (M, d_z) up to 65535, finite values")
+    header = HEADER.pack(MAGIC, VERSION, bits, GROUP, *z.shape, z.size)
+    flat = z.reshape(-1)
+    if bits == 32:
+        return header + flat.astype("<f4").tobytes()
+    qmax = 2 ** (bits - 1) - 1
+    if np.abs(flat).max(initial=0) > 65504 * (1 if bits == 16 else qmax):
+        raise ValueError(f"{np.abs(flat).max():g} does not fit fp16 {'values' if bits == 16 else 'scales'}; send 32 bits")
+    if bits == 16:
+        return header + flat.astype("<f2").tobytes()
+    groups = np.pad(flat, (0, -len(flat) % GROUP)).reshape(-1, GROUP)
+    scale = scales_of(np.abs(groups).max(1, initial=0), qmax)  # (G,)
+    step = scale.astype(np.float32)[:, None]
+    q = np.clip(np.rint(np.divide(groups, step, out=np.zeros_like(groups), where=step > 0)), -qmax, qmax).astype(np.int64)
+    raised = (q.reshape(-1)[: len(flat)] + qmax).astype(np.uint8)  # 0 .. 2 qmax
+    packed = np.packbits(np.unpackbits(raised[:, None], axis=1)[:, 8 - bits :])
+    return header + scale.astype("<f2").tobytes() + packed.tobytes()
+
+
+def decode(payload: bytes) -> torch.Tensor:
+    """The bytes -> (M, d_z) fp32, exactly what every model gets to see. Anything but a whole packet of ours is refused."""
+    if len(payload) < HEADER.size:
+        raise ValueError(f"a packet has a header of {HEADER.size} bytes, this one has {len(payload)} bytes in all")
+    magic, version, bits, group, m, d, count = HEADER.unpack_from(payload)
+    if (magic, version, group) != (MAGIC, VERSION, GROUP) or bits not in WIDTHS or count != m * d:
+        raise ValueError(f"not a packet: magic {magic!r}, version {version}, bits {bits}, group {group}, {m} x {d} != {count}?")
+    n_groups = -(-count // GROUP) if bits < 16 else 0
+    body = payload[HEADER.size :]
+    if len(body) != 2 * n_groups + -(-count * bits // 8):
+        raise ValueError(f"a packet of {count} values at {bits} bits has {2 * n_groups + -(-count * bits // 8)} bytes, not {len(body)}")
+    if bits >= 16:
+        flat = np.frombuffer(body, f"<f{bits // 8}").astype(np.float32)
+    else:
+        scale = np.frombuffer(body[: 2 * n_groups], "<f2").astype(np.float32)
+        ones = np.unpackbits(np.frombuffer(body[2 * n_groups :], np.uint8))[: count * bits].reshape(count, bits)
+        q = (ones @ (1 << np.arange(bits - 1, -1, -1))).astype(np.float32) - (2 ** (bits - 1) - 1)
+        flat = q * np.repeat(scale, GROUP)[:count]
+    if not np.isfinite(flat).all():
+        raise ValueError("the packet holds values that are not finite")
+    return torch.from_numpy(flat.reshape(m, d).copy())
+
+
+class FakeWire(torch.autograd.Function):
+    """encode then decode, packet by packet; the gradient passes straight through."""
+
+    @staticmethod
+    def forward(ctx, z, z_cu, bits):
+        packets = [decode(encode(part, bits)) for part in z.detach().split(z_cu.diff().tolist())]
+        return torch.cat(packets).to(z)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None, None
+
+
+def over_wire(z, z_cu, bits):
+    return FakeWire.apply(z, z_cu, bits) if bits else z
+
+
+# ---- the encoder --------------------------------------------------------------------------------------------------------
+
+
+def reader_of(lm: Transformer, layers: int, causal: bool, blocks: int = 0) -> Transformer:
+    """The first layers of a pretrained model as a model of its own, without a head; bidirectional unless `causal`.
+
+    A decoder and an encoder have the same blocks, so only the mask is lifted. `blocks` more of the same shape are put on top.
+    """
+    side = "decoder" if lm.decoder is not None else "encoder"
+    keep = layers or lm.cfg.n_layer
+    if keep > lm.cfg.n_layer:
+        die(f"latent_layers={keep}, but the reader has {lm.cfg.n_layer}; use 0 for all")
+    to = "decoder" if causal else "encoder"
+    act = lm.cfg.act if isinstance(lm.cfg.act, str) else (*lm.cfg.act[:keep], *lm.cfg.act[-1:] * blocks)
+    shape = dict(arch=to, n_layer=keep + blocks, act=act, tie=True, max_len=1 << 20, gate_enc=lm.cfg.gate, gate_noise=False)
+    reader = build_transformer(dataclasses.replace(lm.cfg, **shape))
+    old = {k.replace(side + ".", to + ".", 1): v for k, v in lm.state_dict().items() if k.startswith((side, "embed"))}
+    new = reader.state_dict()
+    reader.load_state_dict({k: old[k].to(v) if k in old and block_number(k) < keep else v for k, v in new.items()})
+    return reader
+
+
+def block_number(name):
+    return int(name.split(".")[2]) if ".blocks." in name else -1
+
+
+class Encoder(nn.Module):
+    """Source tokens -> Z. lm, pool: states pooled block by block; byte: queries read in front; query: cross-attention; sent: one mean."""
+
+    def __init__(self, cfg, reader: Transformer, trained: bool, slots: int):
+        super().__init__()
+        self.kind, width, d_z = cfg.latent_encoder, reader.cfg.d_model, cfg.latent_dim
+        if trained:
+            self.reader = reader
+        self.readers = [reader]  # a frozen reader is no part of the checkpoint
+        self.norm = nn.LayerNorm(width)
+        self.out = nn.Linear(width, d_z)
+        self.slot = nn.Parameter(torch.randn(slots, d_z) * 0.02)
+        if self.kind in ("byte", "query"):
+            self.queries = nn.Parameter(torch.randn(slots, width) * (0.02 if self.kind == "byte" else 1.0))
+        if self.kind == "query":
+            self.heads = reader.cfg.n_head
+            self.q, self.kv = nn.Linear(width, width), nn.Linear(width, 2 * width)
+            self.gate = nn.Linear(width, width)
+
+    def forward(self, batch):
+        reader, slot = self.readers[0], batch["slot"]
+        if self.kind == "byte":
+            ids = reader.embed_tokens(batch["ids"])
+            embeds = ids.index_copy(0, batch["query_at"], self.queries[slot].to(ids))
+            x = reader(batch | {"embeds": embeds})[batch["query_at"]]
+        else:
+            states = reader(batch)  # (N, width)
+            if self.kind in ("lm", "pool"):
+                x = mean_of(states[batch["pool"]], batch["pool_to"], len(slot))
+            elif self.kind == "sent":
+                mean = mean_of(states, batch["text_of"], len(batch["z_cu"]) - 1)
+                x = mean.repeat_interleave(batch["z_cu"].diff(), dim=0, output_size=len(slot))
+            else:
+                asked = self.queries[slot]
+                q = self.q(asked).unflatten(-1, (self.heads, -1))  # (sum M, H, E)
+                k, v = self.kv(states.float()).unflatten(-1, (2, self.heads, -1)).unbind(1)
+                see = Segments(batch["z_cu"], batch["z_max"], batch["cu"], batch["max_len"], causal=False)
+                x = see.attend(q, k, v).flatten(1)
+                x = asked + torch.sigmoid(self.gate(asked)) * x
+        return self.out(self.norm(x.float())) + self.slot[slot]  # (sum M, d_z)
+
+
+def mean_of(x, to, n):
+    """Rows of x averaged into n bins: x (P, D), to (P,) -> (n, D)"""
+    total = torch.zeros(n, x.shape[1], device=x.device).index_add(0, to, x.float())
+    return total / torch.bincount(to, minlength=n).clamp(min=1)[:, None]
+
+
+# ---- adapters -----------------------------------------------------------------------------------------------------------
+
+
+class Adapter(nn.Module):
+    """Z -> vectors that look like one model's word vectors: they begin as the mean word vector plus noise, at the words' own rms."""
+
+    def __init__(self, cfg, lm: Transformer):
+        super().__init__()
+        with torch.no_grad():
+            table = lm.embed_tokens(torch.arange(lm.cfg.vocab_size, device=lm.embed.weight.device)).float()  # (V, d_m)
+            rms = float(table.square().mean().sqrt())  # once: a fresh sample every step would make the target wander
+        d_z, d_m, self.calibration = cfg.latent_dim, table.shape[1], cfg.calibration
+        hidden = 4 * d_z
+        if cfg.adapter == "mlp":
+            self.net = nn.Sequential(nn.Linear(d_z, hidden), nn.GELU(), nn.Linear(hidden, d_m))
+        else:
+            self.net = nn.Sequential(nn.LayerNorm(d_z), nn.Linear(d_z, d_m))
+        out = self.net[-1]
+        nn.init.normal_(out.weight, std=float(table.std()) / math.sqrt(out.in_features / 4))
+        out.bias.data.copy_(table.mean(0))
+        self.gain = nn.Parameter(torch.ones(())) if self.calibration != "none" else None
+        self.rms = cfg.prefix_rms if self.calibration == "fixed" else rms
+
+    def forward(self, z):
+        x = self.net(z)
+        if self.gain is None:
+            return x
+        return x * (x.square().mean(-1, keepdim=True) + 1e-12).rsqrt() * (self.rms * self.gain)
+
+
+# ---- the losses ---------------------------------------------------------------------------------------------------------
+
+
+def answer_sums(logits, goal, step, k: int, teacher=None, tau: float = 1.0) -> dict:
+    """All answer terms from one set of logits (n, V): `goal` the targets, `step` each one's place in its answer. -> {term: sum}"""
+    ce = F.cross_entropy(logits, goal, reduction="none")  # (n,)
+    early = step < k
+    out = {"ans": ce.sum(), "first": ce[step == 0].sum(), "k": ce[early].sum()}
+    out["first_right"] = (logits.detach().argmax(-1) == goal)[step == 0].float().sum()
+    if teacher is not None:  # KL(teacher || student) of the first k steps; teacher logits come in the same order
+        p, q = (teacher / tau).log_softmax(-1), (logits[early] / tau).log_softmax(-1)
+        out["kd"] = tau * tau * F.kl_div(q, p, log_target=True, reduction="sum")
+    return out
+
+
+def weights(cfg) -> dict[str, float]:
+    return dict(ans=cfg.w_ans, first=cfg.w_first, k=cfg.w_k, kd=cfg.w_kd, ae=cfg.w_ae, ae_qa=cfg.w_ae_qa, lm=cfg.w_lm)
+
+
+class Interlingua(nn.Module):
+    """Encoder and adapters (trained, saved) around frozen models (neither)."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        check(cfg)
+        self.cfg = cfg
+        self.lms = [frozen(path) for path in cfg.lms]
+        for m, lm in enumerate(self.lms):  # a checkpoint fits these very models and no others: its tensors' names say so
+            self.register_buffer(f"lm{m}_sha256_{fingerprint(lm).hex()}", torch.ones(1))
+        self.register_buffer("tau", torch.ones(()), persistent=False)
+        torch.manual_seed(cfg.seed)
+        trained = cfg.latent_encoder in ("lm", "pool", "byte")
+        if own_blocks(cfg):
+            shape = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(ModelConfig)}
+            shape |= {"arch": "encoder", "vocab_size": 257, "max_len": 1 << 20, "gate_noise": False}
+            reader = build_transformer(configurator.from_dict(ModelConfig, shape, "config"))
+        else:
+            lm = frozen(cfg.latent_reader) if cfg.latent_reader else self.lms[0]
+            reader = reader_of(lm, cfg.latent_layers, causal=not trained and lm.decoder is not None, blocks=cfg.latent_blocks)
+            old = reader.cfg.n_layer - cfg.latent_blocks
+            for name, p in reader.named_parameters():
+                own = trained and (not cfg.latent_frozen or block_number(name) >= old or "coder.norm." in name)
+                p.requires_grad_(own)
+        slots = -(-(cfg.seq_len + 1) // cfg.latent_ratio) if cfg.latent_ratio else cfg.latent_len
+        self.encoder = Encoder(cfg, reader, trained, slots)
+        self.adapters = nn.ModuleList(Adapter(cfg, lm) for lm in self.lms)
+        self.sides, self.reader = layouts(cfg)
+        if cfg.latent_from:
+            theirs, part = latent_weights(cfg.latent_from), "encoder."
+            self.encoder.load_state_dict({k.removeprefix(part): v for k, v in theirs.items() if k.startswith(part)})
+            self.encoder.requires_grad_(False)
+
+    # -- the frozen models follow, unregistered
+
+    def others(self):
+        return [*self.lms, *(r for r in self.encoder.readers if r is not getattr(self.encoder, "reader", None))]
+
+    def _apply(self, fn, *args, **kwargs):
+        for model in self.others():
+            model._apply(fn)
+        return super()._apply(fn, *args, **kwargs)
+
+    def set_dtype(self, dtype):
+        for model in (*self.lms, *self.encoder.readers):
+            model.set_dtype(dtype)
+        return self
+
+    @property
+    def device(self):
+        return self.tau.device
+
+    def num_params(self):
+        return sum(p.numel() for p in self.parameters())
+
+    # -- forward
+
+    def slots(self, batch, bits=0):
+        """Source batch -> Z as it leaves the wire."""
+        return over_wire(self.encoder(batch), batch["z_cu"], bits)
+
+    def embeds(self, m, ids, slot_at, z):
+        """Input embeddings of model m: words, and the packet's vectors where its slots are."""
+        words = self.lms[m].embed_tokens(ids)
+        return words if z is None else words.index_copy(0, slot_at, self.adapters[m](z).to(words.dtype))
+
+    def side_sums(self, m, z, batch):
+        """One forward of model m; answers, reconstruction and continuation are documents of the same flat batch."""
+        lm, cfg = self.lms[m], self.cfg
+        part = {k[len(f"{m}.") :]: v for k, v in batch.items() if k.startswith(f"{m}.")}
+        embeds = self.embeds(m, part["ids"], part["slot_at"], z[part["slot_z"]])
+        hidden = lm(part | {"embeds": embeds})  # (N, d_m)
+        out = {}
+        for kind in ("ae", "ae_qa", "lm"):
+            if f"{kind}.at" in part:
+                out[kind] = lm.nll(hidden[part[f"{kind}.at"]], part[f"{kind}.goal"])[0]
+        if "ans.at" in part:
+            teacher = None
+            if cfg.w_kd:
+                teacher = self.teacher(lm, {k[len("teacher.") :]: v for k, v in part.items() if k.startswith("teacher.")})
+            logits = lm.predict(hidden[part["ans.at"]])
+            out |= answer_sums(logits, part["ans.goal"], part["ans.step"], cfg.first_k, teacher, cfg.kd_tau)
+        return {f"{term}/{m}": value for term, value in out.items()}
+
+    @torch.no_grad()
+    def teacher(self, lm, part):
+        """The same model reading the whole text, at the places that predict the first k answer tokens."""
+        return lm.predict(lm(part)[part["kd.at"]])
+
+    def forward(self, batch):
+        z = self.slots(batch, batch["bits"])
+        out = {}
+        for m in range(len(self.lms)):
+            if self.cfg.sequential:  # activations of one model live at a time: kept as z, made again in its turn of the backward
+                out |= recompute(self.side_sums, m, z, batch, use_reentrant=False)
+            else:
+                out |= self.side_sums(m, z, batch)
+        return out
+
+    # -- answering
+
+    @torch.no_grad()
+    def packets(self, sources, bits=0):
+        """Lists of source ids -> payloads (bits > 0) and the decoded packets, a list of (M, d_z)."""
+        device = self.device
+        batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in self.reader.collate(sources).items()}
+        parts = self.encoder(batch).split(batch["z_cu"].diff().tolist())
+        payloads = [encode(part, bits or 32) for part in parts]
+        return payloads, [decode(p).to(device) for p in payloads]
+
+    @torch.no_grad()
+    def prompt_embeds(self, m, ids, packet=None):
+        """One prompt (-1 = slot) -> (T, d_m)"""
+        ids = torch.tensor(ids, device=self.device)
+        return self.embeds(m, ids.clamp(min=0), (ids < 0).nonzero()[:, 0], packet)
+
+
+def greedy(lm, prompts, eos: int, max_new: int) -> list[list[int]]:
+    """Greedy continuations of prompts given as input embeddings [(T_i, d)], without the closing EOS."""
+    lengths = [len(p) for p in prompts]
+    cache = lm.new_cache(len(prompts), max(lengths) + max_new)
+    x = nn.utils.rnn.pad_sequence(prompts, batch_first=True)  # (B, T, d)
+    hidden = lm.step(torch.zeros(x.shape[:2], dtype=torch.long, device=x.device), cache, lengths, embeds=x)
+    last = hidden[torch.arange(len(prompts)), torch.tensor(lengths) - 1]
+    out, live = [[] for _ in prompts], set(range(len(prompts)))
+    for _ in range(max_new):
+        ids = lm.predict(last).argmax(-1)
+        for i, t in enumerate(ids.tolist()):
+            if t == eos:
+                live.discard(i)
+            elif i in live:
+                out[i].append(t)
+        if not live:
+            break
+        last = lm.step(ids[:, None], cache)[:, 0]
+    return out
+
+
+@torch.no_grad()
+def answers(model: Interlingua, context: str, question: str, bits: int = 16, max_new_tokens: int = 32) -> tuple[int, list[str]]:
+    """Text in, (bytes on the wire, one answer per frozen model) out; what sample.py prints."""
+    source = model.reader.source(context, question if model.cfg.compress == "all" else None)
+    (payload,), (packet,) = model.packets([source], bits)
+    texts = []
+    for m, (lm, side) in enumerate(zip(model.lms, model.sides, strict=True)):
+        prompt = model.prompt_embeds(m, side.prompt(question, slots=len(packet)), packet)
+        texts.append(side.tok.decode(greedy(lm, [prompt], side.tok.eos_id, max_new_tokens)[0]).strip())
+    return len(payload), texts
+
+
+# ---- what train.py asks for ---------------------------------------------------------------------------------------------
+
+
+def fingerprint(lm) -> bytes:
+    """sha256 over the name and bytes of every tensor."""
+    digest = hashlib.sha256()
+    for name, t in sorted(lm.state_dict().items()):
+        digest.update(name.encode() + str(tuple(t.shape)).encode())
+        digest.update(t.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.digest()
+
+
+def frozen(path):
+    """The model of a run directory, without gradients."""
+    return checkpoint.load(path)[0].requires_grad_(False).eval()
+
+
+def own_blocks(cfg) -> bool:
+    return cfg.latent_encoder in ("pool", "byte")  # on bytes, from scratch; the others start from a model
+
+
+def layouts(cfg):
+    """-> one Side per frozen model, and the Reader: all of the text side, no weights."""
+    reader = tokenizer.load("bytes" if own_blocks(cfg) else cfg.latent_reader or cfg.lms[0])
+    return [latent_data.Side(tokenizer.load(path), cfg) for path in cfg.lms], latent_data.Reader(reader, cfg)
+
+
+def latent_weights(path):
+    folder = checkpoint.resolve(path)
+    return checkpoint.read_tensors(folder, checkpoint.FILES[0], checkpoint.read_state(folder))
+
+
+def load(path, device="cpu"):
+    """A latent run -> (Interlingua in eval mode, state), as checkpoint.load does for the others."""
+    folder = checkpoint.resolve(path)
+    state = checkpoint.read_state(folder)
+    if state["config"]["objective"] != "latent":
+        die(f"{path}: a run of objective={state['config']['objective']}, not latent")
+    model = Interlingua(SimpleNamespace(**state["config"] | {"latent_from": ""}))
+    checkpoint.put_weights(model, latent_weights(folder), folder)
+    return model.to(device).eval(), state
+
+
+def check(cfg):
+    if not cfg.lms:
+        die("objective=latent needs frozen models: --lms=\"('out/a', 'out/b')\"")
+    if cfg.calibration == "fixed" and not cfg.prefix_rms > 0:
+        die("calibration=fixed needs --prefix_rms above 0")
+    if cfg.prefix_rms and cfg.calibration != "fixed":
+        die(f"prefix_rms={cfg.prefix_rms} is read by calibration=fixed only; drop it or set calibration")
+    for key in ("latent_reader", "latent_layers", "latent_blocks", "latent_frozen"):
+        if getattr(cfg, key) and own_blocks(cfg):
+            die(f"{key} belongs to an encoder that starts from a model; latent_encoder={cfg.latent_encoder} has its own blocks")
+    for bits in cfg.wire_bits:
+        if bits not in WIDTHS:
+            die(f"wire_bits={bits}: the codec has {WIDTHS}")
+
+
+def build(cfg) -> Interlingua:
+    return Interlingua(cfg)
+
+
+def open_stream(cfg, plan, rank, world):
+    return latent_data.Stream(cfg, plan, rank, world, *layouts(cfg), print if rank == 0 else lambda text: None)
+
+
+def counts(batch) -> dict[str, float]:
+    """Targets of each term and model in this micro-batch, known before the forward."""
+    out = {}
+    for key, goal in batch.items():
+        m, _, kind = key.removesuffix(".goal").partition(".")
+        if key.endswith(".goal") and kind in ("ae", "ae_qa", "lm"):
+            out[f"{kind}/{m}"] = float(len(goal))
+        elif key.endswith(".goal") and kind == "ans":
+            step = batch[f"{m}.ans.step"]
+            early = float((step < batch["first_k"]).sum())
+            out |= {f"ans/{m}": float(len(goal)), f"k/{m}": early, f"kd/{m}": early}
+            out |= {f"first/{m}": float((step == 0).sum()), f"first_right/{m}": float((step == 0).sum())}
+    return out
+
+
+def sums(model, raw, batch):
+    return model(batch), None

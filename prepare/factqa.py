@@ -1,0 +1,264 @@
+"""Generated fact passages and questions: a reading test whose answer cannot be guessed and whose entropy is known.
+
+    python -m prepare.factqa --out=data/factqa                                   # train/dev/test.jsonl, lm.jsonl, natural.jsonl
+    python -m prepare.factqa --out=data/factqa --bpe=512 --shards=data/facts_a   # ... and uint32 shards under a fresh BPE of 512 ids
+    python -m prepare.factqa --out=data/factqa --bpe=0 --shards=data/facts_b     # the same for a language model on bytes
+
+A passage states `facts` facts about one person (six by default: about 143 bytes, of which facts * log2(values) = 30 bits are news);
+`distractors` adds facts about somebody else. Every (person, attribute, value) combination belongs to one split, by hash: no fact of dev
+or test is ever true in train, so a model that remembers people instead of reading scores nothing.
+
+`lm.jsonl` is what the frozen language models are pretrained on: a passage, then its questions and answers, each answer closed by EOS.
+In the shards every answer is trained, the passage only in one document of `passage_every` (its values are noise: all of their gradient
+tells the model to guess). `natural.jsonl` holds short paragraphs of English (docstrings of the standard library, or --natural=FILE).
+Next to read: latentwire.py, eval/latent.py.
+"""
+
+import ast
+import hashlib
+import json
+import math
+import random
+import sys
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+
+import configurator
+from data import UNTRAINED
+
+# attribute: two ways to say it (a subject comes first), the question, 32 values
+ATTRIBUTES = {
+    "city": (
+        ["{s} lives in {v}.", "{p} home is in {v}."],
+        "Where does {n} live?",
+        "Oslo Paris Rome Cairo Lima Quito Delhi Seoul Tokyo Milan Turin Basel Ghent Lyon Porto Split Riga Minsk Kiev Accra Dakar Tunis "
+        "Perth Leeds York Derry Cork Bonn Graz Linz Brno Sofia",
+    ),
+    "job": (
+        ["{s} works as a {v}.", "{p} job is {v}."],
+        "What is the job of {n}?",
+        "baker nurse pilot judge miner tailor farmer singer dancer sailor driver welder painter barber butcher banker teacher lawyer "
+        "doctor cook clerk guard porter mason potter weaver writer editor actor coach broker plumber",
+    ),
+    "pet": (
+        ["{s} has a pet {v}.", "{p} pet is a {v}."],
+        "Which pet does {n} have?",
+        "cat dog goat hen duck horse mouse rat snake frog toad crab fish swan crow hawk owl parrot lizard turtle rabbit ferret pig cow "
+        "sheep mule spider beetle hamster pony goose fox",
+    ),
+    "food": (
+        ["{s} likes {v}.", "{p} favourite food is {v}."],
+        "What does {n} like to eat?",
+        "rice soup bread pasta pizza plums pears grapes figs dates beans peas corn cheese salad curry tofu stew pie cake honey nuts "
+        "olives onions carrots melons mango toast bacon ham noodles lentils",
+    ),
+    "music": (
+        ["{s} plays the {v}.", "{p} instrument is the {v}."],
+        "Which instrument does {n} play?",
+        "flute piano violin guitar drum harp cello trumpet tuba organ banjo lute oboe clarinet viola horn fiddle bugle zither sitar "
+        "kazoo gong bells lyre trombone bassoon recorder ukulele mandolin cymbal whistle accordion",
+    ),
+    "car": (
+        ["{s} drives a {v} car.", "{p} car is {v}."],
+        "Which colour is the car of {n}?",
+        "red blue green black white grey pink brown purple orange yellow violet cyan gold silver beige ivory teal navy coral amber "
+        "maroon khaki lilac olive bronze copper indigo lime scarlet crimson turquoise",
+    ),
+    "sport": (
+        ["{s} enjoys {v}.", "{p} sport is {v}."],
+        "Which sport does {n} do?",
+        "tennis golf rugby boxing judo hockey rowing sailing diving surfing skiing skating cycling running fencing archery cricket "
+        "karate polo squash chess darts bowling hiking climbing wrestling swimming football netball handball curling badminton",
+    ),
+    "month": (["{s} was born in {v}.", "{p} birth year is {v}."], "When was {n} born?", " ".join(str(year) for year in range(1950, 1982))),
+}
+VALUES = {attribute: row[2].split() for attribute, row in ATTRIBUTES.items()}
+WOMEN = "Anna Maria Clara Nina Lena Eva Olga Irma Rosa Vera Ida Tina Emma Lucy Jane Alice Sara Ruth Julia Laura".split()
+MEN = "Ivan Hugo Otto Karl Paul Omar Juan Luis Erik Lars Tom Jack Adam Noah Leon Felix Max Emil Oscar Peter".split()
+FAMILY = (
+    "Lind Berg Holm Ward Cole Reed Shaw Webb Hill Ford Lane Nash Park Rios Vega Diaz Luna Soto Cruz Ruiz Mora Silva Costa Rossi "
+    "Bruno Conti Greco Meyer Weber Koch Wolf Braun Stein Novak Horak Kovac Toth Nagy Varga Popov"
+).split()
+DEFAULTS = dict(
+    out="data/factqa",  # folder of the jsonl files
+    facts=6,  # facts about the person asked about
+    values=32,  # values per attribute, at most 32: chance is 1 / values
+    value_words=1,  # words per value: 2 joins two values with "and"
+    distractors=0,  # facts about another person, placed before
+    train=20000,  # passages of train.jsonl, each with all its questions
+    dev=512,  # passages of dev.jsonl, one question each
+    test=1024,  # passages of test.jsonl, one question each
+    lm_docs=20000,  # documents of lm.jsonl (train combinations only)
+    natural="",  # text file for natural.jsonl; "": docstrings of the standard library
+    natural_docs=6000,  # paragraphs of natural.jsonl, 80 to 400 bytes each
+    passage_every=8,  # shards: the passage itself is trained in one document of this many
+    shards="",  # write shards here, in two folders: facts and text
+    bpe=0,  # ids of the BPE trained for the shards; 0: bytes
+    seed=1337,
+)
+
+
+def values(attribute: str, cfg, rng: random.Random) -> str:
+    return " and ".join(rng.sample(VALUES[attribute][: cfg.values], cfg.value_words))
+
+
+def split_of(name: str, attribute: str, value: str, seed: int) -> str:
+    """The one split in which `name` may have this value: 80 % train, 10 % dev, 10 % test of all combinations."""
+    n = int.from_bytes(hashlib.blake2b(f"{seed}|{name}|{attribute}|{value}".encode(), digest_size=4).digest(), "little") % 10
+    return "dev" if n == 8 else "test" if n == 9 else "train"
+
+
+def person(rng: random.Random) -> tuple[str, str]:
+    woman = rng.random() < 0.5
+    return rng.choice(WOMEN if woman else MEN) + " " + rng.choice(FAMILY), "She" if woman else "He"
+
+
+def statements(rng, cfg, split: str, count: int, avoid: str = "") -> tuple[str, str, list[tuple[str, str]]]:
+    """One person: (full name, text, [(attribute, value)]); the name stands in the first sentence, a pronoun in the others."""
+    name = avoid
+    while name == avoid:
+        name, pronoun = person(rng)
+    facts, sentences = [], []
+    for i, attribute in enumerate(rng.sample(list(ATTRIBUTES), count)):
+        value = values(attribute, cfg, rng)
+        for _ in range(10000):
+            if split_of(name, attribute, value, cfg.seed) == split:
+                break
+            value = values(attribute, cfg, rng)
+        else:  # a combination of this split need not exist for this person when there are few values
+            return statements(rng, cfg, split, count, avoid)
+        facts.append((attribute, value))
+        subject, owner = (name, name + "'s") if i == 0 else (pronoun, "Her" if pronoun == "She" else "His")
+        sentences.append(rng.choice(ATTRIBUTES[attribute][0]).format(s=subject, p=owner, v=value))
+    return name, " ".join(sentences), facts
+
+
+def passage(rng, cfg, split: str, facts: int | None = None) -> tuple[str, list[tuple[str, str]]]:
+    """(passage, [(question, answer)] in the order of a shuffle)."""
+    name, text, pairs = statements(rng, cfg, split, facts or cfg.facts)
+    if cfg.distractors:
+        text = statements(rng, cfg, split, cfg.distractors, avoid=name)[1] + " " + text
+    rng.shuffle(pairs)
+    return text, [(ATTRIBUTES[a][1].format(n=name.split()[0]), v) for a, v in pairs]
+
+
+def paragraphs(path: str, count: int) -> list[str]:
+    """Short English paragraphs of 80 to 400 bytes, from one text file or from the docstrings every machine has."""
+    if path:
+        texts = [Path(path).read_text(encoding="utf-8")]
+    else:
+        texts = []
+        for file in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+            tree = ast.parse(file.read_text(encoding="utf-8"))
+            kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+            texts += [ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, kinds)]
+    out = [" ".join(p.split()) for text in texts for p in text.split("\n\n")]
+    out = [p for p in out if 80 <= len(p.encode()) <= 400]
+    random.Random(0).shuffle(out)
+    return out[:count]
+
+
+def prompt(context: str, question: str) -> str:
+    """The text template of the whole experiment: pretraining, the frozen LM reading text, and (from the question on) after a packet."""
+    return f"Context: {context}\nQuestion: {question}\nAnswer:"
+
+
+def write_jsonl(path: Path, rows) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def generate(cfg) -> None:
+    out = Path(cfg.out)
+    out.mkdir(parents=True, exist_ok=True)
+    for split, count in (("train", cfg.train), ("dev", cfg.dev), ("test", cfg.test)):
+        rng, rows = random.Random(f"{cfg.seed}-{split}"), []
+        for i in range(count):
+            text, qa = passage(rng, cfg, split)
+            for j, (question, answer) in enumerate(qa if split == "train" else qa[:1]):
+                rows.append({"context": text, "question": question, "answers": [answer], "id": f"{split}-{i}-{j}"})
+        write_jsonl(out / f"{split}.jsonl", rows)
+    rng, rows = random.Random(f"{cfg.seed}-lm"), []
+    for i in range(cfg.lm_docs):  # half of the documents are easier: with few facts the lookup is learned sooner
+        text, qa = passage(rng, cfg, "train", cfg.facts if i % 2 else rng.randint(1, cfg.facts))
+        rows.append({"context": text, "qa": qa})
+    write_jsonl(out / "lm.jsonl", rows)
+    write_jsonl(out / "natural.jsonl", ({"text": p} for p in paragraphs(cfg.natural, cfg.natural_docs)))
+
+
+def train_bpe(texts, size: int, folder: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tok = Tokenizer(models.BPE())
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tok.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=size, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False)
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    tok.save(str(folder / "tokenizer.json"))
+
+
+def write_shards(cfg) -> None:
+    import tokenizer
+
+    out, dest = Path(cfg.out), Path(cfg.shards)
+    facts = [json.loads(line) for line in open(out / "lm.jsonl", encoding="utf-8")]
+    natural = [json.loads(line)["text"] for line in open(out / "natural.jsonl", encoding="utf-8")]
+    if cfg.bpe:
+        sample = [prompt(r["context"], r["qa"][0][0]) + " " + r["qa"][0][1] for r in facts[:5000]] + natural
+        train_bpe(sample, cfg.bpe, dest / "tokenizer")
+    tok = tokenizer.load(str(dest / "tokenizer") if cfg.bpe else "bytes")
+
+    def fact_doc(i, row):
+        ids, trained = tok.encode("Context: " + row["context"]), i % cfg.passage_every == 0
+        flags = [trained] * len(ids)
+        for question, answer in row["qa"]:
+            q, a = tok.encode(f"\nQuestion: {question}\nAnswer:"), tok.encode(" " + answer) + [tok.eos_id]
+            ids, flags = ids + q + a, flags + [trained] * len(q) + [True] * len(a)
+        return ids, flags
+
+    write_folder(dest / "facts", tok, [fact_doc(i, r) for i, r in enumerate(facts)])
+    text_docs = [tok.encode(p) + [tok.eos_id] for p in natural]
+    write_folder(dest / "text", tok, [(ids, [True] * len(ids)) for ids in text_docs])
+
+
+def write_folder(folder: Path, tok, docs) -> None:
+    """One shard per split; the first two per cent of the documents are the validation split."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tok.save(str(folder / "tokenizer"))
+    cut, shards = max(1, len(docs) // 50), []
+    for split, part in (("train", docs[cut:]), ("val", docs[:cut])):
+        ids = np.concatenate([np.array(d, np.uint32) | np.where(flags, 0, UNTRAINED).astype(np.uint32) for d, flags in part])
+        offsets = np.cumsum([0] + [len(d) for d, _ in part], dtype=np.uint64)
+        size = sum(len(tok.token_bytes(i)) for d, _ in part for i in d if i != tok.eos_id)
+        row = {"name": f"{split}-00000", "split": split, "tokens": len(ids), "documents": len(part), "bytes": size}
+        for kind, array in (("bin", ids.astype("<u4")), ("idx", offsets.astype("<u8"))):
+            array.tofile(folder / f"{split}-00000.{kind}")
+            row["sha256_" + kind] = hashlib.sha256(array.tobytes()).hexdigest()
+        shards.append(row)
+    about = {"name": tok.name, "fingerprint": tok.fingerprint, "vocab_size": tok.vocab_size, "eos_id": tok.eos_id}
+    manifest = {"format": 1, "dtype": "uint32", "tokenizer": about, "source": "prepare.factqa", "shards": shards}
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+
+
+def main(argv=None) -> None:
+    cfg = configurator.args(DEFAULTS, sys.argv[1:] if argv is None else argv, __doc__)
+    if not 2 <= cfg.values <= 32 or not 1 <= cfg.facts <= len(ATTRIBUTES) or cfg.value_words >= cfg.values:
+        configurator.die(f"values={cfg.values} facts={cfg.facts} value_words={cfg.value_words}: values 2..32, facts 1..8, words < values")
+    generate(cfg)
+    size = sum(len(json.loads(line)["context"].encode()) for line in open(Path(cfg.out) / "test.jsonl", encoding="utf-8")) / max(
+        cfg.test, 1
+    )
+    bits = cfg.facts * math.log2(math.comb(cfg.values, cfg.value_words))
+    print(f"{cfg.out}: {cfg.train}/{cfg.dev}/{cfg.test} passages, {size:.0f} bytes each, of which {bits:.0f} bits are values")
+    if cfg.shards:
+        write_shards(cfg)
+        print(f"{cfg.shards}: facts and text shards, {'BPE of ' + str(cfg.bpe) + ' ids' if cfg.bpe else 'bytes'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -36,6 +36,7 @@ NOTES = """
 --exclude     files (as from prepare.val) whose texts must not be trained on: dropped and counted
 --max_tokens  stop before the document that would exceed it (0: no limit)
 --part        i/n: every n-th task of the input, so that n machines fill one --out
+--tokenizer   bytes, a rank file, a tokenizer.json, a folder, or bpe:N: N ids learnt from the first 32 MB of the training documents
 --workers     processes (0: all cores); the output is the same for any number
 --source      math, stem or code: the published mixture, as dataset, config, split, text_field and max_tokens; all: three directories"""
 SOURCES = {  # what the published run really used
@@ -50,6 +51,10 @@ def digest(slices):
     for text in slices:
         total.update(text.encode())
     return total.digest()
+
+
+def is_val(o, key):
+    return not o.val_from and int.from_bytes(key, "big") < o.val * 2**64
 
 
 def encode(o, held_out, task, tok, out, count):
@@ -71,9 +76,23 @@ def encode(o, held_out, task, tok, out, count):
             out.seek(start)
             out.truncate()
         else:
-            val = int.from_bytes(key.digest(), "big") < o.val * 2**64
-            docs.append(((out.tell() - start) // 4, nbytes, int(forced or (val and not o.val_from))))
+            docs.append(((out.tell() - start) // 4, nbytes, int(forced or is_val(o, key.digest()))))
     return docs
+
+
+def trained(o, local, held_out):
+    """--tokenizer=bpe:4096: a plain byte-level BPE of that many ids, markers included, learnt from the training documents."""
+    from prepare import superbpe
+
+    size = o.tokenizer.partition(":")[2]
+    if not local or not size.isdigit() or int(size) < 260:
+        die(f"--tokenizer={o.tokenizer}: write bpe:N with N of 260 or more, and --from=FILES to learn it from")
+    texts = superbpe.read(
+        local, o.text_field, o.separator, 0, 32e6, lambda text: not is_val(o, digest([text])) and digest([text]) not in held_out
+    )
+    print(f"learning {size} ids from {len(texts):,} documents, {sum(map(len, texts)) / 1e6:.1f}M characters", flush=True)
+    vocab, _ = superbpe.subwords(texts, int(size) - len(superbpe.MARKERS))
+    return superbpe.save_ranks(vocab, os.path.join(o.out, "tokenizer"), o.tokenizer.replace(":", ""))
 
 
 def report(out, manifest, seconds=0, read=0):
@@ -141,11 +160,15 @@ def main(argv):
     this, parts = map(int, part.groups())
     if this >= parts or (parts > 1 and (o.dataset or o.max_tokens)):
         die(f"--part={o.part}: i/n with i < n, for local files and without --max_tokens")
-    tok = tokenizer.load(o.tokenizer)
-    print(tok)
     files, vals = (sources.find(spec) if spec else [] for spec in (local, o.val_from))
     held = sources.tasks(vals + (sources.find(o.exclude) if o.exclude else []), None, o.separator)
     held_out = frozenset(digest(slices) for task, _ in held for slices in sources.documents(task, Counter(), o.text_field))
+
+    if o.tokenizer.startswith("bpe:"):
+        tok = trained(o, local, held_out)
+    else:
+        tok = tokenizer.load(o.tokenizer)
+    print(tok)
 
     def tasks(done, rows):
         if o.dataset:

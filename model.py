@@ -180,14 +180,15 @@ class Segments:
 
     @staticmethod
     def gather_plan(slots, n, device):
-        """(slot -> token, token -> slot, empty slots); None when tokens already lie as the call wants them."""
+        """(slot -> token, token -> slot, empty slots, tokens of no slot or None); None when tokens already lie as the call wants them."""
         slots = torch.cat(slots) if slots else torch.empty(0, dtype=torch.long)
         if torch.equal(slots, torch.arange(n)):
             return None
         real = slots >= 0
-        home = torch.zeros(n, dtype=torch.long)
+        home = torch.full((n,), -1)
         home[slots[real]] = real.nonzero().squeeze(1)
-        return slots.clamp(min=0).to(device), home.to(device), (~real).nonzero().squeeze(1).to(device)
+        lost = (home < 0).nonzero().squeeze(1).to(device) if int(real.sum()) < n else None  # keys of a segment without queries
+        return slots.clamp(min=0).to(device), home.clamp(min=0).to(device), (~real).nonzero().squeeze(1).to(device), lost
 
     def attend(self, q, k, v):
         """q (Nq, H, E), k and v (Nk, G, E) -> (Nq, H, E)"""
@@ -196,10 +197,10 @@ class Segments:
             return self.varlen(q, k, v, self.cu_q, self.cu_k, self.max_q, self.max_k, window_size=window)
         gqa = q.shape[1] != k.shape[1]
         if self.q_slots:
-            slots, home, blank = self.q_slots
+            slots, home, blank, _ = self.q_slots
             q = Gather.apply(q, slots, home, None)
         if self.k_slots:
-            k, v = (Gather.apply(t, *self.k_slots[:2], None) for t in (k, v))
+            k, v = (Gather.apply(t, *self.k_slots[:2], self.k_slots[3]) for t in (k, v))
         outs, i, j = [], 0, 0
         for count, n, m, mask, causal in self.calls:
             heads = [

@@ -1,0 +1,289 @@
+"""The encoder-decoder against an independent dense fp64 reference, against transformers, and against itself cut differently."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import denoise
+import denoise_stream
+import hub
+from model import ModelConfig, build, merged_rectangle
+
+CROSS = ("none", "enc", "continue")
+SMALL = ModelConfig(
+    arch="encdec", vocab_size=211, n_layer=3, n_head=4, n_kv_head=2, head_dim=10, d_model=32, d_ff=48, max_len=64, n_sentinels=20
+)
+SP = denoise.special_ids(211, 20, eos=7)
+
+
+def model_of(double=True, **changes):
+    model = build(dataclasses.replace(SMALL, **changes))
+    with torch.no_grad():
+        for name, p in model.named_parameters():  # nothing at its neutral start: norms, biases and gates must matter
+            generator = torch.Generator().manual_seed(len(name))
+            p.add_(torch.randn(p.shape, generator=generator) * (0.1 if "norm" in name else 0.15 / math.sqrt(p.shape[-1]) * 3))
+        model.embed.weight[model.cfg.vocab_size :] = 0
+    return model.double().set_dtype(torch.float64) if double else model
+
+
+def examples(sizes, seed=0):
+    rng = np.random.default_rng(seed)
+    return [(rng.integers(0, 180, s), rng.integers(0, 180, t), rng.integers(0, 180, t), 0) for s, t in sizes]
+
+
+SIZES = [(9, 5), (1, 7), (0, 6), (12, 0), (4, 1), (17, 11)]
+
+
+# ---- an independent reference: one example, dense masks, one softmax ------------------------------------------------------
+
+
+def rms(x, w, eps):
+    return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * w
+
+
+def rope(x, pos, theta):
+    n = x.shape[-1] // 2
+    angle = pos.double()[:, None] * (theta ** (-torch.arange(n) / n)).double()  # frequencies are rounded to fp32, as released models do
+    cos, sin = (torch.cat((t, t), -1)[:, None] for t in (angle.cos(), angle.sin()))
+    return x * cos + torch.cat((-x[..., n:], x[..., :n]), -1) * sin
+
+
+def attention(sd, at, cfg, x, pos, enc=None, enc_pos=None, causal=False):
+    """x (T, D) normed -> (T, D); enc (S, D): states of the encoder, whose keys come first under the same softmax."""
+    H, G, E = cfg.n_head, cfg.kv_heads, cfg.width_head
+    wq, wk, wv = sd[at + "attn.qkv.weight"].split((H * E, G * E, G * E))
+    qn, kn = sd[at + "attn.q_norm.weight"], sd[at + "attn.k_norm.weight"]
+    q = rope(rms((x @ wq.T).unflatten(-1, (H, E)), qn, cfg.norm_eps), pos, cfg.rope_theta)
+    k = rope(rms((x @ wk.T).unflatten(-1, (G, E)), kn, cfg.norm_eps), pos, cfg.rope_theta)
+    v = (x @ wv.T).unflatten(-1, (G, E))
+    mask = torch.ones(len(x), len(x), dtype=torch.bool)
+    mask = mask.tril() if causal else mask
+    if enc is not None:
+        ke = rms((enc @ wk.T).unflatten(-1, (G, E)), kn, cfg.norm_eps)
+        ke = ke if enc_pos is None else rope(ke, enc_pos, cfg.rope_theta)
+        k, v = torch.cat((ke, k)), torch.cat(((enc @ wv.T).unflatten(-1, (G, E)), v))
+        mask = torch.cat((torch.ones(len(x), len(enc), dtype=torch.bool), mask), 1)
+    k, v = k.repeat_interleave(H // G, 1), v.repeat_interleave(H // G, 1)
+    score = torch.einsum("qhe,khe->hqk", q, k) / math.sqrt(E)
+    p = score.masked_fill(~mask, -math.inf).softmax(-1)
+    assert torch.allclose(p.sum(-1), torch.ones(1, dtype=p.dtype))
+    return torch.einsum("hqk,khe->qhe", p, v).flatten(1) @ sd[at + "attn.out.weight"].T
+
+
+def stack(sd, side, cfg, ids, pos, **kw):
+    x = sd["embed.weight"][ids]
+    for i in range(cfg.n_layer):
+        at = f"{side}.blocks.{i}."
+        x = x + attention(sd, at, cfg, rms(x, sd[at + "norm1.weight"], cfg.norm_eps), pos, **kw)
+        n = rms(x, sd[at + "norm2.weight"], cfg.norm_eps)
+        a, u = (n @ sd[at + "ffn.gate_up.weight"].T).chunk(2, -1)
+        x = x + (F.silu(a) * u) @ sd[at + "ffn.down.weight"].T
+    return rms(x, sd[f"{side}.norm.weight"], cfg.norm_eps)
+
+
+def reference(model, enc_ids, dec_ids):
+    sd, cfg = model.state_dict(), model.cfg
+    S, T = len(enc_ids), len(dec_ids)
+    hidden = stack(sd, "encoder", cfg, torch.as_tensor(enc_ids), torch.arange(S))
+    pos = torch.arange(T) + (S if cfg.cross_rope == "continue" else 0)
+    enc_pos = None if cfg.cross_rope == "none" else torch.arange(S)
+    return hidden, stack(sd, "decoder", cfg, torch.as_tensor(dec_ids), pos, enc=hidden, enc_pos=enc_pos, causal=True)
+
+
+@pytest.mark.parametrize("cross", CROSS)
+def test_merged_attention_is_one_softmax_over_both_sides(cross):
+    """Packed, with empty encoders and empty decoders among the examples; S > T, S < T, T = 1."""
+    model, batch = model_of(cross_rope=cross), examples(SIZES)
+    pack = denoise_stream.collate(batch)
+    hidden, out = model.encode(pack), model(pack)
+    for b, (enc, dec, *_) in enumerate(batch):
+        want_hidden, want = reference(model, enc, dec)
+        e, d = pack["cu"], pack["dec_cu"]
+        torch.testing.assert_close(hidden[e[b] : e[b + 1]], want_hidden, atol=1e-12, rtol=1e-10)
+        torch.testing.assert_close(out[d[b] : d[b + 1]], want, atol=1e-12, rtol=1e-10)
+
+
+def test_the_three_geometries_differ_and_fp32_is_close():
+    pack = denoise_stream.collate(examples([(9, 5), (6, 8)]))
+    outs = [model_of(cross_rope=cross)(pack) for cross in CROSS]
+    assert all((a - b).abs().max() > 1e-3 for a, b in zip(outs, [*outs[1:], outs[0]], strict=True))
+    for cross, out in zip(CROSS, outs, strict=True):
+        assert (model_of(double=False, cross_rope=cross)(pack) - out).abs().max() < 3e-6
+
+
+@pytest.mark.parametrize("cross", CROSS)
+@pytest.mark.parametrize(
+    "knobs", [{}, {"ffn": "polyglu", "gate_noise": False}, {"embed_rank": 8}, {"n_kv_head": 4, "qk_norm": False, "qkv_bias": True}]
+)
+def test_packed_equals_unpacked_equals_padded(cross, knobs):
+    """Forward, loss and every gradient in fp64; padding on either side, and in any order of the examples."""
+    model = model_of(cross_rope=cross, **knobs)
+    batch = examples(SIZES, seed=1)
+
+    def run(packs):
+        model.zero_grad()
+        total = sum(model.nll(model(p), p["targets"])[0].double() for p in packs)
+        total.backward()
+        return total.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    loss, grads = run([denoise_stream.collate([x]) for x in batch])
+    assert {n for n in grads if grads[n].abs().max() > 0} == {n for n, _ in model.named_parameters()}
+    layouts = {
+        "packed": [denoise_stream.collate(batch)],
+        "reversed": [denoise_stream.collate(batch[::-1])],
+        "right": [denoise_stream.collate(denoise_stream.padded(batch, 8, SP))],
+        "left": [denoise_stream.collate(denoise_stream.padded(batch, 4, SP, "left"))],
+    }
+    for name, packs in layouts.items():
+        other, theirs = run(packs)
+        # nll sums in fp32 chunks at least; everything else is fp64
+        torch.testing.assert_close(other, loss, rtol=1e-9, atol=1e-9, msg=name)
+        for n in grads:
+            torch.testing.assert_close(theirs[n], grads[n], rtol=1e-7, atol=1e-9, msg=f"{name} {n}")
+
+
+def test_what_sees_what():
+    """Encoder both ways, decoder backwards only and to the bit, an encoder token every decoder token of its example, nobody a neighbour."""
+    model = model_of(cross_rope="enc")
+    batch = examples([(9, 5), (8, 6)])
+    base = denoise_stream.collate(batch)
+    h0, y0 = model.encode(base), model(base)
+
+    def changed(key, at):
+        other = {k: v.clone() if torch.is_tensor(v) else v for k, v in base.items()}
+        other[key][at] = (other[key][at] + 1) % 180
+        return (model.encode(other) - h0).abs().amax(1), (model(other) - y0).abs().amax(1)
+
+    for at in (0, 4, 8):
+        dh, dy = changed("ids", at)
+        assert (dh[:9] > 1e-6).all() and (dh[9:] == 0).all()
+        assert (dy[:5] > 1e-8).all() and (dy[5:] == 0).all()
+    for at in (0, 2, 4):
+        dh, dy = changed("dec_ids", at)
+        assert (dh == 0).all() and (dy[:at] == 0).all() and (dy[at:5] > 1e-8).all() and (dy[5:] == 0).all()
+
+
+def test_shared_matrix_gets_gradients_from_all_three_uses():
+    model = model_of()
+    enc, dec, goal = np.array([1, 2]), np.array([3, 4]), np.array([5, 6])
+    pack = denoise_stream.collate([(enc, dec, goal, 0)])
+    model.nll(model(pack), pack["targets"])[0].backward()
+    grad = model.embed.weight.grad
+    assert all(grad[i].abs().max() > 0 for i in (1, 2, 3, 4, 5, 6, 150))  # 150 only as a logit
+    assert grad[model.cfg.vocab_size :].abs().max() == 0
+    assert sum("embed" in n or "head" in n for n in model.state_dict()) == 1
+
+
+def test_counts_of_the_published_size():
+    """Qwen3-0.6B with 100 sentinels; the numbers of the literature, not those of repositories."""
+    cfg = ModelConfig(
+        arch="encdec", vocab_size=152_036, n_layer=28, n_head=16, n_kv_head=8, head_dim=128, d_model=1024, d_ff=3072, max_len=40_960,
+        rope_theta=1e6,
+    )  # fmt: skip
+    model = build(cfg, device="meta")
+    size = lambda m: sum(p.numel() for p in m.parameters())  # noqa: E731
+    assert size(model.encoder.blocks[0]) == 15_730_944 and size(model.encoder) == size(model.decoder) == 440_467_456
+    assert model.num_params() == 1_036_619_776 and size(model) == 1_036_648_448
+    assert 152_036 * 1024 == 155_684_864
+    encoder = build(dataclasses.replace(cfg, arch="encoder", vocab_size=151_936), device="meta")
+    assert encoder.num_params() == 596_049_920
+    assert 28 * (size(model.decoder.blocks[0].attn) + 1024) == 176_196_608  # what a separate cross-attention would add
+    sp = denoise.special_ids(cfg.vocab_size, cfg.n_sentinels, 151_645, 151_643)
+    assert (sp.mode, sp.sentinel) == (151_932, 151_936)
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    """A random Qwen3 folder as transformers writes it: grouped queries, head_dim free of the width."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.Qwen3Config(
+        vocab_size=300, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=20, max_position_embeddings=128, rope_theta=1e6, tie_word_embeddings=True, initializer_range=0.1,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("qwen")
+    model = transformers.Qwen3ForCausalLM(config).eval()
+    for name, p in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.normal_(p, 1.0, 0.2)
+    model.save_pretrained(folder)
+    return folder, model
+
+
+def as_encdec(folder):
+    fields, state, _ = hub.read_model(folder)
+    cfg = ModelConfig(**(fields | {"arch": "encdec", "rope_scaling": None}))
+    both = {k.replace("decoder.", "encoder."): v for k, v in state.items()} | state
+    model = build(cfg)
+    model.load_state_dict(both)
+    return model.eval()
+
+
+def test_parity_with_transformers(qwen):
+    """Encoder = Qwen3 with is_causal=False; the decoder without encoder tokens = causal Qwen3, logits included."""
+    transformers = pytest.importorskip("transformers")
+    folder, causal = qwen
+    model = as_encdec(folder)
+    ids = torch.randint(0, 300, (3, 17), generator=torch.Generator().manual_seed(1))
+    config = transformers.AutoConfig.from_pretrained(folder)
+    config.is_causal = False
+    config._attn_implementation = "eager"
+    encoder = transformers.Qwen3Model.from_pretrained(folder, config=config).eval()
+    with torch.no_grad():
+        want = encoder(ids).last_hidden_state
+        pack = denoise_stream.collate([(row.numpy(), np.zeros(0, int), np.zeros(0, int), 0) for row in ids])
+        assert (model.encode(pack).unflatten(0, (3, 17)) - want).abs().max() < 1e-5
+        logits = causal(ids).logits
+        ours = model.logits(ids, torch.zeros(3, 0, dtype=torch.long))
+        assert (ours - logits).abs().max() / logits.abs().max() < 1e-5
+        assert (causal.model(ids).last_hidden_state - want).abs().max() > 0.1  # the mask was really gone
+
+
+@pytest.mark.parametrize("cross", CROSS)
+def test_cached_decoding_equals_one_forward(cross):
+    """Different encoder lengths in one batch, any chunking of the decoder input."""
+    model = model_of(cross_rope=cross).eval()
+    encs = [np.arange(9), np.arange(3, 7), np.arange(5, 20)]
+    dec = torch.randint(0, 180, (3, 8), generator=torch.Generator().manual_seed(3))
+    want = torch.stack([reference(model, e, d)[1] for e, d in zip(encs, dec, strict=True)])
+    side = denoise_stream.collate([(e, np.zeros(0, int), np.zeros(0, int), 0) for e in encs])
+    for chunks in ((8,), (3, 3, 2), (1,) * 8, (5, 1, 2)):
+        cache = model.new_cache(3, 8)
+        with torch.no_grad():
+            model.read_encoder(side, cache)
+            keep = [k.clone() for layer in cache.enc for k in layer]
+            got = torch.cat([model.step(part, cache) for part in dec.split(chunks, 1)], 1)
+        torch.testing.assert_close(got, want, atol=1e-11, rtol=1e-9)
+        assert all(torch.equal(a, b) for a, b in zip(keep, [k for layer in cache.enc for k in layer], strict=True))
+
+
+def test_logits_of_rectangles_agree_with_packs():
+    model = model_of()
+    enc, dec = torch.randint(0, 180, (2, 6)), torch.randint(0, 180, (2, 4))
+    got = model.logits(dec, enc)
+    want = model.predict(model(denoise_stream.collate([(e.numpy(), d.numpy(), d.numpy(), 0) for e, d in zip(enc, dec, strict=True)])))
+    torch.testing.assert_close(got.flatten(0, 1), want)
+    assert got.shape == (2, 4, 211) and merged_rectangle(enc, dec)["kv_max_len"] == 10
+
+
+def test_loss_at_the_start_and_overfitting_one_pack():
+    """ln V at first; then one pack is learned by heart, which needs both sides."""
+    model = build(dataclasses.replace(SMALL, init_std=0.002))
+    rng = np.random.default_rng(0)
+    d = denoise.Denoiser("span", 3, 0.3, "R", 1)
+    pairs = [denoise.corrupt(rng.integers(0, 180, 30), d, 0.3, rng, SP) for _ in range(4)]
+    pack = denoise_stream.collate([(e, np.append(SP.start, t[:-1]), t, 0) for e, t in pairs])
+    n = int((pack["targets"] >= 0).sum())
+    assert abs(float(model.nll(model(pack), pack["targets"])[0].detach()) / n - math.log(211)) < 0.05
+    model = build(SMALL)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(60):
+        loss = model.nll(model(pack), pack["targets"])[0] / n
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.detach() < 0.7, loss

@@ -144,7 +144,7 @@ def rows(task, count, columns=None):
         start, stop, group = where
         with pq.ParquetFile(path) as table:
             for batch in table.iter_batches(128, row_groups=[group], columns=columns):
-                yield from batch.slice(max(0, start), max(0, stop)).to_pylist() if stop > 0 and start < len(batch) else []
+                yield from batch.slice(max(0, start), stop - max(0, start)).to_pylist() if start < len(batch) else []
                 start, stop = start - len(batch), stop - len(batch)
                 if stop <= 0:
                     break

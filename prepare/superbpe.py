@@ -134,7 +134,7 @@ def read(spec, field="text", separator=b"", max_docs=0, max_bytes=1e9, keep=None
             if text.strip() and (keep is None or keep(text)):
                 texts.append(text)
                 held += len(text)
-            if held >= max_bytes or len(texts) == max_docs:
+            if held >= max_bytes or 0 < max_docs == len(texts):
                 return texts
     return texts or die(f"--from={spec}: no text in it (field '{field}')")
 

@@ -59,9 +59,9 @@ def is_val(o, key):
 
 def encode(o, held_out, task, tok, out, count):
     """The job of a worker, see shards.work: every document of `task` is encoded, or dropped and counted."""
-    docs, forced = [], task[0] == "val"
+    docs, forced, broken = [], task[0] == "val", sources.repaired[0]
     for slices in sources.documents(task[1] if forced else task, count, o.text_field):
-        start, chars, nbytes, blank, broken = out.tell(), 0, 0, True, sources.repaired[0]
+        start, chars, nbytes, blank = out.tell(), 0, 0, True
         key = hashlib.blake2b(digest_size=8)
         for text in slices:
             raw = text.encode()
@@ -69,7 +69,8 @@ def encode(o, held_out, task, tok, out, count):
             chars, nbytes, blank = chars + len(text), nbytes + len(raw), blank and not text.strip()
             out.write(tok.encode_array(text).astype("<u4").tobytes())
         out.write(np.uint32(tok.eos_id).tobytes())
-        count["repaired"] += sources.repaired[0] - broken > 0
+        count["repaired"] += sources.repaired[0] > broken
+        broken = sources.repaired[0]
         reason = "blank" if blank else f"under {o.min_chars} characters" if chars < o.min_chars else ""
         if reason or (not forced and key.digest() in held_out):
             count[reason or "held out"] += 1

@@ -1,0 +1,270 @@
+"""prepare.text: any input, any number of processes and any kill give the same shards; nothing is lost, doubled or on both sides."""
+
+import gzip
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import data
+import tokenizer
+from prepare import shards, sources, text
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+MARKED = "a <|endoftext|> b <|im_end|>"
+
+
+def corpus(path, n=400, seed=0):
+    """jsonl of n documents, every 50th one text again, some blank."""
+    rng, lines = random.Random(seed), []
+    for i in range(n):
+        words = " ".join(rng.choice(["of", "the", "naïve", "日本", "x = 1\n", "🙂", MARKED]) for _ in range(rng.randrange(1, 60)))
+        lines.append({"text": words if i % 50 else "the same again", "n": i} if i % 37 else {"text": " \n"})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return [line["text"] for line in lines]
+
+
+def run(*args):
+    text.main([a if a.startswith("--") else f"--{a}" for a in args])
+
+
+def digests(folder):
+    return {p: hashlib.sha256((folder / p).read_bytes()).hexdigest() for p in sorted(os.listdir(folder)) if (folder / p).is_file()}
+
+
+def read(folder, split):
+    """Every document of a split as text, its EOS checked and cut off."""
+    found, tok = data.Shards(folder, split), tokenizer.load(folder)
+    starts, sizes = found.documents(np.arange(found.n_documents))
+    whole = [found.tokens(a, a + n).tolist() for a, n in zip(starts, sizes, strict=True)]
+    assert all(ids[-1] == tok.eos_id and tok.eos_id not in ids[:-1] for ids in whole)
+    return [tok.decode(ids[:-1]) for ids in whole]
+
+
+@pytest.fixture
+def small(monkeypatch):
+    for module in (sources, shards):
+        monkeypatch.setattr(module, "CHUNK", 3000)
+
+
+def test_every_text_once_and_no_text_on_both_sides(tmp_path, small, capsys):
+    texts = corpus(tmp_path / "a.jsonl")
+    run(f"from={tmp_path}/a.jsonl", f"out={tmp_path}/out", "val=0.2", "workers=1", "shard_tokens=5000")
+    train, val = read(tmp_path / "out", "train"), read(tmp_path / "out", "val")
+    assert sorted(train + val) == sorted(t for t in texts if t.strip()) and not set(train) & set(val)
+    assert 0.1 < len(val) / len(texts) < 0.3 and [t for t in texts if t in set(train)] == train  # and in their order
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    names = [s["name"] for s in manifest["shards"] if s["split"] == "train"]
+    assert names == [f"train-{i:05d}" for i in range(len(names))] and len(names) > 3
+    assert all(s["tokens"] <= 5000 for s in manifest["shards"]) and manifest["dropped"]["blank"] == 11
+    assert sum(s["bytes"] for s in manifest["shards"]) == sum(len(t.encode()) for t in train + val)
+    assert not [p for p in os.listdir(tmp_path / "out") if p.startswith(("progress", "scratch"))]
+    before = digests(tmp_path / "out")
+    run(f"from={tmp_path}/a.jsonl", f"out={tmp_path}/out", "val=0.2", "workers=1", "shard_tokens=5000")
+    assert digests(tmp_path / "out") == before and "nothing to do" in capsys.readouterr().out
+    with pytest.raises(SystemExit):  # other settings never mix into the same directory
+        run(f"from={tmp_path}/a.jsonl", f"out={tmp_path}/out", "val=0.3", "workers=1", "shard_tokens=5000")
+    assert "another val" in capsys.readouterr().err
+
+
+def test_any_number_of_processes_gives_the_same_files(tmp_path, small):
+    corpus(tmp_path / "a.jsonl")
+    for n in (1, 2, 3):
+        run(f"from={tmp_path}/a.jsonl", f"out={tmp_path}/{n}", "val=0.1", f"workers={n}", "shard_tokens=6000")
+    assert digests(tmp_path / "1") == digests(tmp_path / "2") == digests(tmp_path / "3")
+
+
+DYING = """
+import os, sys
+from prepare import shards, sources, text
+shards.CHUNK = sources.CHUNK = 3000
+shards.NOTE_EVERY = float(sys.argv[2])
+add, left = shards.Writer.add, [int(sys.argv[1])]
+def dying(self, *args):
+    left[0] -= 1
+    add(self, *args)
+    if left[0] == 0:
+        for f in self.files:
+            f.flush()  # some of it reaches the disk, unnoted
+        os.kill(os.getpid(), 9)
+shards.Writer.add = dying
+text.main(sys.argv[3:])
+"""
+
+
+def test_killed_in_the_middle_goes_on_to_the_same_bytes(tmp_path, small):
+    corpus(tmp_path / "a.jsonl")
+    args = [f"--from={tmp_path}/a.jsonl", "--val=0.1", "--shard_tokens=3000"]
+    run(*args, f"out={tmp_path}/whole", "workers=1")
+    for kill, every, workers in (5, 0, 1), (17, 0, 2), (30, 1e9, 1), (41, 0, 1):
+        out = tmp_path / f"killed{kill}"
+        end = [*args, f"--out={out}", f"--workers={workers}"]
+        died = subprocess.run([sys.executable, "-c", DYING, str(kill), str(every), *end], cwd=ROOT, capture_output=True)
+        assert died.returncode == -9 and not (out / "manifest.json").exists()
+        assert (out / "progress.json").exists() == (every == 0)
+        if kill == 17:  # killed again while going on
+            assert subprocess.run([sys.executable, "-c", DYING, "9", "0", *end], cwd=ROOT, capture_output=True).returncode == -9
+        run(*end)
+        assert digests(out) == digests(tmp_path / "whole")
+
+
+def test_workers_do_not_outlive_a_killed_parent(tmp_path):
+    corpus(tmp_path / "a.jsonl", n=60_000)
+    parent = subprocess.Popen(
+        [sys.executable, "-m", "prepare.text", f"--from={tmp_path}/a.jsonl", f"--out={tmp_path}/out", "--workers=2"],
+        cwd=ROOT, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    children, deadline = [], time.monotonic() + 20
+    while not (tmp_path / "out").exists() or len(children) < 2:
+        assert time.monotonic() < deadline and parent.poll() is None
+        children = open(f"/proc/{parent.pid}/task/{parent.pid}/children").read().split()
+        time.sleep(0.01)
+    parent.kill()
+    parent.wait()
+    while any(os.path.exists(f"/proc/{c}") and "prepare" in open(f"/proc/{c}/cmdline").read() for c in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_every_format_gives_the_same_documents(tmp_path, small):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    texts = [t for t in corpus(tmp_path / "a.jsonl") if t.strip()]
+    raw = (tmp_path / "a.jsonl").read_bytes()
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(raw))
+    table = pa.table({"body": texts, "n": list(range(len(texts)))})
+    pq.write_table(table, tmp_path / "c.parquet", row_group_size=150)
+    with pa.OSFile(str(tmp_path / "d.arrow"), "wb") as f, pa.ipc.new_stream(f, table.schema) as stream:
+        stream.write_table(table)
+    (tmp_path / "e.txt").write_bytes(b"\n--\n".join(t.encode() for t in texts))
+    (tmp_path / "f").mkdir()
+    for i, t in enumerate(texts):
+        (tmp_path / "f" / f"{i:04d}.txt").write_bytes(t.encode())
+    for name, more in [
+        ("a.jsonl", []), ("b.jsonl.gz", []), ("c.parquet", ["text_field=body"]), ("d.arrow", ["text_field=body"]),
+        ("e.txt", [r"separator=\n--\n"]), ("f", []),
+    ]:  # fmt: skip
+        run(f"from={tmp_path / name}", f"out={tmp_path}/out-{name}", "val=0", "workers=1", *more)
+        assert read(tmp_path / f"out-{name}", "train") == texts
+
+
+def test_broken_input_is_repaired_or_dropped_and_counted(tmp_path, capsys):
+    lines = [
+        b'{"text": "good"}',
+        b'{"text": "b\xff\xfed"}',
+        b"{broken",
+        b'{"other": 1}',
+        b'{"text": "\\ud800x"}',
+        b"",
+        b'{"text": null}',
+        b"[1]",
+    ]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    (tmp_path / "b.txt").write_bytes(b"")
+    run(f"from={tmp_path}/*", f"out={tmp_path}/out", "val=0", "min_chars=2")
+    assert read(tmp_path / "out", "train") == ["good", "b\ufffd\ufffdd", "\ufffdx"]
+    dropped = json.loads((tmp_path / "out" / "manifest.json").read_text())["dropped"]
+    assert {k: n for k, n in dropped.items() if n} == {"repaired": 2, "not a JSON object": 2, "no text in 'text'": 2, "blank": 1}
+    assert "2 repaired" in capsys.readouterr().out
+
+
+def test_a_long_line_and_a_long_file_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizer, "LONG", 1000)
+    long = "é日x <|endoftext|>" * 20_000
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": long}) + "\n" + json.dumps({"text": "after"}))
+    (tmp_path / "b.txt").write_text(long, encoding="utf-8")
+    run(f"from={tmp_path}/*", f"out={tmp_path}/out", "val=0", "workers=1", "shard_tokens=100")
+    assert read(tmp_path / "out", "train") == [long, "after", long]
+    assert [s["documents"] for s in data.Shards(tmp_path / "out", "train").infos] == [1, 1, 1]
+
+
+def test_cap_is_never_exceeded_and_exclusions_hold(tmp_path, small):
+    texts = corpus(tmp_path / "a.jsonl")
+    run(f"from={tmp_path}/a.jsonl", f"out={tmp_path}/all", "val=0", "workers=1")
+    run(f"from={tmp_path}/a.jsonl", f"out={tmp_path}/cap", "val=0", "workers=1", "max_tokens=9000")
+    whole, cut = data.Shards(tmp_path / "all", "train"), data.Shards(tmp_path / "cap", "train")
+    assert 8000 < cut.n_tokens <= 9000 and np.array_equal(whole.tokens(0, cut.n_tokens), cut.tokens(0, cut.n_tokens))
+    held = [t for t in texts if t.strip()][5:9]
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in held))
+    run(f"from={tmp_path}/a.jsonl", f"out={tmp_path}/ex", "val=0", f"exclude={tmp_path}/held.jsonl", "workers=2")
+    assert not set(read(tmp_path / "ex", "train")) & set(held)
+    run(f"from={tmp_path}/a.jsonl", f"out={tmp_path}/vf", f"val_from={tmp_path}/held.jsonl", "workers=1")
+    assert read(tmp_path / "vf", "val") == held and not set(read(tmp_path / "vf", "train")) & set(held)
+
+
+def test_parts_on_many_machines_make_one_directory(tmp_path, small):
+    texts = corpus(tmp_path / "a.jsonl")
+    for i in (2, 0, 1):
+        assert not (tmp_path / "out" / "manifest.json").exists()
+        run(f"from={tmp_path}/a.jsonl", f"out={tmp_path}/out", "val=0.1", "workers=1", f"part={i}/3", "shard_tokens=4000")
+    train, val = read(tmp_path / "out", "train"), read(tmp_path / "out", "val")
+    assert sorted(train + val) == sorted(t for t in texts if t.strip()) and not set(train) & set(val)
+    run(f"out={tmp_path}/out", "--verify")
+
+
+def test_verify_finds_a_flipped_byte_and_check_shows_a_sample(tmp_path, capsys):
+    corpus(tmp_path / "a.jsonl")
+    run(f"from={tmp_path}/a.jsonl", f"out={tmp_path}/out", "val=0.1", "workers=1")
+    run(f"out={tmp_path}/out", "--check")
+    assert "<|endoftext|>'" in capsys.readouterr().out
+    run(f"from={tmp_path}/a.jsonl", "--check")
+    assert "400 documents" in capsys.readouterr().out
+    path = tmp_path / "out" / "train-00000.bin"
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(SystemExit):
+        run(f"out={tmp_path}/out", "--verify")
+    assert "train-00000.bin" in capsys.readouterr().err
+    path.write_bytes(raw[:-4])
+    with pytest.raises(SystemExit):
+        run(f"out={tmp_path}/out", "--verify")
+
+
+def test_a_full_disk_ends_in_one_line_and_goes_on(tmp_path, small):
+    corpus(tmp_path / "a.jsonl")
+    args = [f"--from={tmp_path}/a.jsonl", "--val=0.1", "--workers=1"]
+    run(*args, f"out={tmp_path}/whole")
+    limit = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (60000, 60000)); from prepare import text; text.main(sys.argv[1:])"
+    )
+    full = subprocess.run([sys.executable, "-c", limit, *args, f"--out={tmp_path}/out"], cwd=ROOT, capture_output=True, text=True)
+    assert full.returncode == 2 and full.stderr.count("\n") == 1 and "goes on" in full.stderr, full.stderr
+    run(*args, f"out={tmp_path}/out")
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+def test_learnt_tokenizer_never_saw_the_validation_text(tmp_path, monkeypatch):
+    texts = corpus(tmp_path / "a.jsonl")
+    run(f"from={tmp_path}/a.jsonl", f"out={tmp_path}/1", "tokenizer=bpe:300", "val=0.2", "workers=1")
+    run(f"from={tmp_path}/a.jsonl", f"out={tmp_path}/2", "tokenizer=bpe:300", "val=0.2", "workers=2")
+    assert digests(tmp_path / "1") == digests(tmp_path / "2")
+    assert sorted(read(tmp_path / "1", "train") + read(tmp_path / "1", "val")) == sorted(t for t in texts if t.strip())
+    tok, val = tokenizer.load(tmp_path / "1"), set(read(tmp_path / "1", "val"))
+    assert tok.vocab_size == 300 and "<|im_end|>" in tok.special
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts if t not in val))
+    run(f"from={tmp_path}/b.jsonl", f"out={tmp_path}/3", "tokenizer=bpe:300", "val=0", "workers=1")
+    assert tokenizer.load(tmp_path / "3").fingerprint == tok.fingerprint
+
+
+def test_wrong_arguments_end_in_one_line(tmp_path, capsys):
+    corpus(tmp_path / "a.jsonl")
+    for bad in [
+        ["from=nowhere*", "out=x"], ["out=x"], [f"from={tmp_path}", "out=x", "val=1.5"], [f"from={tmp_path}", "out=x", "part=3/3"],
+        [f"from={tmp_path}", "out=x", "tokenizer=nowhere"], ["source=poems", "out=x"], [f"from={tmp_path}", "out=x", "tokenizer=bpe:9"],
+        [f"from={tmp_path}", f"out={tmp_path}/o", "text_field=body", "workers=1"], [f"out={tmp_path}/none", "--verify"],
+    ]:  # fmt: skip
+        with pytest.raises(SystemExit) as stop:
+            run(*bad)
+        assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1, bad
+
+
+def test_standard_library_is_a_corpus_everywhere():
+    files = sources.find("stdlib")
+    assert sum(size for _, size in files) > 5e6 and not any("/test/" in f or "site-packages" in f for f, _ in files)
+    assert sum(size for _, size in sources.tasks(files)) == sum(size for _, size in files)

@@ -1,0 +1,280 @@
+"""The 197M model's arithmetic and every curriculum table, from the config files as a user loads them."""
+
+import functools
+import math
+
+import pytest
+import torch
+
+import configurator
+import optim
+from model import build, rectangle
+from train import Config
+
+BASE = "config/superbpe_197m.py"
+
+
+def load(*argv):
+    return configurator.load(Config, list(argv))[0]
+
+
+# ---- the model ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "argv, count",
+    [
+        ([], 196_398_464),
+        (["--tie=False"], 350_002_304),
+        (["--qk_norm=True"], 196_398_464 + 3_584),
+        (["config/superbpe_270m.py"], 293_684_736),
+        (["config/superbpe_270m.py", "--tie=False"], 472_889_216),
+        (["config/superbpe_270m.py", "--d_ff=2400"], 290_932_224),
+        (["config/superbpe_270m.py", "--d_ff=2400", "--tie=False"], 470_136_704),
+        (["config/superbpe_270m.py", "--d_model=640", "--n_layer=28", "--n_head=10", "--d_ff=1712"], 145_281_280),
+        (["config/superbpe_270m.py", "--d_model=640", "--n_layer=28", "--n_head=10", "--d_ff=1712", "--tie=False"], 273_284_480),
+    ],
+)
+def test_parameter_counts(argv, count):
+    model = build(load(BASE, *argv), "meta")
+    assert model.num_params() == count
+    padding = (200_064 - 200_005) * (128 if model.head is None else 128 + model.cfg.d_model)
+    assert sum(p.numel() for p in model.parameters()) == count + padding
+
+
+def test_breakdown_of_197m():
+    model = build(load(BASE), "meta")
+    size = {n: p.numel() for n, p in model.named_parameters()}
+    block = {n.split(".", 3)[3]: c for n, c in size.items() if n.startswith("decoder.blocks.5.")}
+    assert sum(block.values()) == 6_096_384 and block["attn.qkv.weight"] == 589_824 + 196_608 and block["attn.out.weight"] == 589_824
+    assert block["ffn.gate_up.weight"] + block["ffn.down.weight"] == 4_718_592
+    assert size["embed.proj.weight"] == 98_304 and size["decoder.norm.weight"] == 768 and "head.weight" not in size
+    assert 6 * 196_452_992 == 1_178_717_952
+    for length, attention in ((8, 0.001e9), (512, 0.066e9), (2048, 0.264e9)):
+        assert model.flops_per_token(length) == pytest.approx(6 * 196_452_992 + attention, abs=5e5)
+
+
+@pytest.fixture(scope="module")
+def full():
+    return build(load(BASE)).eval()
+
+
+def test_init_of_197m(full):
+    """Stds as designed, and a loss of ln V + d 0.02^2 / 2 before any step."""
+    assert sum(p.numel() for p in full.parameters()) == 196_398_464 + 59 * 128
+    std = {n: p.std().item() for n, p in full.named_parameters() if p.dim() > 1 and (n[:5] == "embed" or ".blocks.7." in n)}
+    for name, want in {
+        "embed.proj": 128**-0.5,
+        "attn.out": 0.002673,
+        "ffn.down": 0.002673,
+        "embed.weight": 0.02,
+        "qkv": 0.02,
+        "gate_up": 0.02,
+    }.items():
+        got = next(s for n, s in std.items() if name in n)
+        assert got == pytest.approx(want, rel=0.02), name
+    ids = torch.randint(0, 200_005, (1, 64), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert full.embed_tokens(ids.flatten()).std().item() == pytest.approx(0.02, rel=0.05)
+        loss = full.nll(full(rectangle(ids)), ids.flatten().roll(-1))[0].item() / 64
+        assert loss == pytest.approx(12.36, abs=0.05)
+        hidden = torch.randn(3, 768)
+        want = hidden.double() @ full.embed.proj.weight.double() @ full.embed.weight[:200_005].double().T
+        torch.testing.assert_close(full.predict(hidden).double(), want, rtol=0, atol=1e-4)
+
+
+def small(**keys):
+    shape = {
+        "n_layer": 3,
+        "n_head": 6,
+        "n_kv_head": 2,
+        "d_model": 48,
+        "head_dim": 8,
+        "d_ff": 64,
+        "vocab_size": 61,
+        "embed_rank": 16,
+        "max_len": 4096,
+    }
+    return build(Config(**shape | {"qk_norm": False} | keys)).train()
+
+
+def test_grouped_queries_equal_repeated_heads():
+    """Two KV heads serving six queries are six KV heads of which three are copies of each."""
+    model, wide = small().double().set_dtype(torch.float64), small(n_kv_head=6).double().set_dtype(torch.float64)
+    state = model.state_dict()
+    for name, value in state.items():
+        if name.endswith("qkv.weight"):
+            q, k, v = value.split((48, 16, 16))
+            repeat = lambda t: t.unflatten(0, (2, 8)).repeat_interleave(3, 0).flatten(0, 1)  # noqa: E731
+            state[name] = torch.cat((q, repeat(k), repeat(v)))
+    wide.load_state_dict(state)
+    b = rectangle(torch.randint(0, 61, (2, 33)))
+    torch.testing.assert_close(model(b), wide(b), rtol=1e-12, atol=1e-12)
+    assert model.decoder.blocks[0].attn.qkv.weight.shape == (48 + 2 * 16, 48) and model.new_cache(1, 8).k.shape[2] == 2
+
+
+def test_recomputation_changes_no_gradient():
+    ids, grads = torch.randint(0, 61, (2, 17)), []
+    for every in (0, 1, 2):
+        model = small(remat=every)
+        model.nll(model(rectangle(ids)), ids.flatten().roll(-1))[0].backward()
+        grads.append([p.grad for p in model.parameters()])
+    for other in grads[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(grads[0], other, strict=True))
+
+
+def test_length_4096_runs_and_no_more():
+    model = small()
+    assert model(rectangle(torch.zeros(1, 4096, dtype=torch.long))).isfinite().all()
+    with pytest.raises(SystemExit):
+        model(rectangle(torch.zeros(1, 4097, dtype=torch.long)))
+
+
+# ---- the tables ---------------------------------------------------------------------------------------------------------
+
+TEN = (8, 16, 32, 64, 128, 256, 512, 768, 1536, 2048)
+MULT = (0.3, 0.4, 0.5, 0.6, 0.75, 0.85, 0.95, 1.0, 1.0, 1.0)
+CLIP = (0.5, 0.5, 0.7, 0.8, 0.9, 1.0, 1.0, 1.0, 1.0, 1.0)
+NINE = (128, 256, 512, 768, 1024, 1536, 2048, 2048, 2048)
+# file: (files before it, first steps, steps, lengths, rows, accum, mult, clip, tokens)
+TABLES = {
+    "ultra": ([], (0, 84, 209, 417, 834, 1459, 2292, 3334, 7084, 10834), 20834, TEN, [98304 // n for n in TEN], (1,) * 10, MULT, CLIP, 2.048e9),
+    "ultra_steps": (
+        [], (0, 2000, 5000, 10000, 20000, 35000, 55000, 80000, 110000, 140000), 200000, TEN,
+        (512, 256, 128, 64, 32, 16, 8, 16, 8, 8), (1,) * 10, MULT, CLIP, 2.048e9,
+    ),
+    "h200": (
+        [], (0, 3000, 8000, 15000, 30000, 50000, 80000, 120000, 170000, 220000), 300000, TEN,
+        (4096, 2048, 1024, 512, 256, 128, 64, 48, 24, 16), (1,) * 10, MULT, CLIP, 10.24e9,
+    ),
+    "progressive": (
+        ["config/superbpe_270m.py"], None, None, TEN, (512, 256, 128, 64, 32, 16, 8, 8, 4, 4), (1,) * 8 + (2, 2), (1.0,) * 10, (1.0,) * 10, 1e9,
+    ),
+    "nine": (
+        [], (0, 3000, 6000, 10000, 15000, 25000, 40000, 60000, 100000), 150000, NINE, (256, 128, 64, 42, 32, 21, 16, 18, 20), (1,) * 9,
+        (12, 8, 4, 2.5, 1.5, 1, 0.7, 0.5, 0.3), (5, 2, 1, 0.5, 0.4, 0.3, 0.3, 0.3, 0.3), 5.48e9,
+    ),
+    "eight": (
+        [], (0, 3000, 6000, 10000, 15000, 25000, 40000, 60000), 150000, NINE[:8], (256, 128, 64, 42, 32, 21, 16, 16), (1,) * 8,
+        (8, 5, 3, 2, 1.5, 1, 0.7, 0.5), (5, 2, 1, 0.5, 0.4, 0.3, 0.3, 0.3), 4.905e9,
+    ),
+    "flat": ([], (0,), 20834, (2048,), (48,), (1,), (1.0,), (1.0,), 2.048e9),
+}  # fmt: skip
+
+
+@functools.cache
+def plan_of(name, *more):
+    cfg = load(BASE, *TABLES[name][0], f"config/curriculum_{name}.py", *more)
+    return cfg, optim.make_plan(cfg, 1)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_row_at_both_edges(name):
+    _, firsts, steps, lengths, rows, accums, mults, clips, tokens = TABLES[name]
+    cfg, plan = plan_of(name)
+    firsts = firsts or [s.first for s in plan.stages]
+    assert plan.steps == (steps or plan.steps) and len(plan.stages) == len(firsts)
+    assert plan.total == pytest.approx(tokens, rel=1e-3) and f"{plan.steps:,} steps, {plan.total:,} tokens" in plan.table()
+    total = 0
+    for i, (first, end) in enumerate(zip(firsts, [*firsts[1:], plan.steps], strict=True)):
+        for step in (first, end - 1):
+            row = plan(step)
+            shape = (i, lengths[i], rows[i] * lengths[i] * accums[i], rows[i] * lengths[i], accums[i], clips[i])
+            assert (row.stage, row.seq_len, row.tokens, row.micro_tokens, row.accum, row.clip) == shape
+        warmed = cfg.stages[i].get("warmup", 0)
+        assert plan(end - 1).lr == pytest.approx(formula(cfg, plan, end - 1, mults[i]), rel=1e-9)
+        if first and not warmed:
+            assert plan(first).lr == pytest.approx(formula(cfg, plan, first, mults[i]), rel=1e-9)
+        total += (end - first) * row.tokens
+    assert total == plan.total
+    assert all(n % length == 0 for length in lengths for n in [data_chunk(cfg)])
+
+
+def data_chunk(cfg):
+    return cfg.chunk or math.lcm(*[row["seq_len"] for row in cfg.stages])
+
+
+def formula(cfg, plan, step, mult):
+    """lr x warm-up x cosine to a tenth x mult, progress in the table's own unit, written out once more."""
+    unit = lambda s: (
+        sum(plan(t.first).tokens * (min(s, e) - t.first) for t, e in ends(plan) if s > t.first) / plan.total
+        if plan.by_tokens
+        else s / plan.steps
+    )  # noqa: E731, E501
+    warm = unit(cfg.warmup)
+    past = max(0.0, unit(step) - warm) / (1 - warm)
+    return cfg.lr * min(1, (step + 1) / cfg.warmup) * (0.1 + 0.45 * (1 + math.cos(math.pi * past))) * mult
+
+
+def ends(plan):
+    return list(zip(plan.stages, [*[s.first for s in plan.stages[1:]], plan.steps], strict=True))
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_lr_is_continuous_but_for_the_multiplier(name):
+    """A switch changes the multiplier alone; after warm-up the rest falls smoothly and ends at a tenth, with the run."""
+    cfg, plan = plan_of(name)
+    mults = TABLES[name][6]
+    bare = lambda step: plan(step).lr / mults[plan(step).stage]  # noqa: E731
+    for stage in plan.stages[1:]:
+        if not stage.warmup and stage.first > cfg.warmup:
+            assert bare(stage.first) == pytest.approx(bare(stage.first - 1), rel=2e-3)
+    assert bare(cfg.warmup) <= cfg.lr and bare(plan.steps - 1) == pytest.approx(cfg.lr / 10, rel=1e-3)
+    assert plan(0).lr < cfg.lr / 50
+
+
+def test_a_row_may_slide_into_its_multiplier():
+    _, plan = plan_of("nine")
+    slide = [plan(step).lr for step in range(2999, 3310)]
+    assert max(abs(a / b - 1) for a, b in zip(slide, slide[1:], strict=False)) < 0.01  # 12 -> 8 over 300 steps, no jump
+
+
+def test_published_accumulation_is_one_line_away(tmp_path):
+    text = open("config/curriculum_ultra_steps.py").read()
+    path = tmp_path / "with_accumulation.py"
+    path.write_text(text.replace("_accumulate = False", "_accumulate = True"))
+    plan = optim.make_plan(load(BASE, str(path)), 1)
+    assert plan.total == 8_593_408_000 and plan(199_999).accum == 4 and plan(110_000).tokens == 73_728
+
+
+def test_progressive_mix_and_the_h100_rows(tmp_path):
+    cfg, plan = plan_of("progressive")
+    assert plan(0).mix == {"fineweb": 0.95, "math": 0.05, "code": 0.0} and plan(plan.steps - 1).mix == {
+        "fineweb": 0.55,
+        "math": 0.25,
+        "code": 0.20,
+    }
+    assert [row["tokens"] // 10**6 for row in cfg.stages] == [10, 20, 30, 40, 75, 100, 125, 150, 200, 250]
+    path = tmp_path / "h100.py"
+    path.write_text(open("config/curriculum_progressive.py").read().replace("_h100 = False", "_h100 = True"))
+    big = load(BASE, "config/superbpe_270m.py", str(path))
+    assert big.lr == 8e-4 and [row["rows"] for row in big.stages] == [8192, 4096, 2048, 1024, 512, 256, 128, 96, 48, 40]
+    for c in (cfg, big):
+        assert c.warmup == round(optim.make_plan(c, 1).steps / 100)
+
+
+@pytest.mark.parametrize("micro, world", [(98304, 1), (49152, 1), (49152, 2), (12288, 8), (12288, 1)])
+def test_micro_batches_divide_exactly(micro, world):
+    cfg = load(BASE, "config/curriculum_ultra.py", f"--micro_tokens={micro}")
+    plan = optim.make_plan(cfg, world)
+    for stage in plan.stages:
+        assert stage.tokens == 98304 and stage.accum * stage.micro_tokens * world == 98304 and stage.micro_tokens % stage.seq_len == 0
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["config/curriculum_ultra.py", "--micro_tokens=10000"], ["10000", "--micro_tokens="]),
+        (["config/curriculum_ultra.py", "--max_len=1024"], ["1536", "1024"]),
+        (["config/curriculum_progressive.py", '--data={"fineweb": "a", "maths": "b"}'], ["math", "maths"]),
+        (["config/curriculum_ultra.py", "--stages=({'tokens': 5, 'seq': 8},)"], ["seq", "seq_len"]),
+    ],
+)
+def test_mistakes_stop_with_one_line(argv, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        optim.make_plan(load(BASE, *argv), 1)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and all(word in err for word in words)
+
+
+# ---- a run through a table ----------------------------------------------------------------------------------------------

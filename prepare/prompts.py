@@ -1,0 +1,107 @@
+"""Prompts as a model wants them: how a text begins and ends, chats by the checkpoint's own template, texts with holes.
+
+    ids = prompts.chat_ids(tokenizer, [{"role": "user", "content": "Hello"}])     up to where the assistant speaks
+    stops = prompts.stop_ids(tokenizer, chat=True)
+    enc, dec, allowed = prompts.hole_ids(model.cfg, tokenizer, "It was <extra_id_0> in Paris.")     for an encoder-decoder
+
+A template is the checkpoint author's code: it runs in jinja's sandbox. Markers inside a message are text, so nobody can end his turn
+by writing <|im_end|>. Used by sample.py and eval/. Read next: sample.py.
+"""
+
+import json
+import re
+from datetime import datetime
+
+from configurator import die
+
+ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>")  # of a text
+TURNS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>")  # of one speaker's turn
+SHOWN = ("<think>", "</think>", "<tool_call>", "</tool_call>")  # markers that are part of an answer
+
+
+def stop_ids(tokenizer, chat=False):
+    """Ids that end a text or, with `chat`, a turn; what the release itself calls its EOS is one of them."""
+    names = {*ENDS, *(TURNS if chat else ()), release(tokenizer)}
+    return {tokenizer.eos_id} | {tokenizer.special[name] for name in names if name in tokenizer.special}
+
+
+def release(tokenizer):
+    """The EOS that tokenizer_config.json names: chat models put their end of turn there."""
+    eos = json.loads(tokenizer.files.get("tokenizer_config.json", b"{}")).get("eos_token") or ""
+    return eos if isinstance(eos, str) else eos["content"]
+
+
+def prefix_ids(tokenizer):
+    """What every text of this model begins with: a BOS where its tokenizer.json says so."""
+    post = json.loads(tokenizer.files.get("tokenizer.json", b"{}")).get("post_processor") or {}
+    for rule in post.get("processors", [post]):
+        if rule.get("type") == "TemplateProcessing" and "SpecialToken" in rule["single"][0]:
+            return rule["special_tokens"][rule["single"][0]["SpecialToken"]["id"]]["ids"]
+    return []
+
+
+def chat_ids(tokenizer, messages, **options):
+    """A conversation by the checkpoint's own template, up to where the assistant speaks. Markers inside a message stay text."""
+    template = tokenizer.chat_template
+    if isinstance(template, list):  # several named ones
+        template = next((t["template"] for t in template if t["name"] == "default"), None)
+    if not template:
+        die("--chat: this checkpoint has no chat template; drop --chat, or fine-tune on chats (python -m prepare.chat)")
+    import jinja2.ext
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def refuse(message):
+        die(f"the chat template refuses this conversation: {message}")
+
+    names = sorted(tokenizer.special, key=len, reverse=True)
+    quoted = {name: f"\ue000{i}\ue001" for i, name in enumerate(names)}  # private characters no template touches
+    for name, mark in quoted.items():
+        messages = [m | {"content": m["content"].replace(name, mark)} for m in messages]
+    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
+    env.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+    text_of = {i: name for name, i in tokenizer.special.items()}
+    words = {"bos_token": "".join(text_of[i] for i in prefix_ids(tokenizer)), "eos_token": release(tokenizer) or text_of[tokenizer.eos_id]}
+    text = env.from_string(template).render(messages=messages, add_generation_prompt=True, **words | options)
+    ids = []
+    for piece in re.split("(" + "|".join(map(re.escape, names)) + ")", text) if names else [text]:
+        if piece in tokenizer.special:
+            ids.append(tokenizer.special[piece])
+        elif piece:
+            for name, mark in quoted.items():
+                piece = piece.replace(mark, name)
+            ids += tokenizer.encode(piece)
+    return ids
+
+
+def hole_ids(cfg, tokenizer, text, mode=None):
+    """-> (encoder ids, decoder ids to begin with, ids that may be drawn). Without `<extra_id_k>` the text is continued.
+
+    mode: R, X, S or I, "" for a model trained without modes, None for what fits: S continues, I fills one hole, R several.
+    """
+    from denoise import MODES
+    from denoise_stream import special_of
+
+    sp = special_of(cfg, tokenizer)
+    pieces = re.split(r"<extra_id_(\d+)>", text)  # text, number, text, number, ... text
+    holes = [int(k) for k in pieces[1::2]]
+    if holes != sorted(set(holes)) or max(holes, default=0) >= cfg.n_sentinels:
+        die(f"holes {holes}: number them upwards, each once, below {cfg.n_sentinels}")
+    if mode is None:
+        mode = "S" if not holes else "I" if len(holes) == 1 else "R"
+    ids = [sp.mode + MODES.index(mode)] if mode else []
+    for i, piece in enumerate(pieces):
+        ids += [sp.sentinel + int(piece)] if i % 2 else tokenizer.encode(piece) if piece else []
+    holes, ids = (holes, ids) if holes else ([0], [*ids, sp.sentinel])
+    special = set(tokenizer.special.values())
+    words = [i for i in range(min(tokenizer.vocab_size, sp.mode)) if i not in special]
+    return [*ids, sp.eos], [sp.start, sp.sentinel + holes[0]], [*words, sp.eos, *(sp.sentinel + k for k in holes[1:])]
+
+
+def splice(cfg, text, drawn, write):
+    """The text with its holes filled: what was drawn up to the first sentinel goes into the first hole, and so on."""
+    first, spans = cfg.vocab_size - cfg.n_sentinels, {}
+    now = int(re.search(r"<extra_id_(\d+)>", text)[1])
+    for i in drawn:
+        now = i - first if i >= first else now
+        spans.setdefault(now, []).extend([i] if i < first else [])
+    return re.sub(r"<extra_id_(\d+)>", lambda m: write(spans.get(int(m[1]), [])), text)

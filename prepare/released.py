@@ -1,0 +1,222 @@
+"""Foreign weight files as (ModelConfig fields, tensors under their own names, facts): the reading half of hub.py.
+
+Three sources: a transformers folder, a GGUF file of llama.cpp (dequantised, its tokenizer rebuilt), the published PolyGLU weights. A
+field that would change what the model computes and that we do not have is refused by name. Read next: hub.py, which renames and checks.
+"""
+
+import json
+import math
+import re
+
+import torch
+from safetensors.torch import load_file
+
+from configurator import die
+
+GGUF = {  # GGUF -> transformers
+    "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head", "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+}  # fmt: skip
+
+# Fields of config.json. A key that stands nowhere below may change the model, so it is refused by name.
+USED = """model_type vocab_size num_hidden_layers num_attention_heads num_key_value_heads hidden_size head_dim intermediate_size hidden_act
+    max_position_embeddings rms_norm_eps rope_theta rope_scaling rope_parameters tie_word_embeddings is_causal layer_types""".split()
+FIXED = {"attention_bias": False, "mlp_bias": False, "attention_dropout": 0, "use_sliding_window": False, "use_mrope": False}
+FIXED |= {"rope_interleaved": False, "pretraining_tp": 1, "partial_rotary_factor": 1}
+HARMLESS = """architectures transformers_version torch_dtype dtype use_cache initializer_range bos_token_id eos_token_id pad_token_id
+    unk_token_id _name_or_path max_window_layers sliding_window is_llama_config transformers.js_config""".split()
+ACTS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "relu": "relu", "tanh": "tanh"}
+TOKENIZER_FILES = """tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.jinja vocab.json
+    merges.txt generation_config.json""".split()
+
+
+def load_tensors(path):
+    index = path / "model.safetensors.index.json"
+    names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    for name in names:
+        if not (path / name).is_file():
+            die(f"{path / name}: not there; import reads safetensors, one file or an index")
+    return {key: tensor for name in sorted(names) for key, tensor in load_file(path / name).items()}
+
+
+def hf_fields(source, where):
+    """config.json -> ModelConfig fields; refuses by name what we would compute differently."""
+    kind = source.get("model_type")
+    if kind not in ("qwen3", "qwen2", "llama"):
+        die(f"{where}: model_type = {kind!r}; supported: qwen3, qwen2, llama (SmolLM2 and TinyLlama are llama)")
+    for key, value in source.items():
+        if key in FIXED and value is not None and value != FIXED[key]:
+            die(f"{where}: {key} = {value!r} is not supported, only {FIXED[key]!r}")
+        if key == "layer_types" and set(value or ()) - {"full_attention"}:
+            die(f"{where}: {key} = {sorted(set(value))} is not supported, only full_attention")
+        if key not in USED and key not in FIXED and key not in HARMLESS and value not in (None, False, {}, []):
+            die(f"{where}: {key} = {value!r} is not supported; delete the line if it does not change the model's function")
+    act = source.get("hidden_act", "silu")
+    if act not in ACTS:
+        die(f"{where}: hidden_act = {act!r} is not supported, only {', '.join(sorted(ACTS))}")
+    rope = dict(source.get("rope_parameters") or source.get("rope_scaling") or {})
+    theta = float(rope.pop("rope_theta", source.get("rope_theta", 10000.0)))
+    rope_type = rope.pop("rope_type", rope.pop("type", "default"))
+    rope.pop("type", None)
+    if rope_type not in ("default", "llama3"):
+        die(f"{where}: rope_type = {rope_type!r} is not supported, only default and llama3")
+    heads, d = source["num_attention_heads"], source["hidden_size"]
+    return {
+        "arch": "decoder" if source.get("is_causal", True) else "encoder",
+        "vocab_size": source["vocab_size"],
+        "n_layer": source["num_hidden_layers"],
+        "n_head": heads,
+        "n_kv_head": source.get("num_key_value_heads") or heads,
+        "d_model": d,
+        "head_dim": source.get("head_dim") or (128 if kind == "qwen3" else d // heads),
+        "d_ff": source["intermediate_size"],
+        "max_len": source.get("max_position_embeddings", 2048 if kind == "llama" else 32768),
+        "norm_eps": source.get("rms_norm_eps", 1e-6),
+        "qk_norm": kind == "qwen3",
+        "qkv_bias": kind == "qwen2",
+        "rope_theta": theta,
+        "rope_scaling": {key: float(value) for key, value in rope.items()} if rope_type == "llama3" else None,
+        "tie": source.get("tie_word_embeddings", False),
+        "ffn": "swiglu",
+        "act": ACTS[act],
+    }
+
+
+def read_published(path, source):
+    """The PolyGLU release (.safetensors, or .pt read without ever unpickling objects), and our own export of that layout."""
+    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".pt"))
+    if len(files) != 1:
+        die(f"--from={path}: {len(files)} weight files and no config.json; name one .safetensors or .pt file")
+    saved = {}
+    if files[0].suffix == ".pt":
+        try:
+            saved = torch.load(files[0], map_location="cpu", weights_only=True)
+        except (torch.serialization.pickle.UnpicklingError, RuntimeError):
+            die(f"{files[0]}: holds more than tensors and is not opened; where you trust it, save its 'model' as .safetensors")
+        key = next((key for key in ("model", "model_state_dict") if key in saved), None)
+        tensors = saved[key] if key else die(f"{files[0]}: neither 'model' nor 'model_state_dict' inside")
+    else:
+        tensors = load_file(files[0])
+    info = {"family": "polyglu", "step": int(saved.get("step", 0)), "tau": float(saved.get("tau", 0.1)), "epoch": saved.get("epoch")}
+    tables = [tensors.pop(name, None) for name in ("rope.cosines", "rope.sins")]
+    if source:  # ours: the whole config is there
+        info |= {"step": source["step"], "tau": source["tau"]}
+        return source["prism"], tensors, info
+    for name in ("embeddings.weight", "model_core.0.polyglu.alpha", "model_core.0.gqa.rmsnorm_q.gama", "model_core.0.gqa.W_q.weight"):
+        if name not in tensors:
+            die(f"{name}: missing from {files[0]}; not the published PolyGLU layout")
+    (v, d), (f, k) = tensors["embeddings.weight"].shape, tensors["model_core.0.polyglu.alpha"].shape
+    hd, wk = len(tensors["model_core.0.gqa.rmsnorm_q.gama"]), tensors.get("model_core.0.gqa.W_k.weight")
+    if k != 4:
+        die(f"model_core.0.polyglu.alpha: {k} activations; the published layout has relu, tanh, silu, gelu")
+    fields = {"arch": "decoder", "vocab_size": v, "d_model": d, "d_ff": f, "head_dim": hd, "tie": True, "qk_norm": True, "qkv_bias": False}
+    fields |= {"n_layer": 1 + max(int(n.split(".")[1]) for n in tensors if n.startswith("model_core."))}
+    fields |= {"n_head": tensors["model_core.0.gqa.W_q.weight"].shape[0] // hd, "n_kv_head": 1 if wk is None else wk.shape[0] // hd}
+    fields |= {"ffn": "polyglu", "acts": ("relu", "tanh", "silu", "gelu"), "gate": "sequence", "gate_noise": True}
+    fields |= {"rope_theta": 10000.0, "norm_eps": 1e-6, "max_len": 4096 if tables[0] is None else len(tables[0])}
+    for name, table, function in zip(("rope.cosines", "rope.sins"), tables, (torch.cos, torch.sin), strict=True):
+        if table is None:
+            continue
+        inv_freq = 10000.0 ** (-torch.arange(hd // 2, dtype=torch.float64) * 2 / hd)
+        exact = function(torch.arange(len(table), dtype=torch.float64)[:, None] * inv_freq)
+        if table.shape != exact.shape or (table.double() - exact).abs().max() > 4e-3:  # bf16 rounds by up to 2e-3
+            die(f"{name}: not the rotary table of theta 10000 for head_dim {hd}")
+        fields["rope_bf16"] = torch.equal(table, table.bfloat16().to(table.dtype))
+    return fields, tensors, info
+
+
+def read_gguf(path):
+    """A llama.cpp file -> the transformers names and config, dequantised to fp32."""
+    import gguf
+    import numpy as np
+
+    reader = gguf.GGUFReader(path)
+    meta = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
+    arch = meta["general.architecture"]
+    if arch not in ("llama", "qwen2", "qwen3"):
+        die(f"{path}: general.architecture = {arch!r}; supported: llama, qwen2, qwen3")
+    get = {key.removeprefix(arch + "."): value for key, value in meta.items() if key.startswith(arch + ".")}
+    heads, kv = get["attention.head_count"], get.get("attention.head_count_kv", get["attention.head_count"])
+    known = """block_count context_length embedding_length feed_forward_length attention.head_count attention.head_count_kv rope.freq_base
+        attention.layer_norm_rms_epsilon vocab_size rope.dimension_count attention.key_length attention.value_length""".split()
+    for key, value in get.items():
+        if key not in known and value not in (0, "none", 1.0):
+            die(f"{path}: {arch}.{key} = {value!r} is not supported")
+    head_dim = get.get("attention.key_length", get["embedding_length"] // heads)
+    if get.get("rope.dimension_count", head_dim) != head_dim:
+        die(f"{path}: {arch}.rope.dimension_count = {get['rope.dimension_count']} is not supported, only head_dim {head_dim}")
+    tensors, kinds = {}, set()
+    for tensor in reader.tensors:
+        values = torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32))
+        match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", tensor.name)
+        if tensor.name != "rope_freqs.weight" and (not match or match[2] not in GGUF):
+            die(f"{tensor.name}: a tensor this architecture has no place for")
+        if tensor.tensor_type.name not in ("F32", "F16", "BF16"):
+            kinds.add(tensor.tensor_type.name)
+        if arch == "llama" and match[2] in ("attn_q", "attn_k"):  # llama.cpp rotates neighbours, everyone else halves
+            n = heads if match[2] == "attn_q" else kv
+            values = values.view(n, head_dim // 2, 2, -1).transpose(1, 2).reshape(values.shape)
+        name = f"model.layers.{match[1]}." if match[1] else ""
+        tensors[f"{name}{GGUF.get(match[2], match[2])}.{match[3]}"] = values
+    factors = tensors.pop("rope_freqs.weight", None)
+    source = {
+        "model_type": arch,
+        "vocab_size": len(tensors["model.embed_tokens.weight"]),
+        "num_hidden_layers": get["block_count"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "hidden_size": get["embedding_length"],
+        "head_dim": head_dim,
+        "intermediate_size": get["feed_forward_length"],
+        "max_position_embeddings": get["context_length"],
+        "rms_norm_eps": float(f"{get['attention.layer_norm_rms_epsilon']:.6g}"),  # stored as fp32: 9.99999975e-06
+        "rope_theta": get.get("rope.freq_base", 10000.0),
+        "tie_word_embeddings": "lm_head.weight" not in tensors,
+    }
+    if factors is not None:  # Llama 3: the file holds the factors, we need the rule; every 3.x has these three constants
+        rope = {"factor": factors.max().item(), "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192.0}
+        turns = 8192 * source["rope_theta"] ** (-torch.arange(head_dim // 2) * 2 / head_dim) / (2 * math.pi)
+        smooth = ((turns - 1) / 3).clamp(0, 1)
+        if not torch.allclose(1 / (smooth + (1 - smooth) / rope["factor"]), factors, rtol=1e-3):
+            die(f"{path}: rope_freqs.weight does not follow the Llama 3 rule (low 1, high 4, original context 8192)")
+        source["rope_scaling"] = rope | {"rope_type": "llama3"}
+    info = {"family": arch, "source": {"dequantised_from": sorted(kinds)}, "tokenizer": gguf_tokenizer(meta, path)}
+    return hf_fields(source, path), tensors, info
+
+
+def gguf_tokenizer(meta, path):
+    """The byte-level BPE inside a GGUF as tokenizer.json and tokenizer_config.json; a tokenizer.json beside the file wins."""
+    beside = [path.parent / name for name in TOKENIZER_FILES if (path.parent / name).is_file()]
+    if path.parent / "tokenizer.json" in beside:
+        return {file.name: file.read_bytes() for file in beside}
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+    words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    split, kind = pre_tokenizers.Split, meta.get("tokenizer.ggml.pre", "default")
+    steps = {
+        "smollm": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
+        "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
+        "qwen2": [split(Regex(words % ""), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)],
+        "llama-bpe": [split(Regex(words % "{1,3}"), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)],
+    }
+    if meta["tokenizer.ggml.model"] != "gpt2" or kind not in steps:
+        die(f"{path}: tokenizer {meta['tokenizer.ggml.model']}/{kind} inside; put the model's tokenizer.json beside the file")
+    tokens, types = meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.token_type"]
+    merges = [tuple(merge.split(" ")) for merge in meta["tokenizer.ggml.merges"]]
+    tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, merges, ignore_merges=kind == "llama-bpe"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Sequence(steps[kind]), decoders.ByteLevel()
+    if kind == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+    for special, number in ((True, 3), (False, 4)):  # control tokens, user-defined tokens
+        tokenizer.add_tokens([AddedToken(t, special=special) for t, n in zip(tokens, types, strict=True) if n == number])
+    names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    config = {key: tokens[meta[f"tokenizer.ggml.{n}_token_id"]] for key, n in names.items() if f"tokenizer.ggml.{n}_token_id" in meta}
+    if meta.get("tokenizer.ggml.add_bos_token"):
+        bos = (config["bos_token"], meta["tokenizer.ggml.bos_token_id"])
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
+    config |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    if "tokenizer.chat_template" in meta:
+        config["chat_template"] = meta["tokenizer.chat_template"]
+    return {"tokenizer.json": tokenizer.to_str().encode(), "tokenizer_config.json": json.dumps(config, indent=2).encode()}

@@ -1,0 +1,243 @@
+"""Text out of a checkpoint: completion, chat, infilling, many prompts and samples at once.
+
+    python sample.py --ckpt=out/RUN --prompt="Once upon a time" --max_new_tokens=200 --temperature=0.8 --top_k=50
+    python sample.py --ckpt=out/RUN --chat                          # a conversation, by the checkpoint's own template
+    git log -3 | python sample.py --ckpt=out/RUN --prompt=- --num_samples=3
+    python sample.py --ckpt=out/ENCDEC --prompt="It was <extra_id_0> in Paris."
+
+Decoding reads each token once through a KV cache. A row of a batch draws from its own random stream, so what a prompt yields does not
+depend on its neighbours. Only whole characters are printed. In Python: `sample.generate(model, tokenizer, prompt)`.
+Read next: Cache and step in model.py.
+"""
+
+import codecs
+import dataclasses
+import sys
+import time
+
+import torch
+
+import checkpoint
+import configurator
+import machine
+import tokenizer as tokenizers
+from configurator import die
+from model import Embedding, Linear, Transformer
+from prepare.prompts import SHOWN, chat_ids, hole_ids, prefix_ids, splice, stop_ids
+
+
+def pick(logits, temperature, top_k, top_p, u):
+    """One id per row of logits (B, V), by inverting the distribution at u (B,) in [0, 1)."""
+    if temperature == 0 or top_k == 1:
+        return logits.argmax(-1)
+    logits, ids = logits / temperature, None
+    if 0 < top_k < logits.shape[-1]:
+        logits, ids = logits.topk(top_k)
+    elif top_p < 1:
+        logits, ids = logits.sort(descending=True)
+    probs = logits.double().softmax(-1)
+    if top_p < 1:  # the smallest set of likeliest tokens that holds top_p; always at least one
+        probs = probs * (probs.cumsum(-1) - probs < top_p)
+    mass = probs.cumsum(-1)
+    choice = torch.searchsorted(mass, u[:, None].to(mass) * mass[:, -1:], right=True).clamp(max=probs.shape[-1] - 1)
+    return (choice if ids is None else ids.gather(1, choice))[:, 0]
+
+
+def keep_rows(cache, index):
+    """The cache of rows `index`: repeated for several samples, dropped when finished, reordered for beams."""
+    cache.k, cache.v, cache.sums = cache.k[:, index], cache.v[:, index], cache.sums[:, :, index]
+    cache.lengths = [cache.lengths[i] for i in index]
+    if cache.enc is not None:
+        cache.enc, cache.enc_mask = [[t[index] for t in pair] for pair in cache.enc], cache.enc_mask[index]
+
+
+def flat(rows, device):
+    """Lists of ids as one flat batch of whole documents."""
+    lengths = torch.tensor([len(row) for row in rows])
+    pos = torch.cat([torch.arange(len(row)) for row in rows])
+    cu = torch.cat((torch.zeros(1), lengths.cumsum(0))).int()
+    batch = {"ids": torch.tensor([i for row in rows for i in row]), "pos": pos, "cu": cu, "rows": torch.arange(len(rows))}
+    return {name: t.to(device) for name, t in batch.items()} | {"max_len": int(lengths.max())}
+
+
+@torch.inference_mode()
+def tokens(model, prompts, max_new_tokens, ended, temperature=0.0, top_k=0, top_p=1.0, seed=1337, num_samples=1, allowed=None, enc=None):
+    """Draw ids row by row until `ended(row, id)` says so or `max_new_tokens` are there; row = prompt * num_samples + sample.
+
+    prompts: lists of ids, each read once. allowed: a mask (P, V) of ids that may be drawn. enc: for an encoder-decoder, the
+    encoder's ids of every prompt. A row's random numbers depend on seed and sample alone.
+    """
+    device, cap = model.embed.weight.device, model.cfg.max_len
+    longest = max(map(len, prompts))
+    if longest >= cap:
+        die(f"a prompt of {longest} tokens leaves no room: the model accepts {cap}; shorten it")
+    count, row = min(max_new_tokens, cap - longest), torch.arange(len(prompts)).repeat_interleave(num_samples).tolist()
+    streams = [torch.Generator().manual_seed(seed + 1_000_003 * (i % num_samples)) for i in range(len(row))]
+    u = torch.stack([torch.rand(count, generator=stream, dtype=torch.float64) for stream in streams]).to(device)
+    cached, texts, live = model.cfg.causal, [list(prompts[i]) for i in row], list(range(len(row)))
+    if cached:  # read every prompt once, then a row per sample
+        cache = model.new_cache(len(prompts), longest + count)
+        if enc is not None:
+            model.read_encoder(flat(enc, device), cache)
+        ids = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=device)
+        hidden = model.step(ids, cache, [len(p) for p in prompts])  # (P, T, D)
+        hidden = hidden[torch.arange(len(prompts)), torch.tensor([len(p) - 1 for p in prompts])][row]
+        if num_samples > 1:
+            keep_rows(cache, row)
+    for t in range(count):
+        if not cached:  # a gate that hears later tokens changes everything at every token
+            batch = flat([texts[r] for r in live], device)
+            hidden = model(batch)[batch["cu"][1:].long() - 1]
+        logits = model.predict(hidden)  # (B, V)
+        if allowed is not None:
+            logits.masked_fill_(~allowed[[row[r] for r in live]], -torch.inf)
+        drawn = pick(logits, temperature, top_k, top_p, u[live, t])
+        for r, i in zip(live, drawn.tolist(), strict=True):
+            texts[r].append(i)
+        going = [n for n, r in enumerate(live) if not ended(r, texts[r][-1])]
+        if not going or t + 1 == count:
+            return
+        if len(going) < len(live):  # finished rows leave the batch
+            live, drawn = [live[n] for n in going], drawn[going]
+            if cached:
+                keep_rows(cache, going)
+        if cached:
+            hidden = model.step(drawn[:, None], cache)[:, 0]
+
+
+class Printer:
+    """Ids in, whole characters out: a character cut between two tokens waits for its rest. Special tokens are not text."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.hidden = tokenizer, {i for name, i in tokenizer.special.items() if name not in SHOWN}
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def __call__(self, i):
+        return "" if i in self.hidden or i >= self.tokenizer.vocab_size else self.decoder.decode(self.tokenizer.token_bytes(i))
+
+    def end(self):
+        return self.decoder.decode(b"", final=True)
+
+
+@torch.inference_mode()
+def generate(model, tokenizer, prompt, max_new_tokens=128, temperature=0.0, top_k=0, top_p=1.0, num_samples=1, seed=1337, chat=False,
+             stop=(), on_text=None, mode=None):  # fmt: skip
+    """The continuation of `prompt` (a text, a list of texts or, with `chat`, a list of messages), without the prompt.
+
+    One text for one prompt and one sample; else a list: every sample of the first prompt, then of the second. `stop`: texts that end
+    a continuation and are cut from it. `on_text(row, piece)` hears of text as it comes. An encoder-decoder fills `<extra_id_k>` in the
+    prompt and gives the whole text; `mode` is its denoising mode.
+    """
+    single = isinstance(prompt, str) or (chat and isinstance(prompt[0], dict))
+    prompts, enc, vocab = [prompt] if single else list(prompt), None, model.cfg.vocab_size
+    if model.cfg.arch == "encoder":
+        die("an encoder writes no text; use eval.embedding, or sample from a decoder")
+    if model.cfg.arch == "encdec":
+        if chat:
+            die("--chat: an encoder-decoder continues or fills holes; give a plain prompt")
+        enc, ids, may = zip(*(hole_ids(model.cfg, tokenizer, p, mode) for p in prompts), strict=True)
+    elif chat:
+        ids = [chat_ids(tokenizer, [{"role": "user", "content": p}] if isinstance(p, str) else p) for p in prompts]
+    else:
+        ids = [prefix_ids(tokenizer) + tokenizer.encode(p) or [tokenizer.eos_id] for p in prompts]
+    if enc is None:
+        may = [range(min(vocab, tokenizer.vocab_size))] * len(ids)  # a model may have rows that no text ever used
+    allowed = torch.zeros(len(ids), vocab, dtype=torch.bool)
+    for mask, some in zip(allowed, may, strict=True):
+        mask[torch.tensor(some)] = True
+    holes = [enc is not None and "<extra_id_" in p for p in prompts for _ in range(num_samples)]
+    rows, stops = len(holes), stop_ids(tokenizer, chat)
+    printers, texts, drawn = [Printer(tokenizer) for _ in range(rows)], [""] * rows, [[] for _ in range(rows)]
+
+    def say(row, piece):
+        texts[row] += piece
+        if on_text and piece and not holes[row]:
+            on_text(row, piece)
+
+    def ended(row, i):
+        drawn[row].append(i)
+        say(row, printers[row].end() if i in stops else printers[row](i))
+        cut = min((at for s in stop if (at := texts[row].find(s)) >= 0), default=-1)
+        if cut >= 0:
+            texts[row], printers[row] = texts[row][:cut], None
+        return cut >= 0 or i in stops
+
+    allowed = None if bool(allowed.all()) else allowed.to(model.embed.weight.device)
+    tokens(model, ids, max_new_tokens, ended, temperature, top_k, top_p, seed, num_samples, allowed, enc)
+    for row, printer in enumerate(printers):
+        say(row, printer.end() if printer else "")  # a character that the last token left unfinished
+        if holes[row]:
+            write = lambda some: "".join(map(Printer(tokenizer), some))  # noqa: E731
+            texts[row] = splice(model.cfg, prompts[row // num_samples], [i for i in drawn[row] if i not in stops], write)
+    return texts[0] if rows == 1 and single else texts
+
+
+def lean(model):
+    """Weights of matmuls cast once to the activation dtype: a fp32 master read as bf16 at every token costs most of the time."""
+    for module in model.modules():
+        if isinstance(module, (Linear, Embedding)):
+            module.weight.data = module.weight.data.to(model.dtype)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------- command line
+
+
+def write(row, piece):
+    sys.stdout.write(piece)
+    sys.stdout.flush()
+
+
+def converse(model, tok, system, options):
+    """Turn after turn, until the input ends (Ctrl-D)."""
+    messages = [{"role": "system", "content": system}] if system else []
+    write(0, "> ")
+    for line in iter(sys.stdin.readline, ""):
+        if line.strip():
+            messages.append({"role": "user", "content": line.strip()})
+            messages.append({"role": "assistant", "content": generate(model, tok, messages, chat=True, on_text=write, **options)})
+        write(0, "\n> ")
+
+
+def main(argv):
+    defaults = {"ckpt": str, "prompt": "", "chat": False, "max_new_tokens": 256, "temperature": 0.8, "top_k": 0, "top_p": 1.0}
+    defaults |= {"num_samples": 1, "seed": 1337, "device": "auto", "dtype": "auto", "lines": False, "system": "", "mode": None}
+    opt = configurator.args(defaults | {"allow_noncausal": False}, argv, __doc__)
+    good = {"max_new_tokens": opt.max_new_tokens > 0, "temperature": opt.temperature >= 0, "num_samples": opt.num_samples > 0}
+    good |= {"top_k": opt.top_k >= 0, "top_p": 0 < opt.top_p <= 1, "dtype": opt.dtype in ("auto", "float32", "bfloat16")}
+    good |= {"mode": opt.mode is None or opt.mode in "RXSI"}
+    for key in [key for key, fine in good.items() if not fine]:
+        die(f"--{key}={getattr(opt, key)}: out of range; --help shows the defaults")
+    where = machine.find(opt.device, opt.dtype)
+    build = lambda cfg: Transformer(dataclasses.replace(cfg, allow_noncausal=cfg.allow_noncausal or opt.allow_noncausal))  # noqa: E731
+    model, state = checkpoint.load(opt.ckpt, device=where.device, build=build)
+    tok = tokenizers.load(checkpoint.resolve(opt.ckpt).parent)
+    lean(model.set_dtype(where.dtype))
+    options = {key: getattr(opt, key) for key in ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "mode")}
+    if opt.mode is None and not state["config"].get("mode_tokens", True):
+        options["mode"] = ""
+    prompt = sys.stdin.read() if opt.prompt == "-" else opt.prompt
+    if opt.chat and not prompt:
+        return converse(model, tok, opt.system, options)
+    prompts = prompt.splitlines() if opt.lines else [prompt]
+    if not prompts:
+        die("--lines: the prompt has no line")
+    texts, alone = prompts, len(prompts) * opt.num_samples == 1 and "<extra_id_" not in prompt
+    if opt.chat:
+        start = [{"role": "system", "content": opt.system}] if opt.system else []
+        prompts = [start + [{"role": "user", "content": p}] for p in prompts]
+    if alone and not opt.chat:
+        write(0, texts[0])
+    began = time.perf_counter()
+    answers = generate(model, tok, prompts, chat=opt.chat, num_samples=opt.num_samples, on_text=write if alone else None, **options)
+    seconds = time.perf_counter() - began
+    for row, answer in enumerate(() if alone else answers):
+        text = texts[row // opt.num_samples]
+        print(f"--- {row + 1}\n{'' if opt.chat or '<extra_id_' in text else text}{answer}")
+    print(end="\n" if alone else "", flush=True)
+    n = sum(len(tok.encode(answer)) for answer in answers)
+    print(f"[about {n} tokens in {seconds:.1f} s, {n / seconds:.1f} tokens/s; {where.why}]", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -26,25 +26,23 @@ ACTIVATIONS = {
     "gelu": F.gelu,  # the erf form
     "sigmoid": torch.sigmoid,
     "relu2": lambda a: torch.relu(a).square(),
-    "identity": lambda a: a,
 }
 DEFAULT_ACTS = ("relu", "tanh", "silu", "gelu")
 
 
-def _tanh(a):
+def _tanh(a, out):
     """Three times faster than torch's on a CPU, 1.5e-7 off at most."""
-    return torch.tanh(a) if a.dtype == torch.float64 else torch.sigmoid(a * 2).mul_(2).sub_(1)
+    return torch.tanh(a, out=out) if a.dtype == torch.float64 else torch.mul(a, 2, out=out).sigmoid_().mul_(2).sub_(1)
 
 
-# name: (v = sigma(a), q * sigma'(a) from (q, a, v)). torch's own fused derivatives: one pass each.
+# name: (sigma(a, out=), q * sigma'(a) from q, a, v = sigma(a) into out): torch's own fused derivatives, one pass each
 _RULES = {
-    "relu": (torch.relu, lambda q, a, v: aten.threshold_backward(q, a, 0)),
-    "tanh": (_tanh, lambda q, a, v: aten.tanh_backward(q, v)),
-    "silu": (F.silu, lambda q, a, v: aten.silu_backward(q, a)),
-    "gelu": (F.gelu, lambda q, a, v: aten.gelu_backward(q, a)),
-    "sigmoid": (torch.sigmoid, lambda q, a, v: aten.sigmoid_backward(q, v)),
-    "relu2": (ACTIVATIONS["relu2"], lambda q, a, v: torch.relu(a).mul_(q).mul_(2)),
-    "identity": (lambda a: a, lambda q, a, v: q),
+    "relu": (aten.relu.out, lambda q, a, v, out: aten.threshold_backward.grad_input(q, a, 0, grad_input=out)),
+    "tanh": (_tanh, lambda q, a, v, out: aten.tanh_backward.grad_input(q, v, grad_input=out)),
+    "silu": (aten.silu.out, lambda q, a, v, out: aten.silu_backward.grad_input(q, a, grad_input=out)),
+    "gelu": (aten.gelu.out, lambda q, a, v, out: aten.gelu_backward.grad_input(q, a, grad_input=out)),
+    "sigmoid": (aten.sigmoid.out, lambda q, a, v, out: aten.sigmoid_backward.grad_input(q, v, grad_input=out)),
+    "relu2": (lambda a, out: aten.relu.out(a, out=out).square_(), lambda q, a, v, out: aten.relu.out(a, out=out).mul_(q).mul_(2)),
 }
 
 
@@ -61,74 +59,83 @@ def polyglu_reference(au, al, s=None, acts=DEFAULT_ACTS):
 # torch: blocks of rows
 
 
-def _blocks(n, f, rows, device):
-    """(row, first token, last token): 32k elements per thread keep the dozen temporaries of a block in the L2 cache."""
-    size = 1 << 24 if device.type == "cuda" else 32768 * torch.get_num_threads()
-    per_row, step = n // rows, max(1, size // f)
-    for row in range(rows):
+def _blocks(al, s, n, f, buffers):
+    """Per block of rows: row, tokens, gate(k, out) -> unnormalised g_k, their sum (None: 1), scratch [buffers, tokens, f].
+
+    64k elements per thread: the scratch stays in the cache, which is what makes a dozen passes over it cheap.
+    """
+    size = 1 << 24 if al.is_cuda else 65536 * torch.get_num_threads()
+    per_row, step = n // len(al), max(1, min(size // f, n // len(al)))
+    scratch = al.new_empty(buffers, step, f)
+    for row in range(len(al)):
+        top = al[row].t().contiguous()  # (K, f)
+        column = (torch.softmax(top, 0) if s is None else (top - top.amax(0)).exp_()).unbind(0)
         for lo in range(row * per_row, (row + 1) * per_row, step):
-            yield row, lo, min(lo + step, (row + 1) * per_row)
+            tokens = slice(lo, min(lo + step, (row + 1) * per_row))
+            total, *work = scratch[:, : tokens.stop - lo].unbind(0)
+            if s is None:  # a gate constant over the tokens
+                yield row, tokens, lambda k, out: column[k], None, work
+                continue
+            # exp(al + s) = exp(al) exp(s): no exponential per element. Factors are at most 1: only the sum can underflow.
+            part = s[tokens]
+            token = (part - part.amax(1, keepdim=True)).exp_().split(1, 1)  # K of (n, 1)
+            torch.mul(token[0], column[0], out=total)
+            for t, c in zip(token[1:], column[1:], strict=True):
+                total.addcmul_(t, c)
+            if not al.is_cuda and total.min() >= 1e-20:
+                yield row, tokens, lambda k, out: torch.mul(token[k], column[k], out=out), total, work
+            else:
+                gates = torch.softmax(top[:, None, :] + part.t()[:, :, None], 0)
+                yield row, tokens, lambda k, out: gates[k], None, work
 
 
-def _weights(al, s):
-    """Unnormalised gates [(n, f)] * K and their sum (n, f); for a gate constant over the tokens (1, f) and None."""
-    if s is None:
-        return list(torch.softmax(al, -1).t().contiguous()[:, None, :]), None
-    if not s.is_cuda:
-        # exp(al + s) = exp(al) exp(s): no exponential per element. Factors are at most 1: only the sum can underflow.
-        column = (al - al.amax(-1, keepdim=True)).exp_().t().contiguous()  # (K, f)
-        token = (s - s.amax(-1, keepdim=True)).exp_()  # (n, K)
-        total = token @ column
-        if total.min() >= 1e-20:
-            return [token[:, k : k + 1] * column[k] for k in range(len(column))], total
-    z = al.t()[:, None, :] + s.t()[:, :, None]  # (K, n, f)
-    z = (z - z.amax(0)).exp_()
-    return list(z), z.sum(0)
+def _mixture(a, gate, total, acts, m, values, g):
+    """m = sum_k g_k sigma_k(a), in place; values[k] keeps sigma_k(a) (one buffer K times if nobody wants them)."""
+    torch.mul(gate(0, g), _RULES[acts[0]][0](a, out=values[0]), out=m)
+    for k in range(1, len(acts)):
+        m.addcmul_(gate(k, g), _RULES[acts[k]][0](a, out=values[k]))
+    if total is not None:
+        m.div_(total)
 
 
 def _forward_torch(au, al, s, acts):
     n, f = au.shape[0], au.shape[1] // 2
     y = au.new_empty(n, f)
-    for row, lo, hi in _blocks(n, f, len(al), au.device):
-        a, u = au[lo:hi].to(al.dtype).chunk(2, 1)
-        weights, total = _weights(al[row], s if s is None else s[lo:hi])
-        m = torch.zeros_like(a)
-        for name, weight in zip(acts, weights, strict=True):
-            m.addcmul_(weight, _RULES[name][0](a))
-        if total is not None:
-            m.div_(total)
-        torch.mul(m, u, out=m)
-        y[lo:hi] = m
+    for _, tokens, gate, total, (m, v, g) in _blocks(al, s, n, f, 4):
+        a, u = au[tokens].to(al.dtype).chunk(2, 1)
+        _mixture(a, gate, total, acts, m, [v] * len(acts), g)
+        y[tokens] = m.mul_(u)
     return y
 
 
 def _backward_torch(dy, au, al, s, acts):
     n, f = dy.shape
-    dau, dal, ds = torch.empty_like(au), torch.zeros_like(al), au.new_empty(0) if s is None else torch.empty_like(s)
-    for row, lo, hi in _blocks(n, f, len(al), au.device):
-        a, u = au[lo:hi].to(al.dtype).chunk(2, 1)
-        block_dy = dy[lo:hi].to(al.dtype)
-        weights, total = _weights(al[row], s if s is None else s[lo:hi])
-        values = [_RULES[name][0](a) for name in acts]
-        m = torch.zeros_like(a)
-        for weight, value in zip(weights, values, strict=True):
-            m.addcmul_(weight, value)
-        if total is not None:
-            m.div_(total)
-        dau[lo:hi, f:] = block_dy * m
-        dm = block_dy * u
+    dau, dal = torch.empty_like(au), al.new_zeros(len(al), len(acts), f)
+    ds = au.new_empty(0) if s is None else torch.empty_like(s)
+    for row, tokens, gate, total, (m, dm, da, g, q, *values) in _blocks(al, s, n, f, 6 + len(acts)):
+        (a, u), (to_a, to_u) = au[tokens].to(al.dtype).chunk(2, 1), dau[tokens].chunk(2, 1)
+        block_dy = dy[tokens].to(al.dtype)
+        _mixture(a, gate, total, acts, m, values, g)
+        torch.mul(block_dy, u, out=dm)
         if total is not None:
             dm.div_(total)  # the gates' normalisation rides on dm from here on
-        da = torch.zeros_like(a)
-        for k, (name, weight, value) in enumerate(zip(acts, weights, values, strict=True)):
-            q = weight * dm  # g_k dm
-            da += _RULES[name][1](q, a, value)
-            dz = q.mul_(value - m)
-            dal[row, :, k] += dz.sum(0)
-            if s is not None:
-                ds[lo:hi, k] = dz.sum(1)
-        dau[lo:hi, :f] = da
-    return dau, dal, ds
+        to_u.copy_(block_dy.mul(m))
+        for k, name in enumerate(acts):
+            torch.mul(gate(k, g), dm, out=q)  # g_k dm
+            slope = _RULES[name][1](q, a, values[k], g if k else da)
+            if k:
+                da += slope
+            if k:  # dz_k; they sum to zero over k, which gives dz_0
+                q.mul_(values[k].sub_(m))
+                column = q.sum(0)
+                dal[row, k] += column
+                dal[row, 0] -= column
+                if s is not None:
+                    ds[tokens, k] = q.sum(1)
+        to_a.copy_(da)
+    if s is not None:
+        torch.sum(ds[:, 1:], 1, out=ds[:, 0]).neg_()
+    return dau, dal.transpose(1, 2).contiguous(), ds
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -175,16 +182,12 @@ if HAS_TRITON:
         s0, s1, s2, s3 = _load4(s_ptr, toks, tok_ok & HAS_S)
         top = tl.maximum(tl.maximum(al0, al1), tl.maximum(al2, al3))
         most = tl.maximum(tl.maximum(s0, s1), tl.maximum(s2, s3))
-        p0 = tl.exp(s0 - most)[:, None] * tl.exp(al0 - top)[None, :]
-        p1 = tl.exp(s1 - most)[:, None] * tl.exp(al1 - top)[None, :]
-        p2 = tl.exp(s2 - most)[:, None] * tl.exp(al2 - top)[None, :]
-        p3 = tl.exp(s3 - most)[:, None] * tl.exp(al3 - top)[None, :]
+        p0, p1 = tl.exp(s0 - most)[:, None] * tl.exp(al0 - top)[None, :], tl.exp(s1 - most)[:, None] * tl.exp(al1 - top)[None, :]
+        p2, p3 = tl.exp(s2 - most)[:, None] * tl.exp(al2 - top)[None, :], tl.exp(s3 - most)[:, None] * tl.exp(al3 - top)[None, :]
         total = p0 + p1 + p2 + p3
         if tl.min(total) < 1e-20:  # somewhere in this tile the two maxima disagree too far: an exponential per gate
-            p0 = s0[:, None] + al0[None, :]
-            p1 = s1[:, None] + al1[None, :]
-            p2 = s2[:, None] + al2[None, :]
-            p3 = s3[:, None] + al3[None, :]
+            p0, p1 = s0[:, None] + al0[None, :], s1[:, None] + al1[None, :]
+            p2, p3 = s2[:, None] + al2[None, :], s3[:, None] + al3[None, :]
             high = tl.maximum(tl.maximum(p0, p1), tl.maximum(p2, p3))
             p0, p1, p2, p3 = tl.exp(p0 - high), tl.exp(p1 - high), tl.exp(p2 - high), tl.exp(p3 - high)
             total = p0 + p1 + p2 + p3
@@ -218,10 +221,8 @@ if HAS_TRITON:
         row = tl.program_id(0) // chunks
         cols = tl.program_id(1) * BF + tl.arange(0, BF)
         col_ok = cols < f
-        acc0 = tl.zeros([BF], tl.float32)
-        acc1 = tl.zeros([BF], tl.float32)
-        acc2 = tl.zeros([BF], tl.float32)
-        acc3 = tl.zeros([BF], tl.float32)
+        acc0, acc1 = tl.zeros([BF], tl.float32), tl.zeros([BF], tl.float32)
+        acc2, acc3 = tl.zeros([BF], tl.float32), tl.zeros([BF], tl.float32)
         for start in range(0, CHUNK, BN):
             local = (tl.program_id(0) % chunks) * CHUNK + start + tl.arange(0, BN)
             tok_ok = local < per_row
@@ -240,10 +241,8 @@ if HAS_TRITON:
             to = toks[:, None] * (2 * f) + cols[None, :]
             tl.store(dau_ptr + to, (dm * slope).to(dau_ptr.dtype.element_ty), mask=ok)
             tl.store(dau_ptr + to + f, (dy * m).to(dau_ptr.dtype.element_ty), mask=ok)
-            dz0 = g0 * dm * (relu - m)
-            dz1 = g1 * dm * (tanh - m)
-            dz2 = g2 * dm * (a * sig - m)
-            dz3 = g3 * dm * (a * cdf - m)
+            dz0, dz1 = g0 * dm * (relu - m), g1 * dm * (tanh - m)
+            dz2, dz3 = g2 * dm * (a * sig - m), g3 * dm * (a * cdf - m)
             acc0 += tl.sum(dz0, 0)
             acc1 += tl.sum(dz1, 0)
             acc2 += tl.sum(dz2, 0)
@@ -287,14 +286,11 @@ def polyglu_backend(device, acts=DEFAULT_ACTS, dtype=torch.bfloat16):
     return "triton", "fused kernel: one pass forward, one backward"
 
 
-def _use_triton(au, acts):
-    return polyglu_backend(au.device, acts, au.dtype)[0] == "triton"
-
-
 @torch.library.custom_op("prism::polyglu", mutates_args=())
 def _polyglu(au: torch.Tensor, al: torch.Tensor, s: torch.Tensor | None, acts: str) -> torch.Tensor:
     names = tuple(acts.split(","))
-    return _forward_triton(au, al, s) if _use_triton(au, names) else _forward_torch(au, al, s, names)
+    fused = polyglu_backend(au.device, names, au.dtype)[0] == "triton"
+    return _forward_triton(au, al, s) if fused else _forward_torch(au, al, s, names)
 
 
 @torch.library.custom_op("prism::polyglu_backward", mutates_args=())
@@ -302,7 +298,8 @@ def _polyglu_backward(
     dy: torch.Tensor, au: torch.Tensor, al: torch.Tensor, s: torch.Tensor | None, acts: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     names = tuple(acts.split(","))
-    return _backward_triton(dy, au, al, s) if _use_triton(au, names) else _backward_torch(dy, au, al, s, names)
+    fused = polyglu_backend(au.device, names, au.dtype)[0] == "triton"
+    return _backward_triton(dy, au, al, s) if fused else _backward_torch(dy, au, al, s, names)
 
 
 @_polyglu.register_fake

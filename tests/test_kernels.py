@@ -63,10 +63,9 @@ def test_bf16_is_mixed_in_fp32():
 
 def test_both_softmax_paths():
     ordinary, far = inputs(), inputs(spread=200.0)
-    _, total = kernels._weights(ordinary[1][0], ordinary[2])
-    assert total.min() < 0.9  # exp(al) exp(s), each scaled by its own maximum
-    _, total = kernels._weights(far[1][0], far[2])
-    assert total.min() >= 1  # |z| to 1e3 would underflow that; the plain softmax's sum always holds an exp(0)
+    totals = [next(kernels._blocks(al, s, 51, 40, 4))[3] for _, al, s, _ in (ordinary, far)]
+    assert totals[0] is not None and totals[0].min() < 0.9  # exp(al) exp(s), each scaled by its own maximum
+    assert totals[1] is None  # |z| to 1e3 would underflow that: the plain softmax
     close(run(polyglu_mix, *far, DEFAULT_ACTS), run(polyglu_reference, *far, DEFAULT_ACTS, torch.float64), 1e-5)
 
 
@@ -214,11 +213,12 @@ def triton_run(au, al, s, dy):
     [(34, 200, 2, 1, torch.float32), (1, 130, 1, 1, torch.float32), (300, 70, 1, 1, torch.bfloat16), (40, 40, 1, 200, torch.float32)],
 )
 def test_triton_equals_float64(n, f, rows, spread, dtype, static):
-    args = inputs(n, f, rows, 4, dtype, spread, static)
-    args[0][0, :6] = torch.tensor([0.0, 1e4, -1e4, 1e-4, -0.05, 5.0]).to(dtype)
+    args = inputs(n, f, rows, 4, dtype, min(spread, 10) if static else spread, static)
+    args[0][0, :6] = torch.tensor([0.0, 100 / spread, -100 / spread, 1e-4, -0.05, 5.0]).to(dtype)
     got, want = triton_run(*args), run(polyglu_reference, *args, DEFAULT_ACTS, torch.float64)
     bf16 = dtype == torch.bfloat16
-    close(got[:2], want[:2], 1e-5, 2**-8 if bf16 else 0)
+    rounding = 2**-8 if DEVICE == "cuda" else 2**-7  # the interpreter truncates to bf16
+    close(got[:2], want[:2], 1e-5, rounding if bf16 else 0)
     for a, b in zip(got[2:], want[2:], strict=True):
         assert (a - b).abs().max() <= (1e-3 if bf16 else 1e-5) * b.abs().max()
     assert all(map(torch.equal, got, triton_run(*args)))

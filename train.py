@@ -85,6 +85,38 @@ class Config(ModelConfig):
     length_adaptive: bool = False
     snap: bool = False
     analyze_batch: int = 0  # print this many examples and exit
+    # ---- objective=latent: one packet of vectors that frozen language models read (latentwire.py). data names jsonl files of
+    # {context, question, answers} and of {text}; seq_len is the longest source in the reader's tokens, a row is one source,
+    # so tokens_per_step / seq_len sources make a step; mix in the stage table walks from text (reconstruction) to questions
+    lms: tuple[str, ...] = ()  # run directories of the frozen models, any number
+    latent_encoder: Literal["lm", "pool", "byte", "query", "sent"] = "lm"
+    latent_reader: str = ""  # whose layers and tokens read the source (lm, query, sent); "": the first of lms
+    latent_layers: int = 0  # its first layers only; 0: all
+    latent_blocks: int = 0  # blocks of our own on top of it (lm)
+    latent_frozen: bool = False  # lm: its layers stay as they are, only the blocks on top are trained
+    latent_from: str = ""  # a latent run whose encoder is taken over, frozen; only adapters are trained (a further model joins)
+    latent_len: int = 12  # slots M of a packet
+    latent_ratio: int = 0  # instead: one slot per so many source tokens
+    latent_dim: int = 16  # d_z of a slot
+    adapter: Literal["mlp", "linear"] = "mlp"
+    calibration: Literal["embed_rms", "fixed", "none"] = "embed_rms"
+    prefix_rms: float = 0.0  # of a slot, for calibration=fixed
+    compress: Literal["context", "all"] = "context"  # what the packet carries; all: the question too
+    anchor: Literal["auto", "text", "chat", "none"] = "auto"  # what calls for the answer; auto: chat if the model has a template
+    bos: Literal["first", "after", "none"] = "first"  # where BOS stands, if the model has one
+    latent_questions: int = 3  # questions of each passage per step, at most; 0: all
+    first_k: int = 4  # answer tokens of w_k and w_kd
+    kd_tau: float = 1.0
+    w_ans: float = 1.0  # every answer token and EOS
+    w_first: float = 0.5  # the first one again
+    w_k: float = 0.5  # the first k again
+    w_kd: float = 0.0  # KL to the same model reading the text
+    w_ae: float = 1.0  # text: the source back from the packet
+    w_lm: float = 0.5  # text: what follows the source
+    w_ae_qa: float = 0.0  # questions: the source back from the packet
+    wire_bits: tuple[int, ...] = ()  # straight-through quantisation at one of these widths per step; (): none
+    wire_start: float = 0.0  # from this share of the run on
+    sequential: bool = False  # one model's activations at a time: less memory, one more forward
     # reports
     log_every: int = 10
     eval_every: int = 0  # 0: only at the end
@@ -130,6 +162,7 @@ class Objective(NamedTuple):
     counts: object  # batch -> {term: float}
     sums: object  # wrapped model, raw model, batch -> {term: sum}, per-target nll or None
     prepare: object = None  # wrapped model, raw model, batches -> None: work over the whole step's batches before the first backward
+    weights: dict = {}  # of terms in the loss, 1 unless named; a term of weight 0 is only logged
 
 
 def find_objective(cfg) -> Objective:
@@ -145,7 +178,7 @@ def find_objective(cfg) -> Objective:
         return Objective(build, contrast.open_stream, contrast.counts, contrast.sums, contrast.prepare)
     import latentwire
 
-    return Objective(latentwire.build, latentwire.open_stream, latentwire.counts, latentwire.sums)
+    return Objective(latentwire.build, latentwire.open_stream, latentwire.counts, latentwire.sums, weights=latentwire.weights(cfg))
 
 
 # ---- evaluation ----------------------------------------------------------------------------------------------------------
@@ -254,7 +287,7 @@ def main(argv):
     lock = checkpoint.lock(out) if lead else None  # held until the process ends: two runs in one folder would destroy each other
 
     for path in sources(cfg).values() if cfg.objective in ("lm", "denoise") else ():
-        tokens = data.read_manifest(path)["tokenizer"]["vocab_size"]
+        tokens = data.read_manifest(Path(path))["tokenizer"]["vocab_size"]
         if tokens > cfg.vocab_size:
             die(f"vocab_size={cfg.vocab_size} is too small for the {tokens} tokens of {path}; set --vocab_size={tokens}")
     torch.manual_seed(cfg.seed)
@@ -279,12 +312,14 @@ def main(argv):
 
     log = Log(cfg, out, start) if lead else None
     if lead:
+        default = configurator.to_dict(Config())
         checkpoint.start_run(
             out,
             cfg,
             {"commit": hardware.git_commit(), "torch": torch.__version__, "files": files, "machine": machine.why, "world": machine.world},
         )
-        log.say("\n".join(f"{k} = {v!r}" for k, v in configurator.to_dict(cfg).items() if v != getattr(Config, k)))
+        changed = {k: v for k, v in configurator.to_dict(cfg).items() if v != default[k]}
+        log.say("  ".join(f"{k}={v}" for k, v in changed.items()))
         log.say(f"{machine.why}; {machine.world} process{'es' * (machine.world > 1)}; {raw.num_params():,} parameters\n{plan.table()}")
         log.say(f"resumed from {resume_from}" if resume_from else f"new run in {out}")
 
@@ -330,7 +365,7 @@ def main(argv):
             hardware.sync_gradients(model, cfg.parallel, machine, now=i == len(batches) - 1)
             batch = to_device(batch, machine.device)
             term, each = objective.sums(call, raw, batch)
-            loss = sum(term[t] / max(count[t], 1.0) for t in term)
+            loss = sum(objective.weights.get(t, 1.0) * term[t] / max(count[t], 1.0) for t in term)
             (loss * machine.world).backward()  # the wrapper averages over ranks; the mean is already in count
             sums += torch.stack([term[t].detach().double() if t in term else sums.new_zeros(()) for t in terms])
             if each is not None:
@@ -385,7 +420,7 @@ def main(argv):
             groups.zero_()
             if lead:
                 log.row({"step": step} | record | ({} if cfg.causal else {"causal": False}))
-                main_loss = losses.get("loss", sum(losses.values()))
+                main_loss = losses.get("loss", sum(objective.weights.get(t, 1.0) * v for t, v in losses.items()))
                 text = f"step {step:>6}/{plan.steps} | loss {main_loss:.4f} | lr {row.lr:.2e} | norm {norm:.2f} | {speed / 1e3:.1f}k tok/s"
                 log.say(text + (f" | MFU {mfu:.1%}" if mfu else "") + (f" | T {row.seq_len}" if cfg.stages else ""))
             clock, clock_tokens, waited = time.perf_counter(), 0, 0.0
@@ -415,6 +450,7 @@ def main(argv):
         log.close()
     stream.close()
     if machine.world > 1:
+        torch.distributed.barrier()  # rank 0 still saves and logs when the others are done; a peer that left would hang it
         torch.distributed.destroy_process_group()
     del lock
 

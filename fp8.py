@@ -90,7 +90,7 @@ def matmul(state, one, x, weight, bias):
     padded = F.pad(flat, (0, 0, 0, -flat.shape[0] % 16))  # wgrad contracts over tokens, in sixteens; zero rows add nothing
     y = Matmul.apply(padded, weight, one.wq, one.wqt, one.inv, state, one.use, one.slot)[: flat.shape[0]]
     if state.watch is not None:
-        watch(state, one, flat, weight, y)
+        state.watch(one, flat, weight, y)
     y = y.reshape(*x.shape[:-1], -1)
     return y if bias is None else y + bias.to(y.dtype)
 
@@ -109,7 +109,12 @@ def apply(model, cfg, device, stages=(), hw=None):
             linear.matmul = old.plain
         for block in old.blocks:
             del block.forward
+    plain, model.fp8 = "fp32" if getattr(model, "dtype", None) == torch.float32 else "bf16", None
     used, why = resolve(cfg, hw)
+    if cfg.precision == "bf16":
+        return f"precision: bf16 requested, {plain} used"
+    if not hasattr(model, "embed"):
+        die(f"precision={cfg.precision} is not made for objective={cfg.objective}: use --precision=bf16")
     slots = 2 * len(mine)  # 2i and 2i + 1: input and output gradient of Linear i, whatever the filter
     state = model.fp8 = SimpleNamespace(
         on=cfg.fp8_start_step == 0, live=True, start=cfg.fp8_start_step, plain=next(iter(mine.values())).matmul, watch=None, casts=0,
@@ -135,8 +140,7 @@ def apply(model, cfg, device, stages=(), hw=None):
     if used != "bf16" and not state.uses:
         used, why = "bf16", [*why, f"fp8_filter={cfg.fp8_filter} leaves 0 % of matmul FLOPs in FP8 at width {model.cfg.d_model}"]
     state.used = used
-    refresh(model)
-    plain = "fp32" if model.dtype == torch.float32 else "bf16"
+    refresh(model, step=False)
     line = f"precision: {cfg.precision} requested, {plain if used == 'bf16' else used} used" + "".join(f"; {w}" for w in why)
     if cfg.precision_required and used != cfg.precision:
         die(f"{line}: --precision_required=False accepts the fallback")
@@ -144,8 +148,8 @@ def apply(model, cfg, device, stages=(), hw=None):
 
 
 @torch.no_grad()
-def refresh(model):
-    """After every optimizer step, and after loading weights: cast the masters once; move delayed scaling one step on."""
+def refresh(model, step=True):
+    """After every optimizer step: cast the masters once, move delayed scaling one step on. step=False: weights were loaded."""
     state = getattr(model, "fp8", None)
     if not state:
         return
@@ -157,7 +161,7 @@ def refresh(model):
         one.inv.copy_(scale.reciprocal() + weight.abs().amax() * 0)
         one.version = weight._version
         state.casts += 1
-    if not (state.delayed and state.ones and state.on and state.now.any()):
+    if not (step and state.delayed and state.ones and state.on):
         return
     if state.reduce and dist.is_initialized():
         dist.all_reduce(state.now, dist.ReduceOp.MAX)
@@ -201,70 +205,24 @@ def scope(model):
     return te_scope(state) if state.used == "te" else contextlib.nullcontext()
 
 
-def state_tensors(model):
-    """Delayed scaling's memory as plain fp32 tensors, for safetensors; empty for every stateless choice."""
+def memory(model):
+    """Delayed scaling's histories as lists of numbers, exact in json; {} for every stateless choice."""
     state = getattr(model, "fp8", None)
     if not state or not state.delayed or state.used == "bf16":
         return {}
-    if state.used == "te":
-        return te_tensors(state)
-    return {f"fp8.{key}": getattr(state, key).clone() for key in ("history", "scale", "saturated")}
+    tensors = te_tensors(state) if state.used == "te" else {key: getattr(state, key) for key in ("history", "scale", "saturated")}
+    return {key: t.tolist() for key, t in tensors.items()}
 
 
-def load_state(model, tensors):
-    """Resume delayed scaling; a run that has none of these tensors starts with one step of current scaling."""
+def load_memory(model, saved):
+    """Resume delayed scaling; after a run that kept no such memory it starts with one step of current scaling."""
     state = getattr(model, "fp8", None)
-    if state and state.used == "te" and state.delayed:
-        te_load(state, tensors)
-    elif state and state.delayed and tensors.get("fp8.history", state.now).shape == state.history.shape:
-        for key in ("history", "scale", "saturated"):
-            getattr(state, key).copy_(tensors[f"fp8.{key}"])
-        state.warm = bool(state.history.any())
-    refresh(model)
-
-
-# ---- statistics ---------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def measure(name, x, kind, scale):
-    """How well one tensor survives its cast: shares of elements, signal to noise in dB."""
-    x = x.detach().double()
-    q = cast(x, scale, kind).double()
-    noise = (q / scale.double() - x).square().sum()
-    return {
-        "name": name,
-        "amax": x.abs().amax().item(),
-        "scale": scale.item(),
-        "underflow": ((x != 0) & (q == 0)).double().mean().item(),
-        "saturation": (x.abs() * scale.double() > MAX[kind] * (1 + 1e-6)).double().mean().item(),
-        "snr_db": (10 * torch.log10(x.square().sum() / noise)).item() if noise > 0 else float("inf"),
-    }
-
-
-def watch(state, one, x, weight, y):
-    def scale(t, kind, slot=None):
-        return (
-            state.scale[slot]
-            if slot is not None and state.delayed and state.warm
-            else scale_of(t.detach().abs().amax(), kind, state.margin)
-        )
-
-    state.watch.append(measure(f"{one.name}.x", x, E4M3, scale(x, E4M3, one.slot)))
-    state.watch.append(measure(f"{one.name}.weight", weight, E4M3, scale(weight, E4M3)))
-    if y.requires_grad and any(one.use[1:]):
-        kind = state.grad_kind
-        y.register_hook(lambda g: state.watch.append(measure(f"{one.name}.grad", g, kind, scale(g, kind, one.slot + 1))))
-
-
-def statistics(model, loss):
-    """One row per FP8 operand, worst signal-to-noise first, from one forward and backward of `loss()` on the raw, uncompiled
-    model. Touches neither .grad nor the histories: a run that looks is the run that does not."""
-    state = getattr(model, "fp8", None)
-    if not state or not state.ones or not state.on:
-        return []
-    now, state.watch = state.now.clone(), []
-    torch.autograd.grad(loss(), next(p for p in model.parameters() if p.requires_grad))
-    rows, state.watch = sorted(state.watch, key=lambda row: row["snr_db"]), None
-    state.now.copy_(now)
-    return rows
+    if state and state.delayed:
+        saved = {key: torch.tensor(value, device=state.now.device) for key, value in saved.items()}
+        if state.used == "te":
+            te_load(state, saved)
+        elif "history" in saved and saved["history"].shape == state.history.shape:
+            for key, value in saved.items():
+                getattr(state, key).copy_(value)
+            state.warm = True
+    refresh(model, step=False)

@@ -9,7 +9,9 @@ import difflib
 import functools
 import importlib.metadata
 import importlib.util
+from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,26 @@ from configurator import die
 
 ROLES = ("qkv", "o", "gate_up", "down")  # never the embedding, its projection or the head: their error reaches the loss directly
 GEMMS = ("forward", "dgrad", "wgrad")
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    # precision of the matmuls inside the blocks (fp8.py); masters, norms, head and loss are the same in each
+    precision: Literal["bf16", "fp8", "te"] = "bf16"  # fp8: torch's scaled matmul; te: TransformerEngine
+    precision_required: bool = False  # stop instead of falling back
+    fp8_format: Literal["hybrid", "e4m3", "mxfp8"] = "hybrid"  # hybrid: gradients in E5M2; mxfp8: te on Blackwell
+    fp8_recipe: Literal["current", "delayed", "block"] = "current"  # where scales come from; block: te only
+    fp8_mode: Literal["full", "forward"] = "full"  # forward: both backward products stay bf16
+    fp8_filter: str | tuple[str, ...] = "table"  # table | static | all | names of roles: gate_up,down
+    fp8_start_step: int = 0  # bf16 before it
+    fp8_emulate: bool = False  # run the fp8 path on a CPU, for tests and the debug config
+    fp8_history: int = 16  # delayed scaling: steps remembered
+    fp8_algo: Literal["max", "most_recent"] = "max"  # delayed scaling: over the history
+    fp8_margin: int = 0  # scales are divided by 2^margin
+    fp8_reduce_amax: bool = True  # delayed scaling: agree over ranks once per step
+    te_block: bool = False  # te: a whole te.TransformerLayer per block instead of te.Linear
+    fp8_attention: bool = False  # te_block on Hopper: attention in fp8 too
+    fp8_stats_every: int = 0  # amax, underflow, saturation and signal-to-noise of every fp8 operand; 0: never
 
 
 def linears(model):
@@ -80,7 +102,9 @@ def choose(cfg, role, m, k, n, device):
 
 def report(model, cfg, hw, stages, plain):
     """What runs in what, and the share of matmul FLOPs in each precision, per stage."""
-    used, m = model.fp8.used, model.cfg
+    m = model.cfg
+    if model.fp8.used == "bf16":
+        return []
     lines = [
         f"  {cfg.fp8_format}, {cfg.fp8_recipe} scaling, {cfg.fp8_mode}, from step {cfg.fp8_start_step}" + ("" if hw.cuda else ", emulated")
     ]
@@ -104,7 +128,7 @@ def report(model, cfg, hw, stages, plain):
             for extra in (0.0, 6.0 * m.n_layer * length * m.n_head * m.width_head)
         ]
         lines.append(f"  L={length}, {tokens} tokens: % of matmul FLOPs {both[0]}; attention included {both[1]}")
-    return list(dict.fromkeys(lines)) if used != "bf16" else []
+    return list(dict.fromkeys(lines))
 
 
 def version(*packages):
@@ -244,14 +268,14 @@ def te_tensors(state):
         for side in ("fwd", "bwd")
         if f"scaling_{side}" in m.fp8_meta
     )
-    return {f"fp8.te.{i}.{side}.{key}": getattr(s, key).float().clone() for i, side, s in found for key in ("scale", "amax_history")}
+    return {f"te.{i}.{side}.{key}": getattr(s, key).float() for i, side, s in found for key in ("scale", "amax_history")}
 
 
 def te_load(state, tensors):
     for i, module in enumerate(te_modules(state)):
-        if f"fp8.te.{i}.fwd.scale" in tensors:
-            module.fp8_meta["num_gemms"] = len(tensors[f"fp8.te.{i}.fwd.scale"]) // 3  # input, weight, output of each
+        if f"te.{i}.fwd.scale" in tensors:
+            module.fp8_meta["num_gemms"] = len(tensors[f"te.{i}.fwd.scale"]) // 3  # input, weight, output of each
             module.init_fp8_meta_tensors(state.recipe)
             for side in ("fwd", "bwd"):
                 for key in ("scale", "amax_history"):
-                    getattr(module.fp8_meta[f"scaling_{side}"], key).copy_(tensors[f"fp8.te.{i}.{side}.{key}"])
+                    getattr(module.fp8_meta[f"scaling_{side}"], key).copy_(tensors[f"te.{i}.{side}.{key}"])

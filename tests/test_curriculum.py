@@ -135,10 +135,11 @@ def test_length_4096_runs_and_no_more():
 TEN = (8, 16, 32, 64, 128, 256, 512, 768, 1536, 2048)
 MULT = (0.3, 0.4, 0.5, 0.6, 0.75, 0.85, 0.95, 1.0, 1.0, 1.0)
 CLIP = (0.5, 0.5, 0.7, 0.8, 0.9, 1.0, 1.0, 1.0, 1.0, 1.0)
+ONE = (1,) * 10
 NINE = (128, 256, 512, 768, 1024, 1536, 2048, 2048, 2048)
 # file: (files before it, first steps, steps, lengths, rows, accum, mult, clip, tokens)
 TABLES = {
-    "ultra": ([], (0, 84, 209, 417, 834, 1459, 2292, 3334, 7084, 10834), 20834, TEN, [98304 // n for n in TEN], (1,) * 10, MULT, CLIP, 2.048e9),
+    "ultra": ([], (0, 84, 209, 417, 834, 1459, 2292, 3334, 7084, 10834), 20834, TEN, [98304 // n for n in TEN], ONE, MULT, CLIP, 2.048e9),
     "ultra_steps": (
         [], (0, 2000, 5000, 10000, 20000, 35000, 55000, 80000, 110000, 140000), 200000, TEN,
         (512, 256, 128, 64, 32, 16, 8, 16, 8, 8), (1,) * 10, MULT, CLIP, 2.048e9,
@@ -148,7 +149,7 @@ TABLES = {
         (4096, 2048, 1024, 512, 256, 128, 64, 48, 24, 16), (1,) * 10, MULT, CLIP, 10.24e9,
     ),
     "progressive": (
-        ["config/superbpe_270m.py"], None, None, TEN, (512, 256, 128, 64, 32, 16, 8, 8, 4, 4), (1,) * 8 + (2, 2), (1.0,) * 10, (1.0,) * 10, 1e9,
+        ["config/superbpe_270m.py"], None, None, TEN, (512, 256, 128, 64, 32, 16, 8, 8, 4, 4), (1,) * 8 + (2, 2), ONE, ONE, 1e9,
     ),
     "nine": (
         [], (0, 3000, 6000, 10000, 15000, 25000, 40000, 60000, 100000), 150000, NINE, (256, 128, 64, 42, 32, 21, 16, 18, 20), (1,) * 9,
@@ -196,11 +197,11 @@ def data_chunk(cfg):
 
 def formula(cfg, plan, step, mult):
     """lr x warm-up x cosine to a tenth x mult, progress in the table's own unit, written out once more."""
-    unit = lambda s: (
-        sum(plan(t.first).tokens * (min(s, e) - t.first) for t, e in ends(plan) if s > t.first) / plan.total
-        if plan.by_tokens
-        else s / plan.steps
-    )  # noqa: E731, E501
+
+    def unit(s):
+        seen = sum(plan(t.first).tokens * (min(s, e) - t.first) for t, e in ends(plan) if s > t.first)
+        return seen / plan.total if plan.by_tokens else s / plan.steps
+
     warm = unit(cfg.warmup)
     past = max(0.0, unit(step) - warm) / (1 - warm)
     return cfg.lr * min(1, (step + 1) / cfg.warmup) * (0.1 + 0.45 * (1 + math.cos(math.pi * past))) * mult

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import json
 import sys
 import types
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 import fp8
+import monitor
 import precision
 from fp8 import E4M3, E5M2, MAX
 from model import build, merged_rectangle, rectangle
@@ -189,20 +191,20 @@ def test_delayed_scale_is_the_maximum_over_the_history(algo):
 def test_delayed_state_resumes_to_the_bit():
     model, cfg, _ = model_of(fp8_recipe="delayed", fp8_history=4)
     train(model, 3)
-    weights, memory = copy.deepcopy(model.state_dict()), fp8.state_tensors(model)
-    assert set(memory) == {"fp8.history", "fp8.scale", "fp8.saturated"} and not any("fp8" in k for k in weights)
+    weights, memory = copy.deepcopy(model.state_dict()), json.loads(json.dumps(fp8.memory(model)))
+    assert set(memory) == {"history", "scale", "saturated"} and not any("fp8" in k for k in weights)
     rest = train(model, 3, first=3)
     again = build(cfg).train()
     again.load_state_dict(weights)
     fp8.apply(again, cfg, "cpu")
-    fp8.load_state(again, memory)
+    fp8.load_memory(again, memory)
     assert train(again, 3, first=3) == rest
     fresh = build(cfg).train()
     fresh.load_state_dict(weights)
     fp8.apply(fresh, cfg, "cpu")
-    fp8.load_state(fresh, {})  # a bf16 checkpoint: current scaling for one step
+    fp8.load_memory(fresh, {})  # a bf16 checkpoint: current scaling for one step
     assert not fresh.fp8.warm and train(fresh, 3, first=3) != rest
-    assert fp8.state_tensors(model_of()[0]) == {}
+    assert fp8.memory(model_of()[0]) == {}
 
 
 def test_start_step():
@@ -403,19 +405,19 @@ def test_report_of_the_197m_model():
 def test_statistics_name_the_worst_operand_and_leave_no_trace():
     model, _, _ = model_of(fp8_recipe="delayed")
     train(model, 2)
-    before = {k: v.clone() for k, v in fp8.state_tensors(model).items()}
+    before = fp8.memory(model)
     with torch.no_grad():
         linear(model).weight[0, 0] = 1e6
-    fp8.refresh(model)
-    rows = fp8.statistics(model, lambda: loss(model, batch()))
+    fp8.refresh(model, step=False)
+    rows = monitor.fp8_statistics(model, lambda: loss(model, batch()))
     assert len(rows) == 3 * 8 and all(p.grad is None for p in model.parameters())
     planted = next(r for r in rows if r["name"] == "decoder.blocks.0.ffn.gate_up.weight")
     assert planted["amax"] == 1e6 and planted["underflow"] > 0.9
     assert [r["snr_db"] for r in rows] == sorted(r["snr_db"] for r in rows)
     usual = next(r for r in rows if r["name"] == "decoder.blocks.1.ffn.down.x")
     assert 20 < usual["snr_db"] < 40 and usual["saturation"] < 0.01
-    assert all(torch.equal(before[k], v) for k, v in fp8.state_tensors(model).items()) and not model.fp8.now.any()
-    assert fp8.statistics(model_of(precision="bf16")[0], None) == []
+    assert fp8.memory(model) == before and not model.fp8.now.any()
+    assert monitor.fp8_statistics(model_of(precision="bf16")[0], None) == []
 
 
 def test_compiled_is_the_same(tmp_path):
@@ -518,17 +520,17 @@ def test_te_linear_borrows_our_weights(te):
 
 def test_te_state_is_plain_tensors(te):
     model, cfg, _ = te_model(fp8_recipe="delayed")
-    assert fp8.state_tensors(model) == {}  # before the first step there is none
+    assert fp8.memory(model) == {}  # before the first step there is none
     for i, twin in enumerate(model.fp8.twins):
         twin.fp8_meta["num_gemms"] = 1
         twin.init_fp8_meta_tensors(None)
         twin.fp8_meta["scaling_bwd"].scale.fill_(i + 2.0)
-    tensors = fp8.state_tensors(model)
-    assert len(tensors) == 8 * 4 and all(t.dtype == torch.float32 for t in tensors.values())
+    tensors = json.loads(json.dumps(fp8.memory(model)))
+    assert len(tensors) == 8 * 4 and tensors["te.3.bwd.scale"] == [5.0, 5.0]
     other, _, _ = te_model(fp8_recipe="delayed")
-    fp8.load_state(other, tensors)
+    fp8.load_memory(other, tensors)
     assert other.fp8.twins[3].fp8_meta["scaling_bwd"].scale.tolist() == [5.0, 5.0] and other.fp8.twins[3].fp8_meta["num_gemms"] == 1
-    assert fp8.state_tensors(te_model()[0]) == {}
+    assert fp8.memory(te_model()[0]) == {}
 
 
 @pytest.mark.filterwarnings("ignore:.*CUDA is not available.*")

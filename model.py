@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
 from configurator import die
-from kernels import gumbel, linear_cross_entropy, polyglu_mix
+from kernels import ACTIVATIONS, gumbel, linear_cross_entropy, polyglu_mix
 
 Gate = Literal["running", "lagged", "token", "static", "sequence"]
 
@@ -102,16 +102,6 @@ def check(cfg: ModelConfig) -> None:
             die(f"unknown activation {name!r}; known: {', '.join(ACTIVATIONS)}")
     if not cfg.causal and not cfg.allow_noncausal:
         die("gate='sequence' lets a decoder see later tokens; use gate='running', or allow_noncausal=True to run it as published")
-
-
-ACTIVATIONS: dict[str, Callable] = {
-    "relu": F.relu,
-    "tanh": torch.tanh,
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "relu2": lambda x: F.relu(x).square(),
-    "identity": lambda x: x,
-}
 
 
 def full(x: torch.Tensor) -> torch.Tensor:
@@ -296,6 +286,48 @@ class SwiGLU(nn.Module):
         return self.down(self.act(a) * u)
 
 
+class Thin(torch.autograd.Function):
+    """F.linear in fp32 onto a few channels, of a wide bf16 x: keeps x as it is, not the fp32 copy that autograd would keep."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        w = full(weight)
+        return torch.mm(x, w.to(x.dtype).t(), out_dtype=torch.float32) if Thin.fused(x) else full(x) @ w.t()
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        small = grad.to(x.dtype) if Thin.fused(x) else grad
+        dw = torch.mm(small.t(), x, out_dtype=torch.float32) if Thin.fused(x) else grad.t() @ full(x)
+        return (small @ weight.to(small.dtype)).to(x.dtype), dw.to(weight.dtype)
+
+    @staticmethod
+    def fused(x):
+        """GPUs multiply bf16 into fp32 directly."""
+        return x.is_cuda and x.dtype == torch.bfloat16
+
+
+class WindowMean(torch.autograd.Function):
+    """Mean of p over the tokens start:end of each token. Sums in fp64; `first`:`last` are the tokens whose window holds this one, so
+    that the way back is a difference of cumulative sums too, and nothing is scattered."""
+
+    @staticmethod
+    def forward(ctx, p, start, end, first, last):
+        ctx.save_for_backward(start, end, first, last)
+        return (WindowMean.sums(p, start, end) / (end - start).clamp(min=1)[:, None]).to(p.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        start, end, first, last = ctx.saved_tensors
+        return WindowMean.sums(grad.double() / (end - start).clamp(min=1)[:, None], first, last).to(grad.dtype), None, None, None, None
+
+    @staticmethod
+    def sums(x, start, end):
+        total = F.pad(x.double().cumsum(0), (0, 0, 1, 0))  # (N + 1, C)
+        return total[end] - total[start]
+
+
 class PolyGLU(nn.Module):
     """Each neuron mixes K activations by softmax((alpha_j + s + noise) / tau): alpha its own taste, s the context's wish.
 
@@ -323,7 +355,7 @@ class PolyGLU(nn.Module):
         if self.gate == "static":
             return alpha, None
         first, second = self.gate_net[0], self.gate_net[2]
-        pooled = F.linear(full(x), full(first.weight))  # (N, 32)
+        pooled = Thin.apply(x, first.weight)  # (N, 32)
         if self.gate != "token":
             pooled = ctx.pool(self, pooled)
         hidden = F.relu(pooled + full(first.bias))
@@ -384,16 +416,16 @@ class Packed:
         return self.segments.attend(q, k, v)
 
     def pool(self, ffn, p):
-        """Mean of p over the part of its document that each token's gate may see; fp64 sums, so a loud document leaves no trace."""
+        """Mean of p over the part of its document that each token's gate may see; a loud document before it leaves no trace."""
         here = torch.arange(len(p), device=p.device)
-        start, end = here - self.pos, here + 1
-        if ffn.gate == "lagged":
-            end = start + self.pos // ffn.gate_block * ffn.gate_block
+        start = here - self.pos
+        stop = self.cu.long()[torch.searchsorted(self.cu, here.to(self.cu.dtype), right=True)]  # of the document
         if ffn.gate == "sequence":
-            end = self.cu.long()[torch.searchsorted(self.cu, here.to(self.cu.dtype), right=True)]
-        total = F.pad(p.double().cumsum(0), (0, 0, 1, 0))  # (N + 1, 32)
-        mean = (total[end] - total[start]) / (end - start).clamp(min=1)[:, None]
-        return mean.to(p.dtype)
+            return WindowMean.apply(p, start, stop, start, stop)
+        if ffn.gate == "running":
+            return WindowMean.apply(p, start, here + 1, here, stop)
+        block = start + self.pos // ffn.gate_block * ffn.gate_block  # lagged: up to where this token's block begins
+        return WindowMean.apply(p, start, block, torch.minimum(block + ffn.gate_block, stop), stop)
 
 
 @dataclass

@@ -157,6 +157,19 @@ def set_random_state(text: str):
         torch.cuda.set_rng_state(unhex(state["cuda"]))
 
 
+def rotate(run, step, keep):
+    """Leave the newest `keep` steps and the best. Steps later than `step` belong to a future that a resume from here abandoned."""
+    best, found = os.readlink(run / "best") if (run / "best").is_symlink() else None, steps(run)
+    kept = [s for s in found if s <= step][-keep:]
+    for s, path in found.items():
+        if s > step or (s not in kept and path.name != best):
+            os.replace(path, run / f".tmp-{path.name}-old")  # a folder is whole or absent, also while it is deleted
+    for old in run.glob(".tmp-step-*-old"):
+        shutil.rmtree(old)
+    if best and not (run / best).exists():
+        (run / "best").unlink()
+
+
 def save(run, step, model, optimizer, state: dict, keep, metric=None, is_best=False):
     """Called by every rank, written by the first; -> bytes on disk. Keeps the newest `keep` steps and the best."""
     weights, moments = {name: whole(t) for name, t in model.state_dict().items()}, {}
@@ -179,29 +192,29 @@ def save(run, step, model, optimizer, state: dict, keep, metric=None, is_best=Fa
         body = state | {"format": 1, "step": step, "optimizer": kind, "sha256": {f: digest(new / f) for f in FILES}}
         body = json.loads(json.dumps(body))
         write_text(new / "state.json", json.dumps(body | {"sha256_state": digest_json(body)}, indent=1) + "\n")
+        size = sum(p.stat().st_size for p in new.iterdir())
+        history = json.loads((run / "history.json").read_text()) if (run / "history.json").exists() else []
+        entry = {"step": step, "metric": metric, "best": is_best, "metrics": state.get("metrics", {}), "bytes": size, "time": time.time()}
+        write_text(run / "history.json", json.dumps([h for h in history if h["step"] < step] + [entry], indent=1) + "\n")
+        # Moving `latest` is the last act: killed before it, the run goes on from the older step and does all of this once more. Only the
+        # first save has no older step, so its links are there before the folder is.
+        if not (run / "latest").is_symlink():
+            point(run / "latest", name)
+        if is_best and not (run / "best").is_symlink():
+            point(run / "best", name)
         if final.exists():
             os.replace(final, run / f".tmp-{name}-old")
         os.replace(new, final)
         sync(run)
-        size = sum(p.stat().st_size for p in final.iterdir())
-        point(run / "latest", name)
         if is_best:
             point(run / "best", name)
-        history = json.loads((run / "history.json").read_text()) if (run / "history.json").exists() else []
-        entry = {"step": step, "metric": metric, "best": is_best, "metrics": state.get("metrics", {}), "bytes": size, "time": time.time()}
-        write_text(run / "history.json", json.dumps([h for h in history if h["step"] < step] + [entry], indent=1) + "\n")
+        rotate(run, step, keep)
+        point(run / "latest", name)
+        sync(run)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(new, ignore_errors=True)
         size = sum(t.nbytes for t in (*weights.values(), *moments.values())) / 1e9
         die(f"{final}: could not be saved ({error}); it needs {size:.2f} GB; earlier checkpoints are untouched, --resume goes on")
-    shutil.rmtree(run / f".tmp-{name}-old", ignore_errors=True)
-    best, found = os.readlink(run / "best") if (run / "best").is_symlink() else None, steps(run)
-    kept = [s for s in found if s <= step][-keep:]  # later ones belong to a future that a resume from here abandoned
-    for s, path in found.items():
-        if s > step or (s not in kept and path.name != best):
-            shutil.rmtree(path)
-    if best and not (run / best).exists():
-        (run / "best").unlink()
     return size
 
 

@@ -13,6 +13,7 @@ Read next: denoise_stream.py (documents -> examples -> packs), model.py (merged 
 
 import math
 from bisect import bisect_left
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +22,19 @@ from configurator import die
 
 MODES = "RXSI"  # regular, extreme, sequential, infilling: ids mode0 .. mode0+3 in this order
 MIN_DOC = 16  # tokens; shorter documents are dropped, shorter rests are never left behind
+
+
+@dataclass(frozen=True)
+class DenoiseConfig:
+    # objective=denoise (denoise.py)
+    mixture: str | tuple = "recommended"
+    mixture_end: tuple[float, ...] | None = None  # weights at the last step
+    mode_tokens: bool = True
+    max_enc: int = 512
+    max_dec: int = 256
+    closing_sentinel: bool = False
+    length_adaptive: bool = False
+    snap: bool = False
 
 
 class Denoiser(NamedTuple):

@@ -16,6 +16,7 @@ import hashlib
 import math
 import struct
 from types import SimpleNamespace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -30,6 +31,43 @@ import tokenizer
 from configurator import die
 from model import ModelConfig, Segments, Transformer
 from model import build as build_transformer
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentConfig:
+    # ---- objective=latent: one packet of vectors that frozen language models read (latentwire.py). data names jsonl files of
+    # {context, question, answers} and of {text}; seq_len is the longest source in the reader's tokens, a row is one source,
+    # so tokens_per_step / seq_len sources make a step; mix in the stage table walks from text (reconstruction) to questions
+    lms: tuple[str, ...] = ()  # run directories of the frozen models, any number
+    latent_encoder: Literal["lm", "pool", "byte", "query", "sent"] = "lm"
+    latent_reader: str = ""  # whose layers and tokens read the source (lm, query, sent); "": the first of lms
+    latent_layers: int = 0  # its first layers only; 0: all
+    latent_blocks: int = 0  # blocks of our own on top of it (lm)
+    latent_frozen: bool = False  # lm: its layers stay as they are, only the blocks on top are trained
+    latent_from: str = ""  # a latent run whose encoder is taken over, frozen; only adapters are trained (a further model joins)
+    latent_len: int = 12  # slots M of a packet
+    latent_ratio: int = 0  # instead: one slot per so many source tokens
+    latent_dim: int = 16  # d_z of a slot
+    adapter: Literal["mlp", "linear"] = "mlp"
+    calibration: Literal["embed_rms", "fixed", "none"] = "embed_rms"
+    prefix_rms: float = 0.0  # of a slot, for calibration=fixed
+    compress: Literal["context", "all"] = "context"  # what the packet carries; all: the question too
+    anchor: Literal["auto", "text", "chat", "none"] = "auto"  # what calls for the answer; auto: chat if the model has a template
+    bos: Literal["first", "after", "none"] = "first"  # where BOS stands, if the model has one
+    latent_questions: int = 3  # questions of each passage per step, at most; 0: all
+    first_k: int = 4  # answer tokens of w_k and w_kd
+    kd_tau: float = 1.0
+    w_ans: float = 1.0  # every answer token and EOS
+    w_first: float = 0.5  # the first one again
+    w_k: float = 0.5  # the first k again
+    w_kd: float = 0.0  # KL to the same model reading the text
+    w_ae: float = 1.0  # text: the source back from the packet
+    w_lm: float = 0.5  # text: what follows the source
+    w_ae_qa: float = 0.0  # questions: the source back from the packet
+    wire_bits: tuple[int, ...] = ()  # straight-through quantisation at one of these widths per step; (): none
+    wire_start: float = 0.0  # from this share of the run on
+    sequential: bool = False  # one model's activations at a time: less memory, one more forward
+
 
 # ---- the wire -----------------------------------------------------------------------------------------------------------
 
@@ -228,7 +266,9 @@ def answer_sums(logits, goal, step, k: int, teacher=None, tau: float = 1.0) -> d
 
 
 def weights(cfg) -> dict[str, float]:
-    return dict(ans=cfg.w_ans, first=cfg.w_first, k=cfg.w_k, kd=cfg.w_kd, ae=cfg.w_ae, ae_qa=cfg.w_ae_qa, lm=cfg.w_lm)
+    """What each term of each model counts in the loss; the share of right first tokens is only logged."""
+    terms = dict(ans=cfg.w_ans, first=cfg.w_first, k=cfg.w_k, kd=cfg.w_kd, ae=cfg.w_ae, ae_qa=cfg.w_ae_qa, lm=cfg.w_lm, first_right=0.0)
+    return {f"{term}/{m}": w for term, w in terms.items() for m in range(len(cfg.lms))}
 
 
 class Interlingua(nn.Module):
@@ -349,11 +389,12 @@ class Interlingua(nn.Module):
 
 
 def greedy(lm, prompts, eos: int, max_new: int) -> list[list[int]]:
-    """Greedy continuations of prompts given as input embeddings [(T_i, d)], without the closing EOS."""
+    """Greedy continuations of prompts given as ids [(T_i,)] or as input embeddings [(T_i, d)], without the closing EOS."""
     lengths = [len(p) for p in prompts]
     cache = lm.new_cache(len(prompts), max(lengths) + max_new)
-    x = nn.utils.rnn.pad_sequence(prompts, batch_first=True)  # (B, T, d)
-    hidden = lm.step(torch.zeros(x.shape[:2], dtype=torch.long, device=x.device), cache, lengths, embeds=x)
+    x = nn.utils.rnn.pad_sequence(prompts, batch_first=True)  # (B, T) or (B, T, d)
+    ids, embeds = (x, None) if x.dim() == 2 else (torch.zeros(x.shape[:2], dtype=torch.long, device=x.device), x)
+    hidden = lm.step(ids, cache, lengths, embeds=embeds)
     last = hidden[torch.arange(len(prompts)), torch.tensor(lengths) - 1]
     out, live = [[] for _ in prompts], set(range(len(prompts)))
     for _ in range(max_new):
@@ -370,12 +411,13 @@ def greedy(lm, prompts, eos: int, max_new: int) -> list[list[int]]:
 
 
 @torch.no_grad()
-def answers(model: Interlingua, context: str, question: str, bits: int = 16, max_new_tokens: int = 32) -> tuple[int, list[str]]:
-    """Text in, (bytes on the wire, one answer per frozen model) out; what sample.py prints."""
+def answers(model: Interlingua, context: str, question: str, bits: int = 16, max_new_tokens: int = 32, only=None):
+    """Text in, (bytes on the wire, [answer of each frozen model, or of `only` that one]) out; what sample.py prints."""
     source = model.reader.source(context, question if model.cfg.compress == "all" else None)
     (payload,), (packet,) = model.packets([source], bits)
     texts = []
-    for m, (lm, side) in enumerate(zip(model.lms, model.sides, strict=True)):
+    for m in range(len(model.lms)) if only is None else [only]:
+        lm, side = model.lms[m], model.sides[m]
         prompt = model.prompt_embeds(m, side.prompt(question, slots=len(packet)), packet)
         texts.append(side.tok.decode(greedy(lm, [prompt], side.tok.eos_id, max_new_tokens)[0]).strip())
     return len(payload), texts
@@ -457,7 +499,7 @@ def counts(batch) -> dict[str, float]:
         elif key.endswith(".goal") and kind == "ans":
             step = batch[f"{m}.ans.step"]
             early = float((step < batch["first_k"]).sum())
-            out |= {f"ans/{m}": float(len(goal)), f"k/{m}": early, f"kd/{m}": early}
+            out |= {f"ans/{m}": float(len(goal)), f"k/{m}": early} | ({f"kd/{m}": early} if f"{m}.teacher.ids" in batch else {})
             out |= {f"first/{m}": float((step == 0).sum()), f"first_right/{m}": float((step == 0).sum())}
     return out
 

@@ -26,15 +26,20 @@ from tqdm import tqdm
 import checkpoint
 import configurator
 import data
+import fp8
 import machine as hardware
+import monitor
 import optim
 from configurator import die
+from denoise import DenoiseConfig
+from latentwire import LatentConfig
 from machine import to_device, total
 from model import ModelConfig, build
+from precision import PrecisionConfig
 
 
 @dataclass(frozen=True)
-class Config(ModelConfig):
+class Config(ModelConfig, DenoiseConfig, PrecisionConfig, LatentConfig):
     # what and where
     out: str = "out/debug"
     objective: Literal["lm", "denoise", "contrast", "latent"] = "lm"
@@ -75,49 +80,9 @@ class Config(ModelConfig):
     tau_max: float = 1.0  # temperature of polyglu's routing, linear over the run
     tau_min: float = 0.1
     on_nonfinite: Literal["stop", "skip"] = "stop"  # a loss or gradient that is not finite never reaches the weights
-    # denoise (encdec), see denoise.py
-    mixture: str | tuple = "recommended"
-    mixture_end: tuple[float, ...] | None = None  # weights at the last step
-    mode_tokens: bool = True
-    max_enc: int = 512
-    max_dec: int = 256
-    closing_sentinel: bool = False
-    length_adaptive: bool = False
-    snap: bool = False
-    analyze_batch: int = 0  # print this many examples and exit
-    # ---- objective=latent: one packet of vectors that frozen language models read (latentwire.py). data names jsonl files of
-    # {context, question, answers} and of {text}; seq_len is the longest source in the reader's tokens, a row is one source,
-    # so tokens_per_step / seq_len sources make a step; mix in the stage table walks from text (reconstruction) to questions
-    lms: tuple[str, ...] = ()  # run directories of the frozen models, any number
-    latent_encoder: Literal["lm", "pool", "byte", "query", "sent"] = "lm"
-    latent_reader: str = ""  # whose layers and tokens read the source (lm, query, sent); "": the first of lms
-    latent_layers: int = 0  # its first layers only; 0: all
-    latent_blocks: int = 0  # blocks of our own on top of it (lm)
-    latent_frozen: bool = False  # lm: its layers stay as they are, only the blocks on top are trained
-    latent_from: str = ""  # a latent run whose encoder is taken over, frozen; only adapters are trained (a further model joins)
-    latent_len: int = 12  # slots M of a packet
-    latent_ratio: int = 0  # instead: one slot per so many source tokens
-    latent_dim: int = 16  # d_z of a slot
-    adapter: Literal["mlp", "linear"] = "mlp"
-    calibration: Literal["embed_rms", "fixed", "none"] = "embed_rms"
-    prefix_rms: float = 0.0  # of a slot, for calibration=fixed
-    compress: Literal["context", "all"] = "context"  # what the packet carries; all: the question too
-    anchor: Literal["auto", "text", "chat", "none"] = "auto"  # what calls for the answer; auto: chat if the model has a template
-    bos: Literal["first", "after", "none"] = "first"  # where BOS stands, if the model has one
-    latent_questions: int = 3  # questions of each passage per step, at most; 0: all
-    first_k: int = 4  # answer tokens of w_k and w_kd
-    kd_tau: float = 1.0
-    w_ans: float = 1.0  # every answer token and EOS
-    w_first: float = 0.5  # the first one again
-    w_k: float = 0.5  # the first k again
-    w_kd: float = 0.0  # KL to the same model reading the text
-    w_ae: float = 1.0  # text: the source back from the packet
-    w_lm: float = 0.5  # text: what follows the source
-    w_ae_qa: float = 0.0  # questions: the source back from the packet
-    wire_bits: tuple[int, ...] = ()  # straight-through quantisation at one of these widths per step; (): none
-    wire_start: float = 0.0  # from this share of the run on
-    sequential: bool = False  # one model's activations at a time: less memory, one more forward
     # reports
+    stats_every: int = 0  # gradients, weights, activations, dead neurons (monitor.py); 0: never
+    analyze_batch: int = 0  # objective=denoise: print this many examples and exit
     log_every: int = 10
     eval_every: int = 0  # 0: only at the end
     eval_tokens: int = 65536  # per source
@@ -305,6 +270,8 @@ def main(argv):
         state = checkpoint.load_training(resume_from, raw, optimizer)
         start = state["step"]
         stream.load(state["stream"])
+    precision = fp8.apply(raw, cfg, machine.device, [(s.seq_len, s.micro_tokens) for s in plan.stages])
+    fp8.load_memory(raw, state.pop("fp8", {}))
     call = torch.compile(model, dynamic=False) if cfg.compile else model
     names = stream.names
     stream = data.prefetch(stream, cfg.prefetch)
@@ -321,6 +288,7 @@ def main(argv):
         changed = {k: v for k, v in configurator.to_dict(cfg).items() if v != default[k]}
         log.say("  ".join(f"{k}={v}" for k, v in changed.items()))
         log.say(f"{machine.why}; {machine.world} process{'es' * (machine.world > 1)}; {raw.num_params():,} parameters\n{plan.table()}")
+        log.say(precision)
         log.say(f"resumed from {resume_from}" if resume_from else f"new run in {out}")
 
     asked = []  # signals: noticed between steps, agreed on by all ranks in the reduction that every step makes anyway
@@ -331,7 +299,14 @@ def main(argv):
         score = metrics.get(cfg.best_metric)
         best = score is not None and (state["best"] is None or score < state["best"])
         state["best"] = score if best else state["best"]
-        full = state | {"step": step, "stream": position, "metrics": metrics, "config": configurator.to_dict(cfg), "tau": float(raw.tau)}
+        full = state | {
+            "step": step,
+            "stream": position,
+            "metrics": metrics,
+            "config": configurator.to_dict(cfg),
+            "tau": float(raw.tau),
+            "fp8": fp8.memory(raw),
+        }
         checkpoint.save(out, step, raw, optimizer, full, cfg.keep, metric=score, is_best=best)
         if lead:
             log.say(f"saved {out}/step-{step:06d}{' (best so far)' if best else ''}")
@@ -357,14 +332,18 @@ def main(argv):
         for group in optimizer.param_groups:
             group["lr"] = row.lr
         raw.tau.fill_(row.tau)
+        if (line := fp8.set_step(raw, step)) and lead:
+            log.say(line)
         if objective.prepare:
-            objective.prepare(call, raw, batches)
+            with fp8.scope(raw):
+                objective.prepare(call, raw, batches)
 
         sums = torch.zeros(len(terms), dtype=torch.float64, device=machine.device)
         for i, batch in enumerate(batches):
             hardware.sync_gradients(model, cfg.parallel, machine, now=i == len(batches) - 1)
             batch = to_device(batch, machine.device)
-            term, each = objective.sums(call, raw, batch)
+            with fp8.scope(raw):
+                term, each = objective.sums(call, raw, batch)
             loss = sum(objective.weights.get(t, 1.0) * term[t] / max(count[t], 1.0) for t in term)
             (loss * machine.world).backward()  # the wrapper averages over ranks; the mean is already in count
             sums += torch.stack([term[t].detach().double() if t in term else sums.new_zeros(()) for t in terms])
@@ -386,7 +365,14 @@ def main(argv):
                 log.say(f"{line}; step skipped, {state['skipped']} so far")
         else:
             optimizer.step()
+        fp8.refresh(raw)
+        if cfg.stats_every and step % cfg.stats_every == 0 and lead:
+            log.row({"step": step + 1} | monitor.statistics(raw, batch))
         optimizer.zero_grad(set_to_none=True)
+        if cfg.fp8_stats_every and step % cfg.fp8_stats_every == 0 and lead:
+            worst = monitor.fp8_statistics(raw, lambda: objective.sums(raw, raw, batch)[0][terms[0]])
+            log.row({"step": step + 1} | {f"fp8/{r['name']}/{k}": v for r in worst for k, v in r.items() if k != "name"})
+            log.say("\n".join(f"fp8 worst: {r}" for r in worst[:3]))
         state["tokens"] += int(stepped)
         step, position = step + 1, stream.state
         clock_tokens, waited = clock_tokens + int(stepped), waited + stream.wait
@@ -427,7 +413,8 @@ def main(argv):
 
         due = lambda every: step == plan.steps or (every and step % every == 0)  # noqa: B023, E731
         if due(cfg.eval_every) and val:
-            metrics = evaluate(raw, val, machine, shares=cfg.parallel == "ddp")
+            with fp8.evaluation(raw):
+                metrics = evaluate(raw, val, machine, shares=cfg.parallel == "ddp")
             state["metrics"] = metrics
             if lead:
                 log.row({"step": step} | metrics)

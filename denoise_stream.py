@@ -10,6 +10,7 @@ Not part of denoise.py: that file is pure functions of (ids, rng), this is files
 """
 
 import dataclasses
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -40,7 +41,7 @@ def special_of(cfg, tok) -> denoise.Special:
 
 class DenoiseStream:
     def __init__(self, cfg, plan, rank=0, world=1, split="train", log=print):
-        paths = {"data": cfg.data} if isinstance(cfg.data, str) else cfg.data
+        paths = {Path(cfg.data).name: cfg.data} if isinstance(cfg.data, str) else cfg.data
         self.cfg, self.plan, self.rank, self.world, self.log = cfg, plan, rank, world, log if rank == 0 else lambda text: None
         self.sources = [data.Source(name, data.Shards(path, split), cfg.seed, 0, lambda text: None) for name, path in paths.items()]
         self.tokenizer = tokenizer.load(next(iter(paths.values())))
@@ -258,7 +259,14 @@ def open_stream(cfg, plan, rank=0, world=1, log=print):
     stream = DenoiseStream(cfg, plan, rank, world, log=log)
     enc, dec = stream.budgets(plan(0))
     stream.log(denoise.table(stream.mix, cfg.max_enc, cfg.max_dec, cfg.n_sentinels, cfg.closing_sentinel))
-    stream.log(f"packs of {enc + dec} tokens: {enc} encoder + {dec} decoder")
+    stream.log(
+        f"packs of {enc + dec} tokens: {enc} encoder + {dec} decoder; documents are cut, never dropped, from {denoise.MIN_DOC} tokens on"
+    )
+    if cfg.analyze_batch:
+        from eval.denoising import analyze
+
+        stream.log(analyze(stream, cfg.analyze_batch))
+        raise SystemExit(0)
     return stream
 
 

@@ -1,0 +1,16 @@
+"""SmolLM2-135M as an encoder-decoder: what a CPU can adapt. 241M parameters, 24-layer-class sentence vectors from an afternoon.
+
+python -m prepare.encdec --from=smollm2.gguf --out=out/smollm2_encdec --verify
+python -m prepare.text --from='*.jsonl' --tokenizer=out/smollm2_encdec_text --out=data/smol
+python train.py config/encdec_smollm2.py --init_from=out/smollm2_encdec --data=data/smol
+"""
+
+out = "out/encdec_smollm2"
+arch, objective, mixture = "encdec", "denoise", "recommended"
+vocab_size = 49_152 + 4 + 100
+n_layer, n_head, n_kv_head, d_model, d_ff = 30, 9, 3, 576, 1536
+qk_norm, norm_eps, rope_theta, max_len = False, 1e-5, 1e5, 8192
+max_enc, max_dec = 128, 64
+tokens_per_step, micro_tokens = 2048, 1024
+lr, warmup, schedule = 1e-4, 20, "linear"
+betas, weight_decay, decay_embed = (0.9, 0.999), 0.01, False

@@ -216,9 +216,7 @@ class Stream:
             self.sources[name], dropped = sources_of(read_rows(path), cfg, sides)
             if not self.sources[name]:
                 die(f"data: {path} holds nothing that can be asked ({dropped} rows not aligned to the tokens of the answer)")
-            log(
-                f"data: {name}: {len(self.sources[name]):,} sources; {dropped} questions dropped, their answer does not begin at a token border"
-            )
+            log(f"data: {name}: {len(self.sources[name]):,} sources; {dropped} questions dropped, whose answer begins inside a token")
         self.taken = dict.fromkeys(self.sources, 0)
 
     @property

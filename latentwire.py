@@ -29,7 +29,7 @@ import configurator
 import latent_data
 import tokenizer
 from configurator import die
-from model import ModelConfig, Segments, Transformer
+from model import ModelConfig, Segments, Transformer, full
 from model import build as build_transformer
 
 
@@ -207,16 +207,16 @@ class Encoder(nn.Module):
             else:
                 asked = self.queries[slot]
                 q = self.q(asked).unflatten(-1, (self.heads, -1))  # (sum M, H, E)
-                k, v = self.kv(states.float()).unflatten(-1, (2, self.heads, -1)).unbind(1)
+                k, v = self.kv(full(states)).unflatten(-1, (2, self.heads, -1)).unbind(1)
                 see = Segments(batch["z_cu"], batch["z_max"], batch["cu"], batch["max_len"], causal=False)
                 x = see.attend(q, k, v).flatten(1)
                 x = asked + torch.sigmoid(self.gate(asked)) * x
-        return self.out(self.norm(x.float())) + self.slot[slot]  # (sum M, d_z)
+        return self.out(self.norm(full(x))) + self.slot[slot]  # (sum M, d_z)
 
 
 def mean_of(x, to, n):
     """Rows of x averaged into n bins: x (P, D), to (P,) -> (n, D)"""
-    total = torch.zeros(n, x.shape[1], device=x.device).index_add(0, to, x.float())
+    total = full(x).new_zeros(n, x.shape[1]).index_add(0, to, full(x))
     return total / torch.bincount(to, minlength=n).clamp(min=1)[:, None]
 
 

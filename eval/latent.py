@@ -1,0 +1,356 @@
+"""What a packet is worth: every arm and control that could refute it, in tokens and in bytes on the wire.
+
+    python -m eval.latent --ckpt=out/latent_toy [--data=data/factqa/test.jsonl] [--samples=512] [--bits=16,8,6,4] [--out=DIR]
+
+Arms, per frozen model, all decoded greedily alike: the text; the same through input embeddings (must be equal); no context; the
+packet at each width, as decoded from its bytes; a zero packet; another passage's packet; text cut to as many tokens as the packet has
+slots; text cut to as many bytes as it has (head, tail, or the sentences that share most words with the question). With
+compress=context the question stands in text after all of them; with compress=all it is part of the budget. Differences come with
+paired bootstrap intervals. Files in --out: metrics.json, metrics.csv, predictions.jsonl, table.md, two plots. Finished arms are kept
+there; --fresh runs them again. Read next: eval/answers.py (measures and budgets), latentwire.py.
+"""
+
+import collections
+import csv
+import importlib.util
+import json
+import random
+import re
+import statistics
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import checkpoint
+import configurator
+import latent_data
+import latentwire
+from eval.answers import budget_arms, cut_bytes, cut_tokens, exact, f1, normalise
+
+DEFAULTS = dict(
+    ckpt=str,  # a latent run
+    data="",  # jsonl of {context, question, answers}; "": test.jsonl beside the training questions
+    samples=512,  # questions; a seeded choice when there are more
+    bits=(16, 8, 6, 4),  # widths on the wire; the first one also serves zero, shuffled and joint arms
+    bytes=(),  # further byte budgets for text, beside those of the packets
+    max_new_tokens=16,
+    batch=64,
+    resamples=2000,
+    seed=1,
+    device="auto",
+    out="",  # "": CKPT/eval
+    fresh=False,
+)
+
+# ---- one arm ------------------------------------------------------------------------------------------------------------
+
+
+def teacher_forced(model, m, prompts, golds, packets=None, by_ids=False):
+    """Summed log-likelihood (n,), tokens (n,), and rank of the first gold token (n,), all from one forward."""
+    z_at = np.cumsum([0] + [len(p) for p in packets]) if packets else [0] * len(prompts)
+    docs = [(p, int(z), g, "ans") for p, z, g in zip(prompts, z_at, golds, strict=False)]
+    batch = {k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k, v in latent_data.pack(docs).items()}
+    lm = model.lms[m]
+    if not by_ids:
+        z = torch.cat(packets)[batch["slot_z"]] if packets else None
+        batch["embeds"] = model.embeds(m, batch["ids"], batch["slot_at"], z)
+    logits = lm.predict(lm(batch)[batch["ans.at"]])
+    ce = F.cross_entropy(logits, batch["ans.goal"], reduction="none").double()
+    first = batch["ans.step"] == 0
+    who = first.long().cumsum(0) - 1
+    nll = torch.zeros(len(docs), dtype=torch.float64, device=ce.device).index_add(0, who, ce)
+    at = logits[first]
+    rank = (at > at.gather(1, batch["ans.goal"][first][:, None])).sum(1)
+    return (-nll).tolist(), [len(g) for g in golds], rank.tolist()
+
+
+def run_arm(model, m, rows, prompts, packets=None, by_ids=False, opt=None):
+    """-> {em, f1, ll, tokens, rank, text}: a list per measure, one entry per question."""
+    side, lm, out = model.sides[m], model.lms[m], collections.defaultdict(list)
+    order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))  # alike lengths together; the answers do not depend on it
+    for start in range(0, len(rows), opt.batch):
+        which = order[start : start + opt.batch]
+        part, golds = [prompts[i] for i in which], [side.gold(rows[i]["answers"][0]) for i in which]
+        mine = [packets[i] for i in which] if packets else None
+        ll, tokens, rank = teacher_forced(model, m, part, golds, mine, by_ids)
+        if by_ids:
+            inputs = [torch.tensor(p, device=model.device) for p in part]
+        else:
+            inputs = [model.prompt_embeds(m, p, mine[j] if mine else None) for j, p in enumerate(part)]
+        texts = [side.tok.decode(ids).strip() for ids in latentwire.greedy(lm, inputs, side.tok.eos_id, opt.max_new_tokens)]
+        pairs = [(t, rows[i]["answers"]) for t, i in zip(texts, which, strict=True)]
+        scores = {"em": [exact(*pair) for pair in pairs], "f1": [f1(*pair) for pair in pairs]}
+        for name, values in (scores | {"ll": ll, "tokens": tokens, "rank": rank, "text": texts}).items():
+            out[name] += values
+    back = np.argsort(order)
+    return {name: [values[i] for i in back] for name, values in out.items()}
+
+
+def summary(arm):
+    rank = np.array(arm["rank"])
+    return {
+        "em": float(np.mean(arm["em"])),
+        "f1": float(np.mean(arm["f1"])),
+        "nll_token": -sum(arm["ll"]) / sum(arm["tokens"]),
+        "first_top1": float((rank < 1).mean()),
+        "first_top5": float((rank < 5).mean()),
+    }
+
+
+def interval(a, b, resamples, seed):
+    """Mean of a - b and its paired bootstrap 95 % interval."""
+    d = np.array(a) - np.array(b)
+    means = d[np.random.default_rng(seed).integers(0, len(d), (resamples, len(d)))].mean(1)
+    return [float(d.mean()), *(float(x) for x in np.percentile(means, (2.5, 97.5)))]
+
+
+def seconds(model, m, rows, bits, opt):
+    """Median seconds of one question, all included: tokenising, encoder, codec, reading, answering. -> (text, packet)"""
+    side, times = model.sides[m], ([], [])
+
+    def by_text(row):
+        ids = torch.tensor(side.prompt(row["question"], context=row["context"]), device=model.device)
+        latentwire.greedy(model.lms[m], [ids], side.tok.eos_id, opt.max_new_tokens)
+
+    def by_packet(row):
+        latentwire.answers(model, row["context"], row["question"], bits, opt.max_new_tokens, only=m)
+
+    wait = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
+    for row in rows[:17]:
+        for kind, answer in enumerate((by_text, by_packet)):
+            wait()
+            start = time.perf_counter()
+            answer(row)
+            wait()
+            times[kind].append(time.perf_counter() - start)
+    return [statistics.median(t[1:] or t) for t in times]  # the first is warm-up
+
+
+# ---- all of them --------------------------------------------------------------------------------------------------------
+
+
+def zstd_size(raw: bytes):
+    """Bytes under zstd level 19, where pyarrow is installed; else None."""
+    if importlib.util.find_spec("pyarrow") is None:
+        return None
+    import pyarrow
+
+    return len(pyarrow.Codec("zstd", 19).compress(raw, asbytes=True))
+
+
+def arms_of(model, m, rows, packets, payload_bytes, opt):
+    """{name: (prompts, packets or None, read by ids)}"""
+    side, n = model.sides[m], len(rows)
+    slots = [len(p) for p in packets[opt.bits[0]]]
+    other = [next(j % n for j in range(i + 1, i + n) if rows[j % n]["context"] != rows[i]["context"]) for i in range(n)]
+    text = [side.prompt(r["question"], context=r["context"]) for r in rows]
+    latent = [side.prompt(r["question"], slots=s) for r, s in zip(rows, slots, strict=True)]
+    arms = {"text": (text, None, True), "replay": (text, None, False)}
+    arms["none"] = ([side.prompt(r["question"], context="") for r in rows], None, True)
+    for bits in opt.bits:
+        arms[f"latent{bits}"] = (latent, packets[bits], False)
+    first = packets[opt.bits[0]]
+    arms["zero"] = (latent, [torch.zeros_like(p) for p in first], False)
+    arms["shuffled"] = (
+        [side.prompt(r["question"], slots=slots[j]) for r, j in zip(rows, other, strict=True)],
+        [first[j] for j in other],
+        False,
+    )
+    budgets = {"tokens": (slots, cut_tokens, lambda q: len(side.tok.encode(q)))}
+    for bits in opt.bits:
+        budgets[f"bytes@{bits}bit"] = (payload_bytes[bits], cut_bytes, lambda q: len(q.encode()))
+    for size in opt.bytes:
+        budgets[f"bytes@{size}"] = ([size] * n, cut_bytes, lambda q: len(q.encode()))
+    for name, (sizes, cut, measure) in budgets.items():
+        fits = [budget_arms(side, r, k, cut, measure) for r, k in zip(rows, sizes, strict=True)]
+        for kind in fits[0]:
+            arms[f"{name}:{kind}"] = ([side.prompt(f[kind][1], context=f[kind][0]) for f in fits], None, True)
+    return arms
+
+
+def joint(model, rows, results, packets, bits):
+    """Every model's packet answer, scored by all models under the same packet; the likeliest one is the joint answer."""
+    arm, n_lms = f"latent{bits}", range(len(model.lms))
+    answers = [[results[arm, m]["text"][i] for m in n_lms] for i in range(len(rows))]
+    total = np.zeros((len(model.lms), len(rows)))
+    for c in n_lms:
+        for m in n_lms:
+            side = model.sides[m]
+            prompts = [side.prompt(r["question"], slots=len(p)) for r, p in zip(rows, packets[bits], strict=True)]
+            total[c] += teacher_forced(model, m, prompts, [side.gold(a[c]) for a in answers], packets[bits])[0]
+    chosen = [a[c] for a, c in zip(answers, total.argmax(0), strict=True)]
+    em = [exact(a, r["answers"]) for a, r in zip(chosen, rows, strict=True)]
+    return {
+        "em": float(np.mean(em)),
+        "f1": float(np.mean([f1(a, r["answers"]) for a, r in zip(chosen, rows, strict=True)])),
+        "agreement": float(np.mean([len({normalise(x) for x in a}) == 1 for a in answers])),
+        "oracle": float(np.mean([max(exact(x, r["answers"]) for x in a) for a, r in zip(answers, rows, strict=True)])),
+    }
+
+
+def differences(results, m, opt):
+    """The comparisons that decide; budgets are represented by their best kind on this very set, which favours them."""
+
+    def best(prefix):
+        return max((name for name, k in results if k == m and name.startswith(prefix + ":")), key=lambda n: np.mean(results[n, m]["em"]))
+
+    first, out = f"latent{opt.bits[0]}", {}
+    pairs = [(first, "text"), (first, "none"), (first, best("tokens")), ("zero", "none"), ("shuffled", "none"), ("replay", "text")]
+    pairs += [(f"latent{b}", best(f"bytes@{b}bit")) for b in opt.bits] + [(f"latent{b}", first) for b in opt.bits[1:]]
+    for a, b in pairs:
+        out[f"{a} - {b}"] = {k: interval(results[a, m][k], results[b, m][k], opt.resamples, opt.seed) for k in ("em", "f1")}
+    return out
+
+
+def evaluate(opt) -> dict:
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if opt.device == "auto" else opt.device
+    model, state = latentwire.load(opt.ckpt, device)
+    cfg = state["config"]
+    qa = cfg["data"].get("qa") if isinstance(cfg["data"], dict) else cfg["data"]
+    data = opt.data or str(Path(qa or "").parent / "test.jsonl")
+    rows = [r for r in latent_data.read_rows(data) if "question" in r]
+    asked = len(rows)
+    rows = [r for r in rows if all(s.aligned(r["question"], r["answers"][0]) for s in model.sides)]
+    rows = random.Random(opt.seed).sample(rows, min(opt.samples, len(rows)))
+    out = Path(opt.out or Path(opt.ckpt) / "eval")
+    out.mkdir(parents=True, exist_ok=True)
+    key = checkpoint.digest_json([state["sha256"], [[r["context"], r["question"], r["answers"]] for r in rows], opt.max_new_tokens])
+    cache = out / "arms.json"
+    kept = json.loads(cache.read_text()) if cache.exists() and not opt.fresh else {}
+    kept = kept["arms"] if kept.get("key") == key else {}
+
+    sources = [model.reader.source(r["context"], r["question"] if cfg["compress"] == "all" else None) for r in rows]
+    packets, payload_bytes = {}, {}
+    for bits in opt.bits:
+        pairs = [model.packets(sources[i : i + opt.batch], bits) for i in range(0, len(rows), opt.batch)]
+        packets[bits] = [p for _, ps in pairs for p in ps]
+        payload_bytes[bits] = [len(p) for ps, _ in pairs for p in ps]
+
+    results, metrics = {}, {"arms": {}, "intervals": {}}
+    with torch.no_grad():
+        for m, path in enumerate(cfg["lms"]):
+            arms = arms_of(model, m, rows, packets, payload_bytes, opt)
+            for name, (prompts, vectors, by_ids) in tqdm(arms.items(), desc=path, disable=not sys.stderr.isatty()):
+                if f"{name}/{m}" not in kept:
+                    kept[f"{name}/{m}"] = run_arm(model, m, rows, prompts, vectors, by_ids, opt)
+                results[name, m] = kept[f"{name}/{m}"]
+            text_time, latent_time = seconds(model, m, rows, opt.bits[0], opt)
+            metrics["arms"][path] = {name: summary(results[name, m]) for name in arms}
+            metrics["arms"][path]["text"]["seconds"] = text_time
+            metrics["arms"][path][f"latent{opt.bits[0]}"]["seconds"] = latent_time
+            metrics["intervals"][path] = differences(results, m, opt)
+        metrics["joint"] = joint(model, rows, results, packets, opt.bits[0])
+    cache.write_text(json.dumps({"key": key, "arms": kept}))
+    raw = [r["context"].encode() if cfg["compress"] == "context" else f"{r['context']}\n{r['question']}".encode() for r in rows]
+    zstd = [zstd_size(r) for r in raw]
+    slots = [len(p) for p in packets[opt.bits[0]]]
+    metrics = {
+        "samples": len(rows),
+        "dropped": asked - len(rows) if asked < opt.samples else 0,
+        "latent_len": statistics.mean(slots),
+        "tokens_per_slot": sum(map(len, sources)) / sum(slots),
+        "bits": list(opt.bits),
+        **metrics,
+        "wire": {
+            "text_bytes": statistics.mean(map(len, raw)),
+            "zlib": statistics.mean(len(zlib.compress(r, 9)) for r in raw),
+            "zstd": statistics.mean(zstd) if zstd[0] else None,
+            "payload": {str(b): statistics.mean(payload_bytes[b]) for b in opt.bits},
+        },
+        "data": data,
+        "seed": opt.seed,
+        "config": cfg,
+    }
+    write(out, metrics, rows, results, opt)
+    return metrics
+
+
+# ---- files --------------------------------------------------------------------------------------------------------------
+
+
+def table(metrics) -> str:
+    wire, lms = metrics["wire"], list(metrics["arms"])
+    sizes = {f"latent{b}": n for b, n in wire["payload"].items()} | {"text": wire["text_bytes"], "replay": wire["text_bytes"]}
+    lines = ["| arm | bytes | " + " | ".join(f"{lm} EM | F1 | NLL/token" for lm in lms) + " |"]
+    lines.append("|---|---|" + "---|" * 3 * len(lms))
+    for arm in metrics["arms"][lms[0]]:
+        budget = re.match(r"bytes@(\d+)(bit)?:", arm)
+        size = sizes.get(arm) or (budget and (wire["payload"][budget[1]] if budget[2] else float(budget[1])))
+        cells = [f"{row['em']:.3f} | {row['f1']:.3f} | {row['nll_token']:.3f}" for row in (metrics["arms"][lm][arm] for lm in lms)]
+        lines.append(f"| {arm} | {f'{size:.0f}' if size else ''} | " + " | ".join(cells) + " |")
+    j = metrics["joint"]
+    lines += ["", f"joint EM {j['em']:.3f}, agreement {j['agreement']:.3f}, oracle {j['oracle']:.3f}; n = {metrics['samples']}"]
+    lines += [f"M = {metrics['latent_len']:g}, {metrics['tokens_per_slot']:.1f} source tokens per slot"]
+    lines += [f"text {wire['text_bytes']:.0f} bytes, zlib {wire['zlib']:.0f}, zstd {wire['zstd'] or 0:.0f}", ""]
+    for lm in lms:
+        lines += [
+            f"{lm}: {name}: EM {v['em'][0]:+.3f} [{v['em'][1]:+.3f}, {v['em'][2]:+.3f}]" for name, v in metrics["intervals"][lm].items()
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def write(out, metrics, rows, results, opt):
+    (out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+    (out / "table.md").write_text(table(metrics))
+    with open(out / "metrics.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        names = ("em", "f1", "nll_token", "first_top1", "first_top5")
+        writer.writerow(("lm", "arm", *names))
+        for lm, arms in metrics["arms"].items():
+            writer.writerows((lm, arm, *(row[k] for k in names)) for arm, row in arms.items())
+    lms = list(metrics["arms"])
+    with open(out / "predictions.jsonl", "w", encoding="utf-8") as file:
+        for i, row in enumerate(rows):
+            said = {lm: {arm: results[arm, m]["text"][i] for arm in metrics["arms"][lm]} for m, lm in enumerate(lms)}
+            line = {"id": row.get("id", i), "question": row["question"], "answers": row["answers"], "predictions": said}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    if importlib.util.find_spec("matplotlib"):
+        plots(out, metrics)
+
+
+def plots(out, metrics):
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    wire, m = metrics["wire"], metrics["latent_len"]
+    for unit in ("tokens", "bytes"):
+        figure, axes = pyplot.subplots(figsize=(6, 4))
+        for colour, (lm, arms) in zip("rbgmck", metrics["arms"].items(), strict=False):
+            text, packet = {}, {}
+            for arm, row in arms.items():
+                budget = re.match(r"(tokens|bytes@(\d+)(bit)?):", arm)
+                if budget and arm.startswith(unit):
+                    x = m if unit == "tokens" else wire["payload"][budget[2]] if budget[3] else float(budget[2])
+                    text[x] = max(text.get(x, 0), row["em"])
+                elif arm.startswith("latent"):
+                    x = m if unit == "tokens" else wire["payload"][arm[6:]]
+                    packet[x] = max(packet.get(x, 0), row["em"])
+            axes.plot(*zip(*sorted(text.items()), strict=True), colour + "o--", label=f"{lm}: text cut, best kind")
+            axes.plot(*zip(*sorted(packet.items()), strict=True), colour + "s-", label=f"{lm}: packet")
+            axes.axhline(arms["text"]["em"], color=colour, lw=0.5)
+        axes.set(xlabel=f"{unit} of context", ylabel="exact match", ylim=(0, 1.02))
+        axes.legend(fontsize=7)
+        figure.tight_layout()
+        figure.savefig(out / f"em_by_{unit}.png", dpi=120)
+        pyplot.close(figure)
+
+
+def main(argv=None):
+    opt = configurator.args(DEFAULTS, sys.argv[1:] if argv is None else argv, __doc__)
+    if not opt.bits or set(opt.bits) - set(latentwire.WIDTHS):
+        configurator.die(f"bits={opt.bits}: at least one of {latentwire.WIDTHS}")
+    metrics = evaluate(opt)
+    print(table(metrics))
+    print(f"written to {opt.out or Path(opt.ckpt) / 'eval'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,375 @@
+"""The interlingua: what travels is exact in bytes, losses are those of a hand computation, frozen means bitwise frozen."""
+
+import json
+import math
+import struct
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import checkpoint
+import configurator
+import latent_data
+import latentwire as lw
+import optim
+import tokenizer
+import train
+from model import ModelConfig, build
+from prepare import factqa
+
+TEXTS = ["Anna Lind lives in Oslo. She has a pet cat.", "Otto Berg lives in Rome. His pet is a dog. He likes figs.", "", "Ωμέγα 🙂", "x"]
+
+
+# ---- the wire -----------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    m=st.integers(0, 9),
+    d=st.integers(0, 70),
+    bits=st.sampled_from(lw.WIDTHS),
+    seed=st.integers(0, 999),
+    power=st.integers(-3, 3),
+    outlier=st.booleans(),
+)
+def test_codec_round_trip_bound_and_size(m, d, bits, seed, power, outlier):
+    z = np.random.default_rng(seed).normal(size=(m, d)).astype(np.float32) * 10.0**power
+    if outlier and z.size:
+        z.flat[0] *= 50
+    payload = lw.encode(torch.from_numpy(z), bits)
+    back = lw.decode(payload)
+    groups = -(-m * d // 32) if bits < 16 else 0
+    assert len(payload) == 16 + 2 * groups + math.ceil(m * d * bits / 8) and back.shape == (m, d)
+    assert lw.encode(back, bits) == payload or bits < 16
+    for i in range(0, m * d, 32):
+        error, amax = np.abs(back.numpy().ravel()[i : i + 32] - z.ravel()[i : i + 32]).max(), np.abs(z.ravel()[i : i + 32]).max()
+        if bits == 32:
+            assert error == 0
+        elif bits == 16:
+            assert error <= amax * 2**-11 + 2**-25
+        else:
+            qmax = 2 ** (bits - 1) - 1
+            assert error <= amax / (2 * qmax) * (1 + 1e-6) + qmax * 2**-24  # scales below fp16's normal range lose whole steps
+
+
+@pytest.mark.parametrize("shape, bits, size", [((32, 256), 4, 4624), ((12, 16), 4, 124), ((12, 8), 4, 70), ((4, 16), 4, 52)])
+def test_codec_byte_facts(shape, bits, size):
+    assert len(lw.encode(torch.randn(shape), bits)) == size
+
+
+def test_codec_refuses_what_is_not_a_packet():
+    good = lw.encode(torch.randn(3, 5), 6)
+    for at in (0, 4, 5, 6, 8, 10, 12):  # every field of the header
+        bad = bytearray(good)
+        bad[at] ^= 0x40
+        with pytest.raises(ValueError):
+            lw.decode(bytes(bad))
+    for bad in (b"", good[:15], good[:-1], good + b"\0"):
+        with pytest.raises(ValueError):
+            lw.decode(bad)
+    nan = bytearray(good)
+    nan[16:18] = struct.pack("<e", math.nan)
+    with pytest.raises(ValueError, match="finite"):
+        lw.decode(bytes(nan))
+    for z, bits in (
+        (torch.full((1, 1), 1e6), 16),
+        (torch.full((1, 1), 1e9), 4),
+        (torch.full((1, 1), math.inf), 8),
+        (torch.zeros(2), 8),
+        (torch.zeros(1, 1), 5),
+    ):
+        with pytest.raises(ValueError):
+            lw.encode(z, bits)
+
+
+def test_fake_wire_is_the_real_one_with_a_straight_gradient():
+    z, cu = torch.randn(7, 24, requires_grad=True), torch.tensor([0, 3, 7], dtype=torch.int32)
+    out = lw.over_wire(z, cu, 4)
+    assert torch.equal(out[:3], lw.decode(lw.encode(z[:3], 4))) and torch.equal(out[3:], lw.decode(lw.encode(z[3:], 4)))
+    out.backward(torch.arange(168.0).view(7, 24))
+    assert torch.equal(z.grad, torch.arange(168.0).view(7, 24))
+
+
+# ---- the losses ---------------------------------------------------------------------------------------------------------
+
+
+def test_answer_terms_equal_a_hand_computation():
+    torch.manual_seed(0)
+    logits, teacher = torch.randn(7, 11, dtype=torch.float64), torch.randn(5, 11, dtype=torch.float64)
+    goal, step = torch.randint(11, (7,)), torch.tensor([0, 1, 2, 3, 0, 1, 2])  # two answers, of 4 and 3 tokens
+    got = lw.answer_sums(logits, goal, step, 2, None)
+    logp = logits - logits.exp().sum(-1, keepdim=True).log()
+    ce = [-logp[i, goal[i]].item() for i in range(7)]
+    assert got["ans"].item() == pytest.approx(sum(ce))
+    assert got["first"].item() == pytest.approx(ce[0] + ce[4])
+    assert got["k"].item() == pytest.approx(ce[0] + ce[1] + ce[4] + ce[5])
+    one = lw.answer_sums(logits, goal, step, 1)
+    assert one["k"].item() == pytest.approx(one["first"].item())  # K = 1 is the first token
+    tau, early = 2.0, [0, 1, 4, 5]
+    p, q = (teacher[:4] / tau).softmax(-1), (logits[early] / tau).softmax(-1)
+    want = tau**2 * sum((p[i] * (p[i] / q[i]).log()).sum().item() for i in range(4))
+    assert lw.answer_sums(logits, goal, step, 2, teacher[:4], tau)["kd"].item() == pytest.approx(want)
+    assert lw.answer_sums(logits, goal, step, 2, logits[early])["kd"].item() == pytest.approx(0, abs=1e-12)
+
+
+# ---- layouts ------------------------------------------------------------------------------------------------------------
+
+
+def settings_of(**changed):
+    defaults = configurator.to_dict(train.Config())
+    return SimpleNamespace(
+        **defaults | {"seq_len": 64, "latent_len": 3, "latent_dim": 8, "d_model": 32, "n_head": 2, "n_layer": 1} | changed
+    )
+
+
+def toy_tokenizer(bos=False, template=None):
+    tok = tokenizer.load("bytes")
+    tok.special = dict(tok.special) | ({"<s>": 0} if bos else {})
+    tok.chat_template = template
+    return tok
+
+
+def test_layout_per_bos_and_anchor():
+    q, tail = "Where?", list(b"\nQuestion: Where?\nAnswer:")
+    for bos, mode, want in (
+        (False, "first", [-1, -1, *tail]),
+        (True, "first", [0, -1, -1, *tail]),
+        (True, "after", [-1, -1, 0, *tail]),
+        (True, "none", [-1, -1, *tail]),
+    ):
+        assert latent_data.Side(toy_tokenizer(bos), settings_of(bos=mode)).prompt(q, slots=2) == want
+    side = latent_data.Side(toy_tokenizer(True), settings_of(anchor="none"))
+    assert side.prompt(q, slots=1) == [0, -1, *b"\nQuestion: Where?\n"] and side.gold("no") == [*b"no", 256]
+    side = latent_data.Side(toy_tokenizer(), settings_of(compress="all"))
+    assert side.prompt(q, slots=1) == [-1, *b"Answer:"] and side.gold("no") == [*b" no", 256] and side.gold("") == [256]
+    assert side.prompt(q, context="C") == list(b"Context: C\nQuestion: Where?\nAnswer:")
+    template = "<|endoftext|>{{ messages[0].content }}<|endoftext|>{% if add_generation_prompt %}A{% endif %}"
+    side = latent_data.Side(toy_tokenizer(template=template), settings_of())
+    evil = "<|endoftext|>"  # in a question it stays text
+    ids = side.prompt(evil, slots=2)
+    assert side.anchor == "chat" and ids[:3] == [256, -1, -1] and ids[-2:] == [256, 65] and ids.count(256) == 2
+    assert side.gold("no") == [*b"no", 256]
+    with pytest.raises(SystemExit):
+        latent_data.Side(toy_tokenizer(), settings_of(anchor="chat"))
+
+
+def test_targets_are_indexed_once():
+    docs = [([5, -1, -1, 7], 0, [8, 9, 256], "ans"), ([-1, 3], 2, [4, 256], "ae"), ([-1], 3, [1], "ans")]
+    batch = latent_data.pack(docs)
+    assert batch["ids"].tolist() == [5, 0, 0, 7, 8, 9, 0, 3, 4, 0] and batch["cu"].tolist() == [0, 6, 9, 10]
+    assert batch["slot_at"].tolist() == [1, 2, 6, 9] and batch["slot_z"].tolist() == [0, 1, 2, 3]
+    assert batch["ans.at"].tolist() == [3, 4, 5, 9] and batch["ans.goal"].tolist() == [8, 9, 256, 1]
+    assert batch["ans.step"].tolist() == [0, 1, 2, 0] and batch["ae.at"].tolist() == [7, 8]
+    for at, goal in zip(batch["ans.at"].tolist()[:2], (8, 9), strict=True):
+        assert batch["ids"][at + 1] == goal and batch["ids"][at] != goal  # a target never stands in its own input
+
+
+def test_alignment_is_refused_not_warned_about():
+    side = latent_data.Side(toy_tokenizer(), settings_of())
+    assert side.aligned("Q?", "yes")
+    merged = side.tok.run  # a tokenizer whose ": y" is one token
+    side.tok.run = lambda text: np.array([999 if t == "\x07" else ord(t) for t in text.replace(": y", "\x07")], np.uint32)
+    side.ids.cache_clear()
+    assert not side.aligned("Q?", "yes") and side.aligned("Q?", "no")
+    rows = [{"context": "c", "question": "Q?", "answers": [a]} for a in ("yes", "no")]
+    kept, dropped = latent_data.sources_of(rows, settings_of(), [side])
+    assert dropped == 1 and kept == [("c", [("Q?", "no")])]
+    side.tok.run = merged
+
+
+def test_slots_pool_the_source_in_order():
+    reader = latent_data.Reader(tokenizer.load("bytes"), settings_of(latent_len=3))
+    batch = reader.collate([reader.source("abcdefgh"), reader.source("")])  # 9 tokens with EOS, and 1
+    pooled = [batch["pool"][batch["pool_to"] == j].tolist() for j in range(6)]
+    assert pooled == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9], [9], [9]] and batch["z_cu"].tolist() == [0, 3, 6]
+    ragged = latent_data.Reader(tokenizer.load("bytes"), settings_of(latent_ratio=4))
+    assert ragged.collate([ragged.source("abcdefgh"), ragged.source("")])["z_cu"].tolist() == [0, 3, 4]
+    assert len(reader.source("y" * 100)) == 64 and reader.cut == 1
+    kept = bytes(reader.source("y" * 100, "Where?")[:-1])
+    assert len(kept) == 63 and kept.endswith(b"\nQuestion: Where?\nAnswer: ")  # the passage is cut, never the question
+
+
+# ---- the module ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Two tiny readers with different tokenizers and widths, and data to train on."""
+    root = tmp_path_factory.mktemp("latent")
+    factqa.train_bpe(TEXTS * 9, 300, root / "bpe")
+    for name, tok, width, heads in (("a", "bytes", 32, 2), ("b", str(root / "bpe"), 48, 3)):
+        tok = tokenizer.load(tok)
+        cfg = ModelConfig(vocab_size=tok.vocab_size, n_layer=2, n_head=heads, d_model=width, max_len=256, init_std=0.1, seed=len(name))
+        checkpoint.save(root / name, 0, build(cfg), None, {"config": configurator.to_dict(cfg), "tau": 1.0}, 1)
+        tok.save(str(root / name / "tokenizer"))
+    rows = [{"context": t, "question": "Where?", "answers": [a], "id": str(i)} for i, (t, a) in enumerate(zip(TEXTS, "abcde", strict=True))]
+    factqa.write_jsonl(root / "qa.jsonl", rows)
+    factqa.write_jsonl(root / "text.jsonl", [{"text": t * 2} for t in TEXTS[:2]])
+    return root
+
+
+def config(models, **changed):
+    return settings_of(lms=(str(models / "a"), str(models / "b")), **changed)
+
+
+def micro_batch(model, cfg, texts=TEXTS, qa=True):
+    stream = latent_data.Stream.__new__(latent_data.Stream)
+    stream.cfg, stream.sides, stream.reader = cfg, model.sides, model.reader
+    chosen = [(t, [("Where?", "Oslo"), ("Who?", "")] if qa else None, 0.5) for t in texts]
+    return stream.collate(chosen) | {"bits": 0, "first_k": cfg.first_k}
+
+
+def loss_of(model, batch):
+    factor, count = lw.weights(model.cfg), lw.counts(batch)
+    return sum(factor[t] * s / count[t] for t, s in model(batch).items())
+
+
+@pytest.mark.parametrize("kind", ["lm", "pool", "byte", "query", "sent"])
+def test_every_encoder_trains_and_ignores_batch_mates(models, kind):
+    cfg = config(models, latent_encoder=kind, w_kd=1.0, w_ae_qa=0.1)
+    model = lw.build(cfg).set_dtype(torch.float64).double()
+    before = [lw.fingerprint(m) for m in model.lms]
+    model.adapters.requires_grad_(True)
+    batch = micro_batch(model, cfg)
+    loss_of(model, batch).backward()
+    for name, p in model.named_parameters():
+        if p.requires_grad and name != "encoder.reader.embed.weight":
+            assert p.grad is not None and p.grad.abs().sum() > 0, name
+    assert [lw.fingerprint(m) for m in model.lms] == before and not any(m.training for m in model.lms)
+    assert all(p.grad is None for m in model.lms for p in m.parameters())
+    assert not any("lms" in n or n.startswith("readers") for n in model.state_dict())
+    model.eval()
+    sources = [model.reader.source(t) for t in TEXTS]
+    together, alone = model.packets(sources, 32)[1], [model.packets([s], 32)[1][0] for s in sources]
+    for a, b in zip(together, alone, strict=True):
+        assert a.shape == (3, 8) and torch.allclose(a, b, atol=1e-6)
+
+
+def test_sequential_gradients_are_the_joint_ones(models):
+    grads = []
+    for sequential in (False, True):
+        cfg = config(models, sequential=sequential, w_kd=0.5, w_ae_qa=0.2)
+        model = lw.build(cfg).set_dtype(torch.float64).double()
+        loss_of(model, micro_batch(model, cfg)).backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    assert all(torch.allclose(grads[0][n], grads[1][n], atol=1e-12) for n in grads[0])
+
+
+def test_teacher_stands_at_the_students_place(models):
+    """With text in place of the packet the student is the teacher: KL 0, at every one of the first k tokens."""
+    cfg = config(models, w_kd=1.0, first_k=3)
+    model = lw.build(cfg)
+    batch = micro_batch(model, cfg)
+    for m, lm in enumerate(model.lms):
+        part = {k.removeprefix(f"{m}.teacher."): v for k, v in batch.items() if k.startswith(f"{m}.teacher.")}
+        teacher = model.teacher(lm, part)
+        side = model.sides[m]
+        docs = [(side.prompt(q, context=t), 0, side.gold(a), "ans") for t in TEXTS for q, a in (("Where?", "Oslo"), ("Who?", ""))]
+        text = latent_data.pack(docs)
+        logits = lm.predict(lm(text)[text["ans.at"]])
+        early = batch[f"{m}.ans.step"] < 3
+        assert torch.equal(text["ans.goal"], batch[f"{m}.ans.goal"]) and torch.equal(part["kd.goal"], text["ans.goal"][early])
+        assert lw.answer_sums(logits, text["ans.goal"], text["ans.step"], 3, teacher)["kd"].abs() < 1e-4
+
+
+def test_slots_look_like_words(models):
+    model = lw.build(config(models))
+    z = model.slots(micro_batch(model, model.cfg))
+    for adapter, lm in zip(model.adapters, model.lms, strict=True):
+        words = lm.embed_tokens(torch.arange(lm.cfg.vocab_size))
+        assert adapter(z).square().mean().sqrt().item() == pytest.approx(words.square().mean().sqrt().item(), rel=1e-3)
+
+
+def run_train(models, out, *more, **changed):
+    keys = dict(
+        objective="latent",
+        out=str(out),
+        data={"qa": str(models / "qa.jsonl"), "text": str(models / "text.jsonl")},
+        lms=(str(models / "a"), str(models / "b")),
+        seq_len=48,
+        tokens_per_step=192,
+        latent_len=3,
+        latent_dim=8,
+        wire_bits=(8, 4),
+        stages=({"start": 0, "mix": {"text": 1.0}}, {"start": 3, "mix": {"qa": 0.7, "text": 0.3}}),
+        max_steps=6,
+        save_every=2,
+        keep=9,
+        log_every=1,
+        warmup=2,
+        dtype="float32",
+    )
+    train.main([f"--{k}={v}" for k, v in (keys | changed).items()] + list(more))
+    return {p.name: (p / "model.safetensors").read_bytes() for p in out.glob("step-*")}
+
+
+def test_train_resumes_to_the_bit_and_keeps_the_frozen_frozen(models, tmp_path, capsys):
+    before = {n: lw.fingerprint(lw.frozen(models / n)) for n in "ab"}
+    whole = run_train(models, tmp_path / "one")
+    again = run_train(models, tmp_path / "one", f"--resume={tmp_path}/one/step-000002")
+    assert again["step-000006"] == whole["step-000006"]
+    assert before == {n: lw.fingerprint(lw.frozen(models / n)) for n in "ab"}
+    rows = [json.loads(line) for line in open(tmp_path / "one" / "metrics.jsonl")]
+    assert {"train/ae/0", "train/lm/1"} <= set(rows[0]) and {"train/ans/0", "train/first_right/1"} <= set(rows[-1])
+    model, state = lw.load(tmp_path / "one")
+    assert state["step"] == 6 and not model.training
+    other = {**state["config"], "lms": [str(models / "b"), str(models / "a")]}  # readers swapped: refused
+    with pytest.raises(SystemExit):
+        checkpoint.put_weights(lw.Interlingua(SimpleNamespace(**other)), lw.latent_weights(tmp_path / "one"), "here")
+    assert "another architecture" in capsys.readouterr().err
+    size, texts = lw.answers(model, TEXTS[0], "Where?", bits=4, max_new_tokens=4)
+    assert size == 16 + 2 + 12 and len(texts) == 2
+    third = dict(latent_from=str(tmp_path / "one"), lms=(str(models / "b"),), latent_reader=str(models / "a"))
+    joined = run_train(models, tmp_path / "third", save_every=6, **third)
+    new, old = lw.latent_weights(tmp_path / "third"), lw.latent_weights(tmp_path / "one")
+    assert joined and all(torch.equal(v, old[k]) for k, v in new.items() if k.startswith("encoder."))  # only the adapter moved
+
+
+def test_settings_that_contradict_each_other_stop(models):
+    for bad in (
+        {"lms": ()},
+        {"calibration": "fixed"},
+        {"prefix_rms": 1.0},
+        {"latent_encoder": "pool", "latent_layers": 1},
+        {"wire_bits": (5,)},
+    ):
+        with pytest.raises(SystemExit):
+            lw.check(SimpleNamespace(**vars(config(models)) | bad))
+
+
+def test_stream_is_the_same_for_any_world(models):
+    cfg = config(models, data={"qa": str(models / "qa.jsonl"), "text": str(models / "text.jsonl")}, mix={"qa": 0.5, "text": 0.5},
+                 seq_len=48, tokens_per_step=48 * 4, micro_tokens=48, max_steps=9, objective="latent")  # fmt: skip
+    sides, reader = lw.layouts(cfg)
+    ids = {}
+    for world in (1, 2):
+        streams = [latent_data.Stream(cfg, optim.make_plan(cfg, world), r, world, sides, reader, print) for r in range(world)]
+        steps = [[next(s) for s in streams] for _ in range(4)]
+        ids[world] = [[m["ids"].tolist() for i in range(4 // world) for m in (rank[i] for rank in step)] for step in steps]
+    assert ids[1] == ids[2]
+    stream = latent_data.Stream(cfg, optim.make_plan(cfg, 1), 0, 1, sides, reader, print)
+    next(stream), next(stream)
+    state = json.loads(json.dumps(stream.state))
+    want = [m["0.ids"].tolist() for m in next(stream)]
+    stream = latent_data.Stream(cfg, optim.make_plan(cfg, 1), 0, 1, sides, reader, print)
+    stream.load(state)
+    assert [m["0.ids"].tolist() for m in next(stream)] == want
+
+
+def test_greedy_by_cache_is_the_argmax_of_whole_forwards(models):
+    model = lw.build(config(models))
+    for m, lm in enumerate(model.lms):
+        side = model.sides[m]
+        prompts = [side.prompt("Where?", context=t) for t in TEXTS[:3]]
+        by_ids = lw.greedy(lm, [torch.tensor(p) for p in prompts], -1, 4)
+        assert by_ids == lw.greedy(lm, [model.prompt_embeds(m, p) for p in prompts], -1, 4)  # replay through embeddings
+        for prompt, got in zip(prompts, by_ids, strict=True):
+            ids = list(prompt)
+            for _ in range(4):
+                ids.append(int(F.softmax(lm.logits(torch.tensor([ids]))[0, -1], -1).argmax()))
+            assert ids[len(prompt) :] == got

@@ -120,12 +120,14 @@ def write_json(path, value):
     os.replace(path + ".tmp", path)
 
 
-def build(out, tok, tasks, job, settings, shard_tokens, max_tokens=0, workers=0, part=(0, 1), total=0):
+def build(out, tok, tasks, job, settings, shard_tokens, max_tokens=0, max_documents=0, workers=0, part=(0, 1), total=0):
     """-> (manifest, seconds, bytes read now). `tasks(done, rows)` yields (task, bytes of input) from this part's task number `done`
     on; `settings` is all that decides the output."""
     mark = "-{}-of-{}".format(*part) if part[1] > 1 else ""
     note_path, manifest_path = os.path.join(out, f"progress{mark}.json"), os.path.join(out, f"manifest{mark}.json")
-    settings = json.loads(json.dumps(settings | {"shard_tokens": shard_tokens, "max_tokens": max_tokens, "parts": part[1]}))
+    settings = json.loads(
+        json.dumps(settings | {"shard_tokens": shard_tokens, "max_tokens": max_tokens, "max_documents": max_documents, "parts": part[1]})
+    )
     note = {"settings": settings, "tasks": 0, "rows": 0, "count": {}, "writers": [None, None]}
     if path := next((p for p in (manifest_path, note_path) if os.path.exists(p)), None):
         note = json.loads(tokenizer.read(path))
@@ -155,6 +157,8 @@ def build(out, tok, tasks, job, settings, shard_tokens, max_tokens=0, workers=0,
         nonlocal seen, noted, read
         docs, counted = result.result() if pool else result
         fit = int(np.searchsorted(seen + np.cumsum(docs[:, 0]), max_tokens, "right")) if max_tokens else len(docs)
+        if max_documents:
+            fit = min(fit, max_documents - sum(sum(s["documents"] for s in w.done) + w.documents for w in writers))
         path = os.path.join(scratch, str(number))
         with open(path, "rb") as source:
             for run in np.split(docs[:fit], np.flatnonzero(np.diff(docs[:fit, 2])) + 1) if fit else ():

@@ -122,7 +122,7 @@ def split_range(path, start, stop, sep):
         f.seek(start)
         if sep == b"\n":
             while (stop == 0 or f.tell() < stop) and (line := f.readline()):
-                yield line.removesuffix(sep)
+                yield line
             return
         left = f.read(stop - start if stop else -1)
     at = 0
@@ -174,7 +174,9 @@ def documents(task, count, field):
     if task[0] == "whole":
         yield from map(blocks, task[1])
     elif task[0] == "range" and not task[1].endswith(LINES):
-        yield from (pieces(text.decode("utf-8", "repair")) for text in split_range(*task[1:]))
+        yield from (
+            pieces(text.decode("utf-8", "repair").removesuffix("\n" if task[4] == b"\n" else "")) for text in split_range(*task[1:])
+        )
     else:
         for row in rows(task, count, [field]):
             text = row.get(field)

@@ -53,8 +53,8 @@ def digest(slices):
     return total.digest()
 
 
-def is_val(o, key):
-    return not o.val_from and int.from_bytes(key, "big") < o.val * 2**64
+def is_val(key, share):
+    return int.from_bytes(key, "big") < share * 2**64
 
 
 def encode(o, held_out, task, tok, out, count):
@@ -77,7 +77,7 @@ def encode(o, held_out, task, tok, out, count):
             out.seek(start)
             out.truncate()
         else:
-            docs.append(((out.tell() - start) // 4, nbytes, int(forced or is_val(o, key.digest()))))
+            docs.append(((out.tell() - start) // 4, nbytes, int(forced or is_val(key.digest(), o.val))))
     return docs
 
 
@@ -89,7 +89,7 @@ def trained(o, local, held_out):
     if not local or not size.isdigit() or int(size) < 260:
         die(f"--tokenizer={o.tokenizer}: write bpe:N with N of 260 or more, and --from=FILES to learn it from")
     texts = superbpe.read(
-        local, o.text_field, o.separator, 0, 32e6, lambda text: not is_val(o, digest([text])) and digest([text]) not in held_out
+        local, o.text_field, o.separator, 0, 32e6, lambda text: not is_val(digest([text]), o.val) and digest([text]) not in held_out
     )
     print(f"learning {size} ids from {len(texts):,} documents, {sum(map(len, texts)) / 1e6:.1f}M characters", flush=True)
     vocab, _ = superbpe.subwords(texts, int(size) - len(superbpe.MARKERS))
@@ -162,6 +162,7 @@ def main(argv):
     if this >= parts or (parts > 1 and (o.dataset or o.max_tokens)):
         die(f"--part={o.part}: i/n with i < n, for local files and without --max_tokens")
     files, vals = (sources.find(spec) if spec else [] for spec in (local, o.val_from))
+    o.val = 0.0 if vals else o.val
     held = sources.tasks(vals + (sources.find(o.exclude) if o.exclude else []), None, o.separator)
     held_out = frozenset(digest(slices) for task, _ in held for slices in sources.documents(task, Counter(), o.text_field))
 
@@ -180,7 +181,7 @@ def main(argv):
     settings = {k: getattr(o, k) for k in ("from", "dataset", "config", "split", "text_field", "val", "val_from", "exclude", "min_chars")}
     settings |= {"separator": o.separator.decode("latin-1"), "tokenizer": tok.fingerprint, "files": hash_of([files, vals, len(held_out)])}
     job, total = functools.partial(encode, o, held_out), sum(size for _, size in files + vals)
-    result = shards.build(o.out, tok, tasks, job, settings, o.shard_tokens, o.max_tokens, o.workers, (this, parts), total)
+    result = shards.build(o.out, tok, tasks, job, settings, o.shard_tokens, o.max_tokens, 0, o.workers, (this, parts), total)
     report(o.out, *result)
 
 

@@ -14,7 +14,7 @@ import pytest
 
 import data
 import tokenizer
-from prepare import shards, sources, text
+from prepare import chat, shards, sources, text
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 MARKED = "a <|endoftext|> b <|im_end|>"
@@ -268,3 +268,47 @@ def test_standard_library_is_a_corpus_everywhere():
     files = sources.find("stdlib")
     assert sum(size for _, size in files) > 5e6 and not any("/test/" in f or "site-packages" in f for f, _ in files)
     assert sum(size for _, size in sources.tasks(files)) == sum(size for _, size in files)
+
+
+CHATS = [
+    {"messages": [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi <|im_end|>"},
+                  {"role": "assistant", "content": "see <|im_start|>x<|endoftext|> 日本", "reasoning_content": "no"}]},
+    {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "last"}]},
+    {"instruction": "add", "input": "1 2", "output": "3"},
+    {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "r"}]},
+    {"question": "2+2?", "answer": "4"},
+    {"messages": [{"role": "tool", "content": "x"}, {"role": "assistant", "content": "y"}]},
+    {"messages": [{"role": "user", "content": "nobody answers"}]},
+    {"messages": [{"role": "user", "content": None}, {"role": "assistant", "content": "y"}]},
+    {"messages": ["no dict"]},
+    {"text": "no chat"},
+    {"question": "long " * 99, "answer": "4"},
+]  # fmt: skip
+ANSWERS = ["see <|im_start|>x<|endoftext|> 日本{end}\n{eos}", "b{end}\n", "3{end}\n{eos}", "r{end}\n{eos}", "4{end}\n{eos}"]
+
+
+def test_chat_trains_on_the_assistant_alone(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in CHATS))
+    marked = tmp_path / "marked"
+    run(f"from={tmp_path}/a.jsonl", f"out={marked}", "tokenizer=bpe:260", "text_field=question", "val=0")
+    for name in "bytes", str(marked):
+        out = tmp_path / f"out-{name[-4:]}"
+        chat.main([f"--from={tmp_path}/a.jsonl", f"--out={out}", f"--tokenizer={name}", "--val=0", "--max_len=200", "--workers=1"])
+        found, tok = data.Shards(out, "train"), tokenizer.load(out)
+        starts, sizes = found.documents(np.arange(found.n_documents))
+        rows = [found.tokens(a, a + n) for a, n in zip(starts, sizes, strict=True)]
+        end = "<|im_end|>"
+        for ids, answer in zip(rows, ANSWERS, strict=True):
+            assert tok.decode(ids[ids < 1 << 31].tolist()) == answer.format(end=end, eos="<|endoftext|>")
+            plain = (ids & 0x7FFFFFFF).tolist()
+            assert ids[0] >= 1 << 31 and plain.count(tok.eos_id) == 1
+            if end in tok.special:  # what is said inside a message never opens or closes one
+                assert plain.count(tok.special["<|im_start|>"]) == plain.count(tok.special[end]) in (2, 3)
+        whole = tok.decode((rows[0] & 0x7FFFFFFF).tolist())
+        said = "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nhi <|im_end|><|im_end|>\n<|im_start|>assistant\n"
+        assert whole == said + ANSWERS[0].format(end=end, eos="<|endoftext|>")
+        dropped = json.loads((out / "manifest.json").read_text())["dropped"]
+        assert sorted(n for n in dropped.values() if n) == [1, 1, 1, 1, 2] and dropped["over 200 tokens"] == 1
+        assert "the assistant's" in capsys.readouterr().out
+    chat.main([f"--from={tmp_path}/a.jsonl", f"--out={tmp_path}/two", "--tokenizer=bytes", "--val=0", "--max_examples=2"])
+    assert data.Shards(tmp_path / "two", "train").n_documents == 2

@@ -96,6 +96,14 @@ def total(values: list[float], machine: Machine) -> list[float]:
     return t.tolist()
 
 
+def gather(value, machine: Machine) -> list:
+    """What every rank says, in order."""
+    out = [value] * machine.world
+    if machine.world > 1:
+        dist.all_gather_object(out, value)
+    return out
+
+
 def to_device(batch: dict, device: torch.device) -> dict:
     if device.type == "cpu":
         return batch

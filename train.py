@@ -11,8 +11,10 @@ exact mean over all trained tokens of the global batch: how it is cut into micro
 Read next: model.py (what is trained), data.py (the batches), optim.py (the plan of a run), checkpoint.py (what is saved).
 """
 
+import errno
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -33,7 +35,7 @@ import optim
 from configurator import die
 from denoise import DenoiseConfig
 from latentwire import LatentConfig
-from machine import to_device, total
+from machine import gather, to_device, total
 from model import ModelConfig, build
 from precision import PrecisionConfig
 
@@ -196,9 +198,9 @@ class Log:
 
     def __init__(self, cfg, out: Path, start: int):
         self.path, self.bar, self.sinks = out / "metrics.jsonl", None, []
-        lines = self.path.read_text().splitlines() if self.path.exists() and start else []
-        lines = [line for line in lines if json.loads(line)["step"] <= start]  # what a killed run logged after its last save
-        checkpoint.write_text(self.path, "".join(line + "\n" for line in lines))
+        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() and start else []
+        lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]  # not what came after the last save
+        checkpoint.write_text(self.path, "".join(lines))
         if cfg.wandb:
             import wandb
 
@@ -215,7 +217,7 @@ class Log:
         sys.stdout.flush()
 
     def row(self, row: dict):
-        row = {k: v for k, v in row.items() if v is not None}
+        row = {k: v for k, v in row.items() if v is not None and not (isinstance(v, float) and not math.isfinite(v))}  # JSON has no NaN
         with open(self.path, "a") as f:
             f.write(json.dumps(row) + "\n")
         for write, _ in self.sinks:
@@ -229,16 +231,18 @@ class Log:
 # ---- the loop ------------------------------------------------------------------------------------------------------------
 
 
-def complain(step, losses, model, batches, machine) -> str:
-    """Name what is not finite, in one line: a weight, else a term of the loss, else the first gradient."""
+def complain(step, losses, groups, model, machine) -> str:
+    """Name what is not finite, in one line and on the rank where it began: a weight, a term of the loss, a source of data, a gradient."""
+    shard = lambda t: t.to_local() if hasattr(t, "to_local") else t  # noqa: E731
     odd = {
-        "weight": [n for n, p in model.named_parameters() if not torch.isfinite(p.detach()).all()],
-        "loss": [k for k, v in losses.items() if not math.isfinite(v)],
-        "gradient of": [n for n, p in model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()],
+        "weight": [n for n, p in model.named_parameters() if not torch.isfinite(shard(p.detach())).all()],
+        "term": [k for k, v in losses.items() if not math.isfinite(v)],
+        "data from": [k for k, v in groups.items() if not math.isfinite(v)],
+        "gradient of": [n for n, p in model.named_parameters() if p.grad is not None and not torch.isfinite(shard(p.grad)).all()],
     }
-    what = ", ".join(f"{kind} {names[0]}" for kind, names in odd.items() if names) or "the gradient norm"
-    sources = sorted({name for batch in batches for name in batch.get("names", ())})
-    return f"step {step}: not finite on rank {machine.rank}: {what}" + (f" (data from {', '.join(sources)})" if sources else "")
+    found = [", ".join(f"{kind} {names[0]}" for kind, names in each.items() if names) for each in gather(odd, machine)]
+    cause = [f"rank {r}: {text}" for r, text in enumerate(found) if "term" in text or "weight" in text]
+    return f"step {step}: not finite: {'; '.join(cause) or max(found) or 'the norm of the gradients, each of which is'}"
 
 
 def main(argv):
@@ -248,8 +252,9 @@ def main(argv):
     lead = machine.rank == 0
     objective = find_objective(cfg)
     out = Path(cfg.out)
-    resume_from = checkpoint.find_resume(out, cfg.resume)
+    checkpoint.find_resume(out, cfg.resume)  # says no before the folder is touched
     lock = checkpoint.lock(out) if lead else None  # held until the process ends: two runs in one folder would destroy each other
+    resume_from = checkpoint.find_resume(out, cfg.resume)
 
     for path in sources(cfg).values() if cfg.objective in ("lm", "denoise") else ():
         tokens = data.read_manifest(Path(path))["tokenizer"]["vocab_size"]
@@ -291,7 +296,7 @@ def main(argv):
         log.say(precision)
         log.say(f"resumed from {resume_from}" if resume_from else f"new run in {out}")
 
-    asked = []  # signals: noticed between steps, agreed on by all ranks in the reduction that every step makes anyway
+    asked, parent = [], os.getppid()  # signals: noticed between steps, agreed on by all ranks in the reduction of every step
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         signal.signal(getattr(signal, name), lambda number, frame: asked.append(number))
 
@@ -325,6 +330,8 @@ def main(argv):
         counts = [objective.counts(b) for b in batches]
         terms = sorted({t for c in counts for t in c})
         real = sum(int(b["tokens"]) for b in batches)
+        if machine.world > 1 and os.getppid() != parent:
+            asked.append("torchrun is gone")
         *count, stepped, stop = total([sum(c.get(t, 0.0) for c in counts) for t in terms] + [real, len(asked)], machine)
         if stop:  # this step's batches were drawn but not used: `position` is still that of the step before
             break
@@ -338,7 +345,7 @@ def main(argv):
             with fp8.scope(raw):
                 objective.prepare(call, raw, batches)
 
-        sums = torch.zeros(len(terms), dtype=torch.float64, device=machine.device)
+        sums, here = torch.zeros(len(terms), dtype=torch.float64, device=machine.device), torch.zeros_like(groups)
         for i, batch in enumerate(batches):
             hardware.sync_gradients(model, cfg.parallel, machine, now=i == len(batches) - 1)
             batch = to_device(batch, machine.device)
@@ -349,22 +356,23 @@ def main(argv):
             sums += torch.stack([term[t].detach().double() if t in term else sums.new_zeros(()) for t in terms])
             if each is not None:
                 keep = batch["targets"] != -100
-                groups.index_add_(0, group_of(batch), torch.stack((each.double() * keep, keep.double()), dim=1))
+                here.index_add_(0, group_of(batch), torch.stack((each.double() * keep, keep.double()), dim=1))
 
         norm = torch.nn.utils.clip_grad_norm_(params, row.clip or math.inf)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         if not math.isfinite(norm):
-            local = dict(zip(terms, sums.tolist(), strict=True))
-            local = dict(zip(terms, sums.tolist(), strict=True))
-            line = complain(step, local, raw, batches, machine)
-            if cfg.on_nonfinite == "stop":
-                guilty = lead or not all(map(math.isfinite, local.values()))
-                die(f"{line}; the last checkpoint stands; --on_nonfinite=skip passes over such steps" if guilty else "")
+            local, where = dict(zip(terms, sums.tolist(), strict=True)), dict(zip(names, here[:, 0].tolist(), strict=False))
+            line = complain(step, local, where, raw, machine)
+            if cfg.on_nonfinite == "stop" or "weight" in line:
+                if not lead:
+                    raise SystemExit(2)
+                die(f"{line}; nothing was changed, the last checkpoint stands; a step may be passed over with --on_nonfinite=skip")
             state["skipped"] += 1
             if lead:
                 log.say(f"{line}; step skipped, {state['skipped']} so far")
         else:
             optimizer.step()
+            groups += here
         fp8.refresh(raw)
         if cfg.stats_every and step % cfg.stats_every == 0 and lead:
             log.row({"step": step + 1} | monitor.statistics(raw, batch))
@@ -403,6 +411,7 @@ def main(argv):
                 "tokens": state["tokens"],
             }
             record |= {"train/tau": row.tau} if cfg.ffn == "polyglu" else {}
+            record |= {"train/skipped": state["skipped"]} if state["skipped"] else {}
             groups.zero_()
             if lead:
                 log.row({"step": step} | record | ({} if cfg.causal else {"causal": False}))
@@ -442,5 +451,15 @@ def main(argv):
     del lock
 
 
+def command(argv):
+    """main, where a disk that is full, read-only or forbidden is answered in one line."""
+    try:
+        main(argv)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR):
+            raise
+        die(f"{error.filename or 'a file of the run'}: {error.strerror}; free it or choose another --out; --resume goes on")
+
+
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    command(sys.argv[1:])

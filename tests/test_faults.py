@@ -74,7 +74,7 @@ def child(argv, log, fault):
     os.dup2(handle, 2)
     if fault:
         fault[0](*fault[1:])
-    train.main(argv)
+    train.command(argv)
 
 
 def start(argv, log, *fault):

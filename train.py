@@ -231,8 +231,9 @@ class Log:
 # ---- the loop ------------------------------------------------------------------------------------------------------------
 
 
-def complain(step, losses, groups, model, machine) -> str:
-    """Name what is not finite, in one line and on the rank where it began: a weight, a term of the loss, a source of data, a gradient."""
+def complain(step, losses, groups, model, machine) -> tuple[str, bool]:
+    """Name what is not finite, in one line and on the rank where it began: a weight, a term of the loss, a source of data, a gradient.
+    -> the line, and whether a weight is among it, which no skipping can mend."""
     shard = lambda t: t.to_local() if hasattr(t, "to_local") else t  # noqa: E731
     odd = {
         "weight": [n for n, p in model.named_parameters() if not torch.isfinite(shard(p.detach())).all()],
@@ -240,9 +241,11 @@ def complain(step, losses, groups, model, machine) -> str:
         "data from": [k for k, v in groups.items() if not math.isfinite(v)],
         "gradient of": [n for n, p in model.named_parameters() if p.grad is not None and not torch.isfinite(shard(p.grad)).all()],
     }
-    found = [", ".join(f"{kind} {names[0]}" for kind, names in each.items() if names) for each in gather(odd, machine)]
-    cause = [f"rank {r}: {text}" for r, text in enumerate(found) if "term" in text or "weight" in text]
-    return f"step {step}: not finite: {'; '.join(cause) or max(found) or 'the norm of the gradients, each of which is'}"
+    everywhere = gather(odd, machine)
+    found = [", ".join(f"{kind} {names[0]}" for kind, names in each.items() if names) for each in everywhere]
+    cause = [f"rank {r}: {found[r]}" for r, each in enumerate(everywhere) if each["weight"] or each["term"]]
+    text = "; ".join(cause) or max(found) or "the norm of the gradients, though each of them is finite"
+    return f"step {step}: not finite: {text}", any(each["weight"] for each in everywhere)
 
 
 def main(argv):
@@ -362,8 +365,8 @@ def main(argv):
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         if not math.isfinite(norm):
             local, where = dict(zip(terms, sums.tolist(), strict=True)), dict(zip(names, here[:, 0].tolist(), strict=False))
-            line = complain(step, local, where, raw, machine)
-            if cfg.on_nonfinite == "stop" or "weight" in line:
+            line, damaged = complain(step, local, where, raw, machine)
+            if cfg.on_nonfinite == "stop" or damaged:
                 if not lead:
                     raise SystemExit(2)
                 die(f"{line}; nothing was changed, the last checkpoint stands; a step may be passed over with --on_nonfinite=skip")

@@ -11,7 +11,6 @@ import json
 import multiprocessing
 import os
 import random
-import resource
 import shutil
 import signal
 import sys
@@ -24,7 +23,6 @@ from safetensors.torch import load_file
 from test_data import write_shards
 
 import checkpoint
-import data
 import tokenizer
 import train
 
@@ -199,3 +197,186 @@ def test_every_file_operation_of_a_save_may_be_the_last(shards, reference, tmp_p
         shutil.rmtree(out)
         number, count = number + 1, count + 1
     assert count > 50
+
+
+# ---- signals -------------------------------------------------------------------------------------------------------------
+
+
+def rows(out):
+    path = out / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+def test_a_signal_saves_within_a_step_and_stops(shards, tmp_path, name):
+    out, log = tmp_path / "run", tmp_path / "log"
+    keys = {"max_steps": 100_000, "save_every": 0, "eval_every": 0, "seq_len": 32}
+    process = start(settings(out, shards, **keys), log)
+    wait_for(lambda: len(rows(out)) > 3)
+    seen = rows(out)[-1]["step"]
+    os.kill(process.pid, getattr(signal, name))
+    process.join(30)
+    assert process.exitcode == 0
+    step = checkpoint.read_state(checkpoint.resolve(out, "latest"))
+    assert seen <= step["step"] == step["stream"]["step"] == rows(out)[-1]["step"]
+    assert "stopped by a signal" in log.read_text() and len(checkpoint.steps(out)) == 1
+
+
+def test_a_stopped_run_goes_on_to_the_same_end(shards, reference, tmp_path):
+    out, log = tmp_path / "run", tmp_path / "log"
+    run(settings(out, shards), log, signal_at_step, 5)
+    assert checkpoint.read_state(checkpoint.resolve(out, "latest"))["step"] == 5
+    run(settings(out, shards, resume="latest"), log)
+    got = outcome(out)
+    got["history"] = [row for row in got["history"] if row["step"] != 5]
+    assert same(got, reference)
+
+
+def signal_at_step(step):
+    """SIGTERM while the step-th step is computed."""
+    plain, seen = train.token_sums, [0]
+
+    def token_sums(*args):
+        seen[0] += 1
+        if seen[0] == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(*args)
+
+    train.token_sums = token_sums
+
+
+# ---- numbers that are not finite ------------------------------------------------------------------------------------------
+
+
+def poison(kind, *at):
+    """Spoil the steps `at` (counted from 1): the loss, a gradient, or a weight."""
+    plain, seen = train.token_sums, [int(os.environ.get("FIRST_STEP", 0))]
+
+    def token_sums(model, raw, batch):
+        seen[0] += 1
+        if seen[0] in at and kind == "weight":
+            with torch.no_grad():
+                raw.decoder.blocks[0].ffn.down.weight[3, 3] = float("nan")
+        sums, each = plain(model, raw, batch)
+        if seen[0] in at and kind == "loss":
+            return {"loss": sums["loss"] * float("nan")}, each * float("nan")
+        if seen[0] in at and kind == "gradient":
+            raw.decoder.blocks[0].attn.out.weight.register_hook(lambda g: g * float("inf"))
+        if seen[0] in at and kind.startswith("times"):
+            return {"loss": sums["loss"] * float(kind[5:])}, each
+        return sums, each
+
+    train.token_sums = token_sums
+
+
+@pytest.mark.parametrize(
+    "kind, words",
+    [
+        ("loss", ["term loss", "data from words"]),
+        ("gradient", ["gradient of decoder.blocks.0"]),
+        ("weight", ["weight decoder.blocks.0.ffn"]),
+    ],
+)
+def test_what_is_not_finite_stops_before_the_step_and_is_named(shards, tmp_path, kind, words):
+    out, log = tmp_path / "run", tmp_path / "log"
+    said = run(settings(out, shards), log, poison, kind, 5, code=2)
+    line = said.splitlines()[-1]
+    assert "step 4: not finite" in line and all(word in line for word in words) and "Traceback" not in said
+    model, state = checkpoint.load(out)
+    assert state["step"] == 4 and all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_a_damaged_weight_is_not_skipped(shards, tmp_path):
+    said = run(settings(tmp_path / "run", shards, on_nonfinite="skip"), tmp_path / "log", poison, "weight", 5, code=2)
+    assert "weight decoder.blocks.0.ffn.down" in said.splitlines()[-1]
+
+
+def test_an_exploding_gradient_is_clipped_and_one_beyond_fp32_is_caught(shards, tmp_path):
+    assert "done: 12 steps" in run(settings(tmp_path / "a", shards), tmp_path / "log", poison, "times1e9", 5)
+    said = run(settings(tmp_path / "b", shards), tmp_path / "log", poison, "times1e30", 5, code=2)
+    assert "step 4: not finite: the norm of the gradients" in said.splitlines()[-1]
+    assert "done: 12 steps" in run(settings(tmp_path / "c", shards, on_nonfinite="skip"), tmp_path / "log", poison, "times1e30", 5)
+
+
+def test_skipped_steps_are_counted_and_reproduced_by_resume(shards, tmp_path):
+    keys, log = {"on_nonfinite": "skip"}, tmp_path / "log"
+    said = run(settings(tmp_path / "a", shards, **keys), log, poison, "loss", 3, 7)
+    assert "2 so far" in said
+    whole = outcome(tmp_path / "a")
+    assert whole["state"][0]["skipped"] == 2 and whole["metrics"][-2]["train/skipped"] == 2
+    process = start(settings(tmp_path / "b", shards, **keys), log, poison, "loss", 3, 7)
+    wait_for(lambda: (tmp_path / "b" / "step-000004").exists())
+    process.kill()
+    process.join()
+    first = checkpoint.read_state(checkpoint.resolve(tmp_path / "b", "latest"))["step"]
+    run(settings(tmp_path / "b", shards, resume="latest", **keys), log, poison, "loss", *(n - first for n in (3, 7) if n > first))
+    assert same(outcome(tmp_path / "b"), whole)
+    assert all(torch.isfinite(torch.tensor(list(v for v in row.values() if isinstance(v, float)))).all() for row in whole["metrics"])
+
+
+# ---- the disk and the folder ------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_on_one_folder_are_refused(shards, tmp_path):
+    out, log = tmp_path / "run", tmp_path / "log"
+    first = start(settings(out, shards, max_steps=100_000, eval_every=0), log)
+    wait_for(lambda: len(rows(out)) > 1)
+    for resume in ("auto", "latest"):
+        said = run(settings(out, shards, resume=resume), tmp_path / "other", code=2)
+        assert f"process {first.pid} is training here" in said.splitlines()[-1] and "Traceback" not in said
+    first.kill()
+    first.join()
+    run(settings(out, shards, resume="latest", max_steps=rows(out)[-1]["step"] + 10, save_every=1000), log)  # the lock died with it
+
+
+def full_disk(function, number):
+    """The number-th call of os.FUNCTION finds the disk full."""
+    plain, seen = getattr(os, function), [0]
+
+    def fails(*args, **keys):
+        seen[0] += 1
+        if seen[0] >= number:
+            raise OSError(28, os.strerror(28), str(args[0]))
+        return plain(*args, **keys)
+
+    setattr(os, function, fails)
+
+
+@pytest.mark.parametrize("function, number", [("fsync", 20), ("replace", 9), ("symlink", 3)])
+def test_a_disk_that_fills_up_leaves_the_last_checkpoint(shards, reference, tmp_path, function, number):
+    out, log = tmp_path / "run", tmp_path / "log"
+    said = run(settings(out, shards), log, full_disk, function, number, code=2)
+    assert "No space left" in said.splitlines()[-1] and "Traceback" not in said
+    checkpoint.load(out)
+    run(settings(out, shards, resume="latest"), log)
+    assert same(outcome(out), reference)
+
+
+def small_disk(tmp_path, size, options=""):
+    """A real file system of so many bytes, where we may mount one."""
+    tmp_path.mkdir()
+    if os.system(f"mount -t tmpfs -o size={size}{options} tmpfs {tmp_path} 2>/dev/null"):
+        pytest.skip("mounting is not allowed here")
+    return tmp_path
+
+
+def test_a_really_full_disk(shards, tmp_path):
+    disk, log = small_disk(tmp_path / "disk", 1 << 20), tmp_path / "log"
+    try:
+        said = run(settings(disk / "run", shards, keep=3, d_model=64, max_steps=60), log, code=2)
+        assert "No space left" in said.splitlines()[-1] and "Traceback" not in said
+        checkpoint.load(disk / "run")
+    finally:
+        os.system(f"umount {disk}")
+
+
+def test_a_folder_that_cannot_be_written(shards, tmp_path):
+    disk, log = small_disk(tmp_path / "disk", 1 << 20, ",ro"), tmp_path / "log"
+    try:
+        said = run(settings(disk / "run", shards), log, code=2)
+        assert "Read-only file system" in said.splitlines()[-1] and "Traceback" not in said
+    finally:
+        os.system(f"umount {disk}")
+    (tmp_path / "file").write_text("")
+    said = run(settings(tmp_path / "file" / "run", shards), log, code=2)
+    assert "Not a directory" in said.splitlines()[-1]

@@ -721,3 +721,66 @@ def build(cfg: ModelConfig, device: str = "cpu") -> Transformer:
     model.head_weight.data[cfg.vocab_size :] = 0
     model.embed.weight.data[cfg.vocab_size :] = 0
     return model.to(device)
+
+
+class Embedder(nn.Module):
+    """Texts -> vectors: hidden states of a run's encoder (of a decoder-only run: causal ones), pooled over real tokens, in fp32.
+
+    Embedder.load(RUN or sentence-transformers folder).encode(texts) -> numpy float32 (n, d). Texts are read without padding.
+    """
+
+    def __init__(self, model, tok, pooling="mean", normalize=True, max_length=512, append_eos=True, causal=None):
+        super().__init__()
+        if pooling not in ("mean", "cls", "last", "weighted_mean"):
+            die(f"pooling={pooling!r}: known are mean, cls, last, weighted_mean")
+        self.model, self.tok, self.pooling, self.normalize, self.append_eos = model, tok, pooling, normalize, append_eos
+        self.max_length = min(max_length, model.cfg.max_len)
+        self.causal = model.encoder is None if causal is None else causal  # False on a decoder: its mask removed
+
+    @classmethod
+    def load(cls, path, device="cpu", dtype=torch.float32, **settings):
+        from prepare.sentence import read  # knows both kinds of folders
+
+        model, tok, found = read(path)
+        return cls(model.set_dtype(dtype).to(device).eval(), tok, **found | settings)
+
+    def forward(self, batch):
+        """-> hidden (N, D), pooled (S, D) in fp32."""
+        stack = self.model.decoder if self.model.encoder is None else self.model.encoder
+        hidden = self.model.read(stack, batch, causal=self.causal)
+        x, cu, pos = full(hidden), batch["cu"].long(), batch["pos"]
+        length = cu.diff()[:, None]
+        if self.pooling in ("cls", "last"):
+            pooled = x[cu[:-1] if self.pooling == "cls" else cu[1:] - 1]
+        else:
+            weight = torch.ones_like(pos) if self.pooling == "mean" else pos + 1
+            doc = torch.repeat_interleave(torch.arange(len(length), device=x.device), length[:, 0], output_size=len(x))
+            pooled = x.new_zeros(len(length), x.shape[1]).index_add_(0, doc, x * weight[:, None])
+            pooled = pooled / (length if self.pooling == "mean" else length * (length + 1) / 2)
+        return hidden, F.normalize(pooled, dim=-1) if self.normalize else pooled
+
+    def ids(self, text, max_length=0):
+        """What the exported tokenizer makes of a text: cut, then EOS; an empty text is one EOS."""
+        ids = self.tok.encode(text)[: (max_length or self.max_length) - self.append_eos] if text else []
+        return [*ids, self.tok.eos_id] if self.append_eos or not ids else ids
+
+    @torch.no_grad()
+    def encode(self, texts, batch_size: int = 1 << 30, max_length: int = 0, batch_tokens: int = 8192):
+        rows = [self.ids(text, max_length) for text in ([texts] if isinstance(texts, str) else texts)]
+        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+        vectors, at = torch.empty(len(rows), self.model.cfg.d_model, device=self.model.embed.weight.device), 0
+        while at < len(order):
+            take = order[at : at + max(1, min(batch_size, batch_tokens // len(rows[order[at]])))]
+            vectors[take] = self(flat([rows[i] for i in take], vectors.device))[1].float()
+            at += len(take)
+        vectors = vectors.cpu()
+        return vectors[0].numpy() if isinstance(texts, str) else vectors.numpy()
+
+
+def flat(rows: list[list[int]], device="cpu") -> dict:
+    """Lists of ids of any lengths as one flat batch."""
+    length = torch.tensor([len(row) for row in rows])
+    cu = F.pad(length.cumsum(0), (1, 0))
+    pos = torch.arange(int(cu[-1])) - cu[:-1].repeat_interleave(length)
+    batch = {"ids": torch.tensor([i for row in rows for i in row]), "pos": pos, "cu": cu.int()}
+    return {key: t.to(device, non_blocking=True) for key, t in batch.items()} | {"max_len": int(length.max())}

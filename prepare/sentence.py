@@ -1,0 +1,212 @@
+"""An encoder for everybody: a sentence-transformers folder that loads with no custom code, and proves itself.
+
+    python -m hub export --ckpt=out/RUN --to=sentence-transformers --out=DIR [--pooling=mean|cls|last|weighted_mean] [--verify]
+        [--normalize=True] [--average_last=N | --average_best=N --metric=val/mean/loss --higher_is_better=False]
+        [--max_seq_length=512] [--dtype=float32|bfloat16] [--append_eos=True]
+    from sentence_transformers import SentenceTransformer;  SentenceTransformer("DIR").encode(["a", "b"])
+
+The run is an encoder-decoder (its encoder goes out) or an encoder. The class is stock (Qwen3Model, Qwen2Model, LlamaModel) with
+is_causal=false, which transformers honours from 5.2.0 only: older ones load the same folder SILENTLY CAUSAL, and the card says so. --verify
+asks a fresh process that knows nothing of prism whether a later token moves an earlier state. --to=transformers leaves the sentence files
+out. Read next: prepare/sentence_check.py (what --verify asks), model.py (Embedder), eval/embedding.py (is it any good).
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+import checkpoint
+import configurator
+import hub
+import tokenizer
+from configurator import die
+from model import ModelConfig
+from prepare.encdec import tokenizer_json
+
+POOLING = {"mean": "mean", "cls": "cls", "last": "lasttoken", "weighted_mean": "weightedmean"}  # ours -> sentence-transformers
+OPTIONS = {
+    "ckpt": str, "to": str, "out": str, "pooling": "mean", "normalize": True, "average_last": 0, "average_best": 0,
+    "metric": "val/mean/loss", "higher_is_better": False, "max_seq_length": 512, "dtype": "float32", "append_eos": True, "verify": False,
+}  # fmt: skip
+
+
+def read(path):
+    """A run, or a folder that `export` wrote -> (model, tokenizer, settings of Embedder)."""
+    path = Path(path)
+    if not (path / "modules.json").is_file():
+        model, _ = checkpoint.load(path, build=hub.load_anyway)
+        return model, tokenizer.load(checkpoint.resolve(path).parent), {}
+    fields, state, _ = hub.read_model(path)
+    model = hub.load_anyway(ModelConfig(**fields))
+    model.load_state_dict(state, assign=True)
+    modules = [module["type"] for module in json.loads((path / "modules.json").read_text())]
+    mode = json.loads((path / "1_Pooling/config.json").read_text())["pooling_mode"]
+    eos = json.loads((path / "tokenizer.json").read_text())["post_processor"] is not None
+    settings = {"pooling": {theirs: ours for ours, theirs in POOLING.items()}[mode], "append_eos": eos}
+    settings |= {"normalize": any("Normalize" in module for module in modules)}
+    return (
+        model,
+        tokenizer.load(path),
+        settings | {"max_length": json.loads((path / "sentence_bert_config.json").read_text())["max_seq_length"]},
+    )
+
+
+def average(folders: list[Path]) -> dict:
+    """Mean of checkpoints, accumulated in fp64 and cast back to what is stored; integers are those of the last."""
+    first, *rest = [load_file(folder / "model.safetensors") for folder in folders]
+    for folder, other in zip(folders[1:], rest, strict=True):
+        odd = next((k for k in {**first, **other} if k not in first or k not in other or first[k].shape != other[k].shape), None)
+        if odd:
+            die(f"{folder}: {odd} differs from {folders[0]}; only checkpoints of one architecture can be averaged")
+    out = {}
+    for name, tensor in first.items():
+        whole = not tensor.is_floating_point()
+        total = sum((other[name].double() for other in rest), tensor.double()) / (1 + len(rest))
+        out[name] = (rest[-1][name] if rest else tensor) if whole else total.to(tensor.dtype)
+    return out
+
+
+def chosen(opt) -> list[Path]:
+    """Step directories to average, in order of their steps: the last N, or the N best by a metric of their own state.json."""
+    count = opt.average_last or opt.average_best
+    if opt.average_last and opt.average_best:
+        die("--average_last and --average_best: choose one")
+    if not count:
+        return [checkpoint.resolve(opt.ckpt)]
+    found = checkpoint.steps(Path(opt.ckpt))
+    if opt.average_best:
+        scores = {step: checkpoint.read_state(folder)["metrics"].get(opt.metric) for step, folder in found.items()}
+        ranked = sorted((s for s in scores if scores[s] is not None), key=scores.get, reverse=opt.higher_is_better)
+        if len(ranked) < count:
+            die(f"--average_best={count}: {len(ranked)} of {len(found)} checkpoints carry {opt.metric}; try --average_last")
+        found = {step: found[step] for step in ranked[:count]}
+    if len(found) < count:
+        die(f"{opt.ckpt}: has {len(found)} checkpoints, --average asks for {count}")
+    return [found[step] for step in sorted(found)[-count:]]
+
+
+def stock_tokenizer(raw: bytes, tok, limit: int, append_eos: bool) -> tuple[bytes, dict]:
+    """The tokenizer without our markers, and with EOS in its post-processor if the model was trained with it."""
+    data = json.loads(raw)
+    ours = [t for t in data["added_tokens"] if t["content"].startswith(("<|unused_", "<|mode_", "<extra_id_"))]
+    data["added_tokens"] = [t for t in data["added_tokens"] if t not in ours]
+    eos = {i: name for name, i in tok.special.items()}[tok.eos_id]
+    one, two = ([{"Sequence": {"id": i, "type_id": 0}}, {"SpecialToken": {"id": eos, "type_id": 0}}] for i in "AB")
+    special = {eos: {"id": eos, "ids": [tok.eos_id], "tokens": [eos]}}
+    data["post_processor"] = (
+        {"type": "TemplateProcessing", "single": one, "pair": one + two, "special_tokens": special} if append_eos else None
+    )
+    data |= {"truncation": None, "padding": None}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos, "pad_token": eos, "padding_side": "right"}
+    config |= {"model_max_length": limit, "clean_up_tokenization_spaces": False, "split_special_tokens": True}  # markers in a text are text
+    return json.dumps(data, ensure_ascii=False).encode(), config
+
+
+CARD = """---
+library_name: sentence-transformers
+pipeline_tag: sentence-similarity
+---
+# Sentence embeddings from {run}
+
+{parameters:,} parameters, {width} dimensions, {pooling} pooling{unit}, up to {limit} tokens.
+
+**Needs transformers >= 5.2.** Older versions ignore `is_causal: false` and load this folder silently causal: wrong vectors, no error.
+
+    from sentence_transformers import SentenceTransformer
+    SentenceTransformer("this folder").encode(["one text", "another"])
+
+- trained with prism: objective {objective}, mixture {mixture}, step {step}{averaged}
+- EOS is {eos}
+- last metrics of the run: {metrics}
+- started from: {source}
+- quality was not measured by the export: `python -m eval.embedding --ckpt=FOLDER --run_all` does
+
+The method follows T5Gemma 2 (arXiv 2512.14856), UL2 (arXiv 2205.05131) and the public UL2_5; the architecture is Qwen3's,
+the evaluation MTEB's.
+"""
+
+
+def card(state, run, parameters, width, count, opt) -> str:
+    config = state["config"]
+    source = (state.get("imported") or {}).get("source") or config.get("init_from") or "random weights"
+    return CARD.format(
+        run=run, parameters=parameters, width=width, pooling=opt.pooling, limit=opt.max_seq_length, step=state["step"],
+        unit=", unit length" if opt.normalize else "", averaged=f", mean of {count} checkpoints" if count > 1 else "",
+        objective=config.get("objective", "none"), mixture=config.get("mixture", "none"),
+        eos="appended to every text, as in training" if opt.append_eos else "not appended, unlike in training",
+        metrics=json.dumps(state.get("metrics") or "none recorded"), source=json.dumps(source),
+    )  # fmt: skip
+
+
+def export(opt) -> Path:
+    folders, out, dtype = chosen(opt), Path(opt.out), getattr(torch, opt.dtype)
+    model, state = checkpoint.load(folders[-1], build=hub.load_anyway)
+    run, tok = folders[-1].parent, tokenizer.load(folders[-1].parent)
+    if model.encoder is None:
+        die(f"{opt.ckpt}: a decoder has no bidirectional encoder; make one with python -m prepare.encdec, or export --to=transformers")
+    if model.cfg.ffn == "polyglu" or model.cfg.embed_rank:
+        die(f"ffn={model.cfg.ffn}, embed_rank={model.cfg.embed_rank}: no stock class holds it; use model.Embedder")
+    if out.exists() and any(out.iterdir()):
+        die(f"--out={out}: is not empty; name a new folder")
+    if not 8 <= opt.max_seq_length <= model.cfg.max_len:
+        die(f"--max_seq_length={opt.max_seq_length}: from 8 to the model's {model.cfg.max_len}")
+    weights = average(folders)
+    rows = model.cfg.vocab_size - (model.cfg.n_sentinels if model.cfg.arch == "encdec" else 0)  # sentinels stay here
+    c = hub.full_fields(model.cfg) | {"arch": "encoder", "vocab_size": rows, "tie": True}
+    config = hub.hf_config(c, dtype, {"eos_token_id": tok.eos_id, "pad_token_id": tok.eos_id})
+    out.mkdir(parents=True, exist_ok=True)
+    tensors = {k.removeprefix("model."): v for k, v in hub.to_theirs(weights, c, hub.HF, dtype).items()}
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    hub.write_json(out / "config.json", config)
+    raw, settings = stock_tokenizer(tokenizer_json(tok.files), tok, opt.max_seq_length, opt.append_eos)
+    (out / "tokenizer.json").write_bytes(raw)
+    hub.write_json(out / "tokenizer_config.json", settings)
+    count = sum(t.numel() for t in tensors.values())
+    if len(folders) > 1:
+        hub.write_json(out / "averaging.json", {"sources": [str(f) for f in folders], "metric": opt.metric if opt.average_best else None})
+    (out / "README.md").write_text(card(state, run.name, count, c["d_model"], len(folders), opt), encoding="utf-8")
+    if opt.to == "sentence-transformers":
+        write_modules(out, c["d_model"], opt)
+    print(f"{out}: {config['architectures'][0]}, {count:,} parameters in {opt.dtype}, {opt.pooling} pooling")
+    print(f"from {', '.join(folder.name for folder in folders)} of {run}")
+    return out
+
+
+def write_modules(out, width, opt):
+    import sentence_transformers
+    import transformers
+
+    parts = [("", "Transformer"), ("1_Pooling", "Pooling")] + [("2_Normalize", "Normalize")] * opt.normalize
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"} for i, (path, kind) in enumerate(parts)
+    ]
+    hub.write_json(out / "modules.json", modules)
+    for path, _ in parts[1:]:
+        (out / path).mkdir()
+    hub.write_json(
+        out / "1_Pooling" / "config.json", {"embedding_dimension": width, "pooling_mode": POOLING[opt.pooling], "include_prompt": True}
+    )
+    hub.write_json(out / "sentence_bert_config.json", {"max_seq_length": opt.max_seq_length, "do_lower_case": False})
+    versions = {
+        "sentence_transformers": sentence_transformers.__version__,
+        "transformers": transformers.__version__,
+        "pytorch": torch.__version__,
+    }
+    prompts = {"prompts": {}, "default_prompt_name": None, "similarity_fn_name": "cosine"}
+    hub.write_json(out / "config_sentence_transformers.json", {"__version__": versions} | prompts)
+
+
+def main(argv):
+    opt = configurator.args(OPTIONS, argv, __doc__)
+    allowed = {"to": ("sentence-transformers", "transformers"), "dtype": ("float32", "bfloat16"), "pooling": tuple(POOLING)}
+    for key, values in allowed.items():
+        if getattr(opt, key) not in values:
+            die(f"--{key}={getattr(opt, key)}: expected one of {', '.join(values)}")
+    out = export(opt)
+    if opt.verify:
+        from prepare.sentence_check import verify
+
+        if not verify(opt, out):
+            raise SystemExit(1)

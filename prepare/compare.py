@@ -1,0 +1,91 @@
+"""Tokenizers side by side, on named texts: how much they shorten, how fast, and what their ids cost to predict.
+
+    python -m prepare.compare --tokenizers=data/bpe200k,data/superbpe200k --texts=data/val [--max_docs=2000] [--out=compare.json]
+
+--texts takes jsonl, parquet or text files, a domain each. Columns: ids, chars and bytes per token, tokens, tokens saved against the
+first tokenizer, bits per byte of a unigram model fitted on the odd documents and scored on the even ones (the fair comparison: a longer
+token says more and is harder to guess), speed, round trip; below, how many words the tokens of the vocabulary span. Bits per byte of a
+trained model, the figure that decides, come from eval/perplexity.py."""
+
+import json
+import os
+import re
+import sys
+import time
+from collections import Counter
+
+import numpy as np
+
+import configurator
+import tokenizer
+from configurator import die
+from prepare import sources
+
+
+def texts_of(path, size, field, limit):
+    found = []
+    for task, _ in sources.tasks([(path, size)]):
+        for slices in sources.documents(task, Counter(), field):
+            found.append("".join(slices))
+            if len(found) == limit:
+                return found
+    return [t for t in found if t]
+
+
+def unigram_bits(coded, sizes, vocab):
+    """Bits per byte of a unigram model with one count added for every id: fitted on odd documents, scored on even ones."""
+    counts = np.ones(vocab)
+    for ids in coded[1::2]:
+        np.add.at(counts, ids, 1)
+    bits = -np.log2(counts / counts.sum())
+    return float(sum(bits[ids].sum() for ids in coded[::2]) / max(1, sum(sizes[::2])))
+
+
+def words(tok):
+    """{words: tokens of the vocabulary that span so many}."""
+    plain = [b.decode("utf-8", "replace") for i, b in enumerate(tok.table) if b and i not in tok.special.values()]
+    return dict(sorted(Counter(max(1, len(re.findall(r"\S+", t))) for t in plain).items()))
+
+
+def measure(tok, texts):
+    sizes = [len(t.encode()) for t in texts]
+    start = time.perf_counter()
+    coded = [tok.encode_array(t) for t in texts]
+    seconds = time.perf_counter() - start
+    tokens = sum(map(len, coded))
+    same = sum(tok.decode(ids.tolist()) == t for ids, t in zip(coded, texts, strict=True))
+    return {"chars_per_token": sum(map(len, texts)) / tokens, "bytes_per_token": sum(sizes) / tokens, "tokens": tokens,
+            "unigram_bits_per_byte": unigram_bits(coded, sizes, tok.vocab_size), "mb_per_s": sum(sizes) / 1e6 / seconds,
+            "round_trip": same / len(texts)}  # fmt: skip
+
+
+def main(argv):
+    o = configurator.args({"tokenizers": str, "texts": str, "text_field": "text", "max_docs": 2000, "out": ""}, argv, __doc__)
+    toks = [tokenizer.load(path) for path in o.tokenizers.split(",")]
+    result = {"tokenizers": [], "texts": {}}
+    for tok in toks:
+        spans = words(tok)
+        print(tok)
+        print("  words per token: " + ", ".join(f"{k}: {n:,}" for k, n in spans.items() if k <= 4 or n > 99))
+        result["tokenizers"].append({"name": tok.name, "vocab_size": tok.vocab_size, "fingerprint": tok.fingerprint, "words": spans})
+    for path, size in sources.find(o.texts):
+        name = re.split(r"[_.]", os.path.basename(path))[0]
+        texts = texts_of(path, size, o.text_field, o.max_docs) or die(f"{path}: no text in it (field '{o.text_field}')")
+        rows = [measure(tok, texts) for tok in toks]
+        result["texts"][name] = {"documents": len(texts), "chars": sum(map(len, texts)), "rows": rows}
+        print(f"\n{name}: {len(texts):,} documents, {sum(map(len, texts)):,} characters")
+        print(
+            f"  {'':24} {'ids':>8} {'chars/tok':>9} {'bytes/tok':>9} {'tokens':>11} {'saved':>7} {'unigram b/B':>11} {'MB/s':>6} round trip"
+        )
+        for tok, row in zip(toks, rows, strict=True):
+            saved = 1 - row["tokens"] / rows[0]["tokens"]
+            shown = "{chars_per_token:9.3f} {bytes_per_token:9.3f} {tokens:11,}".format(**row)
+            shown += f" {saved:7.1%} {row['unigram_bits_per_byte']:11.3f} {row['mb_per_s']:6.1f} {row['round_trip']:.1%}"
+            print(f"  {tok.name[:24]:24} {tok.vocab_size:8,} {shown}")
+    if o.out:
+        with open(o.out, "w", encoding="utf-8") as f:
+            json.dump(result, f, indent=1)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

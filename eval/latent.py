@@ -1,6 +1,7 @@
 """What a packet is worth: every arm and control that could refute it, in tokens and in bytes on the wire.
 
     python -m eval.latent --ckpt=out/latent_toy [--data=data/factqa/test.jsonl] [--samples=512] [--bits=16,8,6,4] [--out=DIR]
+    python -m eval.latent --lms="('out/a', 'out/b')" --data=data/factqa/dev.jsonl --require=0.95     # can they answer from text?
 
 Arms, per frozen model, all decoded greedily alike: the text; the same through input embeddings (must be equal); no context; the
 packet at each width, as decoded from its bytes; a zero packet; another passage's packet; text cut to as many tokens as the packet has
@@ -21,6 +22,7 @@ import sys
 import time
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -31,10 +33,13 @@ import checkpoint
 import configurator
 import latent_data
 import latentwire
+import tokenizer
 from eval.answers import budget_arms, cut_bytes, cut_tokens, exact, f1, normalise
 
 DEFAULTS = dict(
-    ckpt=str,  # a latent run
+    ckpt="",  # a latent run ...
+    lms=(),  # ... or language models alone: can they answer from text at all?
+    require=0.0,  # with lms: stop when the exact match of one of them is below
     data="",  # jsonl of {context, question, answers}; "": test.jsonl beside the training questions
     samples=512,  # questions; a seeded choice when there are more
     bits=(16, 8, 6, 4),  # widths on the wire; the first one also serves zero, shuffled and joint arms
@@ -208,6 +213,22 @@ def differences(results, m, opt):
     return out
 
 
+def read_from_text(opt) -> None:
+    """Exact match of plain language models with and without the passage; what is not understood as text cannot be asked of a packet."""
+    cfg = SimpleNamespace(compress="context", anchor="auto", bos="first")
+    sides = [latent_data.Side(tokenizer.load(path), cfg) for path in opt.lms]
+    model = SimpleNamespace(sides=sides, lms=[latentwire.frozen(path) for path in opt.lms], device=torch.device("cpu"))
+    rows = latent_data.read_rows(opt.data)[: opt.samples]
+    for m, path in enumerate(opt.lms):
+        em = []
+        for hidden in (False, True):
+            prompts = [sides[m].prompt(r["question"], context="" if hidden else r["context"]) for r in rows]
+            em.append(summary(run_arm(model, m, rows, prompts, None, True, opt))["em"])
+        print(f"{path}: exact match from text {em[0]:.3f}, without the passage {em[1]:.3f}; {len(rows)} questions")
+        if em[0] < opt.require:
+            configurator.die(f"{path} answers {em[0]:.3f} of the questions from text, {opt.require} are needed: train it longer")
+
+
 def evaluate(opt) -> dict:
     device = ("cuda" if torch.cuda.is_available() else "cpu") if opt.device == "auto" else opt.device
     model, state = latentwire.load(opt.ckpt, device)
@@ -347,6 +368,10 @@ def main(argv=None):
     opt = configurator.args(DEFAULTS, sys.argv[1:] if argv is None else argv, __doc__)
     if not opt.bits or set(opt.bits) - set(latentwire.WIDTHS):
         configurator.die(f"bits={opt.bits}: at least one of {latentwire.WIDTHS}")
+    if bool(opt.ckpt) == bool(opt.lms):
+        configurator.die("give --ckpt=RUN of a latent run, or --lms of language models")
+    if opt.lms:
+        return read_from_text(opt)
     metrics = evaluate(opt)
     print(table(metrics))
     print(f"written to {opt.out or Path(opt.ckpt) / 'eval'}")

@@ -15,6 +15,7 @@ Next to read: latentwire.py, eval/latent.py.
 """
 
 import ast
+import functools
 import hashlib
 import json
 import math
@@ -26,55 +27,44 @@ from pathlib import Path
 import numpy as np
 
 import configurator
+import tokenizer
 from data import UNTRAINED
+from prepare import shards
 
-# attribute: two ways to say it (a subject comes first), the question, 32 values
-ATTRIBUTES = {
-    "city": (
-        ["{s} lives in {v}.", "{p} home is in {v}."],
-        "Where does {n} live?",
-        "Oslo Paris Rome Cairo Lima Quito Delhi Seoul Tokyo Milan Turin Basel Ghent Lyon Porto Split Riga Minsk Kiev Accra Dakar Tunis "
-        "Perth Leeds York Derry Cork Bonn Graz Linz Brno Sofia",
-    ),
-    "job": (
-        ["{s} works as a {v}.", "{p} job is {v}."],
-        "What is the job of {n}?",
-        "baker nurse pilot judge miner tailor farmer singer dancer sailor driver welder painter barber butcher banker teacher lawyer "
-        "doctor cook clerk guard porter mason potter weaver writer editor actor coach broker plumber",
-    ),
-    "pet": (
-        ["{s} has a pet {v}.", "{p} pet is a {v}."],
-        "Which pet does {n} have?",
-        "cat dog goat hen duck horse mouse rat snake frog toad crab fish swan crow hawk owl parrot lizard turtle rabbit ferret pig cow "
-        "sheep mule spider beetle hamster pony goose fox",
-    ),
-    "food": (
-        ["{s} likes {v}.", "{p} favourite food is {v}."],
-        "What does {n} like to eat?",
-        "rice soup bread pasta pizza plums pears grapes figs dates beans peas corn cheese salad curry tofu stew pie cake honey nuts "
-        "olives onions carrots melons mango toast bacon ham noodles lentils",
-    ),
-    "music": (
-        ["{s} plays the {v}.", "{p} instrument is the {v}."],
-        "Which instrument does {n} play?",
-        "flute piano violin guitar drum harp cello trumpet tuba organ banjo lute oboe clarinet viola horn fiddle bugle zither sitar "
-        "kazoo gong bells lyre trombone bassoon recorder ukulele mandolin cymbal whistle accordion",
-    ),
-    "car": (
-        ["{s} drives a {v} car.", "{p} car is {v}."],
-        "Which colour is the car of {n}?",
-        "red blue green black white grey pink brown purple orange yellow violet cyan gold silver beige ivory teal navy coral amber "
-        "maroon khaki lilac olive bronze copper indigo lime scarlet crimson turquoise",
-    ),
-    "sport": (
-        ["{s} enjoys {v}.", "{p} sport is {v}."],
-        "Which sport does {n} do?",
-        "tennis golf rugby boxing judo hockey rowing sailing diving surfing skiing skating cycling running fencing archery cricket "
-        "karate polo squash chess darts bowling hiking climbing wrestling swimming football netball handball curling badminton",
-    ),
-    "month": (["{s} was born in {v}.", "{p} birth year is {v}."], "When was {n} born?", " ".join(str(year) for year in range(1950, 1982))),
-}
-VALUES = {attribute: row[2].split() for attribute, row in ATTRIBUTES.items()}
+# attribute | two ways to say it, of a subject {s} or of its owner {p} | the question about {n}; then 32 values
+FACTS = """
+city | {s} lives in {v}. | {p} home is in {v}. | Where does {n} live?
+  Oslo Paris Rome Cairo Lima Quito Delhi Seoul Tokyo Milan Turin Basel Ghent Lyon Porto Split Riga Minsk Kiev Accra Dakar Tunis Perth
+  Leeds York Derry Cork Bonn Graz Linz Brno Sofia
+job | {s} works as a {v}. | {p} job is {v}. | What is the job of {n}?
+  baker nurse pilot judge miner tailor farmer singer dancer sailor driver welder painter barber butcher banker teacher lawyer doctor cook
+  clerk guard porter mason potter weaver writer editor actor coach broker plumber
+pet | {s} has a pet {v}. | {p} pet is a {v}. | Which pet does {n} have?
+  cat dog goat hen duck horse mouse rat snake frog toad crab fish swan crow hawk owl parrot lizard turtle rabbit ferret pig cow sheep mule
+  spider beetle hamster pony goose fox
+food | {s} likes {v}. | {p} favourite food is {v}. | What does {n} like to eat?
+  rice soup bread pasta pizza plums pears grapes figs dates beans peas corn cheese salad curry tofu stew pie cake honey nuts olives onions
+  carrots melons mango toast bacon ham noodles lentils
+music | {s} plays the {v}. | {p} instrument is the {v}. | Which instrument does {n} play?
+  flute piano violin guitar drum harp cello trumpet tuba organ banjo lute oboe clarinet viola horn fiddle bugle zither sitar kazoo gong
+  bells lyre trombone bassoon recorder ukulele mandolin cymbal whistle accordion
+car | {s} drives a {v} car. | {p} car is {v}. | Which colour is the car of {n}?
+  red blue green black white grey pink brown purple orange yellow violet cyan gold silver beige ivory teal navy coral amber maroon khaki
+  lilac olive bronze copper indigo lime scarlet crimson turquoise
+sport | {s} enjoys {v}. | {p} sport is {v}. | Which sport does {n} do?
+  tennis golf rugby boxing judo hockey rowing sailing diving surfing skiing skating cycling running fencing archery cricket karate polo
+  squash chess darts bowling hiking climbing wrestling swimming football netball handball curling badminton
+month | {s} was born in {v}. | {p} birth year is {v}. | When was {n} born?
+  1950 1951 1952 1953 1954 1955 1956 1957 1958 1959 1960 1961 1962 1963 1964 1965 1966 1967 1968 1969 1970 1971 1972 1973 1974 1975 1976
+  1977 1978 1979 1980 1981
+"""
+ATTRIBUTES, VALUES = {}, {}
+for _line in FACTS.strip().splitlines():
+    if "|" in _line:
+        _name, *_ways, _question = _line.split(" | ")
+        ATTRIBUTES[_name], VALUES[_name] = (_ways, _question), []
+    else:
+        VALUES[_name] += _line.split()
 WOMEN = "Anna Maria Clara Nina Lena Eva Olga Irma Rosa Vera Ida Tina Emma Lucy Jane Alice Sara Ruth Julia Laura".split()
 MEN = "Ivan Hugo Otto Karl Paul Omar Juan Luis Erik Lars Tom Jack Adam Noah Leon Felix Max Emil Oscar Peter".split()
 FAMILY = (
@@ -118,12 +108,12 @@ def person(rng: random.Random) -> tuple[str, str]:
 def statements(rng, cfg, split: str, count: int, avoid: str = "") -> tuple[str, str, list[tuple[str, str]]]:
     """One person: (full name, text, [(attribute, value)]); the name stands in the first sentence, a pronoun in the others."""
     name = avoid
-    while name == avoid:
+    while name.split()[:1] == avoid.split()[:1]:  # questions use the first name
         name, pronoun = person(rng)
     facts, sentences = [], []
     for i, attribute in enumerate(rng.sample(list(ATTRIBUTES), count)):
         value = values(attribute, cfg, rng)
-        for _ in range(10000):
+        for _ in range(200):
             if split_of(name, attribute, value, cfg.seed) == split:
                 break
             value = values(attribute, cfg, rng)
@@ -170,6 +160,15 @@ def write_jsonl(path: Path, rows) -> None:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
+def read_jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in open(path, encoding="utf-8")]
+
+
+def settings_of(cfg) -> dict:
+    """All that decides the jsonl files."""
+    return {k: v for k, v in vars(cfg).items() if k not in ("out", "shards", "bpe", "passage_every")}
+
+
 def generate(cfg) -> None:
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -202,57 +201,50 @@ def train_bpe(texts, size: int, folder: Path) -> None:
     tok.save(str(folder / "tokenizer.json"))
 
 
+def fact_document(i, row, tok, passage_every):
+    """Context, questions, answers, each closed by EOS -> ids with bit 31 where nothing is trained."""
+    parts, hidden = [], np.uint32(0 if i % passage_every == 0 else UNTRAINED)
+    parts.append(tok.encode_array("Context: " + row["context"]) | hidden)
+    for question, answer in row["qa"]:
+        parts.append(tok.encode_array(f"\nQuestion: {question}\nAnswer:") | hidden)
+        parts += [tok.encode_array(" " + answer), np.array([tok.eos_id], np.uint32)]
+    return np.concatenate(parts)
+
+
+def encode_rows(passage_every, n_val, task, tok, out, count):
+    """The job of shards.build: numbered rows -> documents; the first n_val are the validation split."""
+    docs = []
+    for i, row in task:
+        ids = fact_document(i, row, tok, passage_every) if "qa" in row else np.append(tok.encode_array(row["text"]), np.uint32(tok.eos_id))
+        plain = ids & ~UNTRAINED
+        out.write(ids.astype("<u4").tobytes())
+        docs.append((len(ids), sum(len(tok.token_bytes(t)) for t in plain.tolist() if t != tok.eos_id), int(i < n_val)))
+    return docs
+
+
 def write_shards(cfg) -> None:
-    import tokenizer
-
     out, dest = Path(cfg.out), Path(cfg.shards)
-    facts = [json.loads(line) for line in open(out / "lm.jsonl", encoding="utf-8")]
-    natural = [json.loads(line)["text"] for line in open(out / "natural.jsonl", encoding="utf-8")]
+    rows = {name: read_jsonl(out / f"{file}.jsonl") for name, file in (("facts", "lm"), ("text", "natural"))}
     if cfg.bpe:
-        sample = [prompt(r["context"], r["qa"][0][0]) + " " + r["qa"][0][1] for r in facts[:5000]] + natural
-        train_bpe(sample, cfg.bpe, dest / "tokenizer")
+        sample = [prompt(r["context"], r["qa"][0][0]) + " " + r["qa"][0][1] for r in rows["facts"][:5000]]
+        train_bpe(sample + [r["text"] for r in rows["text"]], cfg.bpe, dest / "tokenizer")
     tok = tokenizer.load(str(dest / "tokenizer") if cfg.bpe else "bytes")
-
-    def fact_doc(i, row):
-        ids, trained = tok.encode("Context: " + row["context"]), i % cfg.passage_every == 0
-        flags = [trained] * len(ids)
-        for question, answer in row["qa"]:
-            q, a = tok.encode(f"\nQuestion: {question}\nAnswer:"), tok.encode(" " + answer) + [tok.eos_id]
-            ids, flags = ids + q + a, flags + [trained] * len(q) + [True] * len(a)
-        return ids, flags
-
-    write_folder(dest / "facts", tok, [fact_doc(i, r) for i, r in enumerate(facts)])
-    text_docs = [tok.encode(p) + [tok.eos_id] for p in natural]
-    write_folder(dest / "text", tok, [(ids, [True] * len(ids)) for ids in text_docs])
-
-
-def write_folder(folder: Path, tok, docs) -> None:
-    """One shard per split; the first two per cent of the documents are the validation split."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tok.save(str(folder / "tokenizer"))
-    cut, shards = max(1, len(docs) // 50), []
-    for split, part in (("train", docs[cut:]), ("val", docs[:cut])):
-        ids = np.concatenate([np.array(d, np.uint32) | np.where(flags, 0, UNTRAINED).astype(np.uint32) for d, flags in part])
-        offsets = np.cumsum([0] + [len(d) for d, _ in part], dtype=np.uint64)
-        size = sum(len(tok.token_bytes(i)) for d, _ in part for i in d if i != tok.eos_id)
-        row = {"name": f"{split}-00000", "split": split, "tokens": len(ids), "documents": len(part), "bytes": size}
-        for kind, array in (("bin", ids.astype("<u4")), ("idx", offsets.astype("<u8"))):
-            array.tofile(folder / f"{split}-00000.{kind}")
-            row["sha256_" + kind] = hashlib.sha256(array.tobytes()).hexdigest()
-        shards.append(row)
-    about = {"name": tok.name, "fingerprint": tok.fingerprint, "vocab_size": tok.vocab_size, "eos_id": tok.eos_id}
-    manifest = {"format": 1, "dtype": "uint32", "tokenizer": about, "source": "prepare.factqa", "shards": shards}
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    for name, docs in rows.items():
+        job = functools.partial(encode_rows, cfg.passage_every, max(1, len(docs) // 50))
+        settings = {"kind": "factqa", "tokenizer": tok.fingerprint, "source": settings_of(cfg), "passage_every": cfg.passage_every}
+        tasks = lambda done, seen, docs=docs: iter([(list(enumerate(docs)), 0)][done:])  # noqa: E731
+        shards.build(str(dest / name), tok, tasks, job, settings, 1 << 28, workers=1)
 
 
 def main(argv=None) -> None:
     cfg = configurator.args(DEFAULTS, sys.argv[1:] if argv is None else argv, __doc__)
     if not 2 <= cfg.values <= 32 or not 1 <= cfg.facts <= len(ATTRIBUTES) or cfg.value_words >= cfg.values:
         configurator.die(f"values={cfg.values} facts={cfg.facts} value_words={cfg.value_words}: values 2..32, facts 1..8, words < values")
-    generate(cfg)
-    size = sum(len(json.loads(line)["context"].encode()) for line in open(Path(cfg.out) / "test.jsonl", encoding="utf-8")) / max(
-        cfg.test, 1
-    )
+    note = Path(cfg.out) / "settings.json"
+    if not note.exists() or json.loads(note.read_text()) != settings_of(cfg):  # what is done is not done twice
+        generate(cfg)
+        note.write_text(json.dumps(settings_of(cfg)))
+    size = sum(len(row["context"].encode()) for row in read_jsonl(Path(cfg.out) / "test.jsonl")) / max(cfg.test, 1)
     bits = cfg.facts * math.log2(math.comb(cfg.values, cfg.value_words))
     print(f"{cfg.out}: {cfg.train}/{cfg.dev}/{cfg.test} passages, {size:.0f} bytes each, of which {bits:.0f} bits are values")
     if cfg.shards:

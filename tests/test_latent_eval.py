@@ -1,0 +1,224 @@
+"""The evaluation of packets: official answer measures, honest budgets, replay equal to text, files as promised, an overfit."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import configurator
+import latent_data
+import latentwire as lw
+import tokenizer
+import train
+from eval import latent
+from eval.answers import best_first, budget_arms, cut_bytes, cut_tokens, exact, f1, normalise
+from model import ModelConfig, build
+from prepare import factqa, squad
+
+
+def test_measures_as_in_the_official_script():
+    assert normalise("The  Eiffel-Tower, (Paris)!") == "eiffeltower paris" and normalise("An a the") == ""
+    assert exact("the Broncos.", ["Denver Broncos", "broncos"]) == 1 and exact("Denver", ["Denver Broncos"]) == 0
+    assert exact("", [""]) == 1 and f1("", [""]) == 1 and f1("x", [""]) == 0 and f1("", ["x"]) == 0
+    assert f1("the Denver Broncos", ["Broncos", "Denver Broncos team"]) == pytest.approx(0.8)
+    assert f1("new new york", ["new york"]) == pytest.approx(0.8)  # a multiset: one "new" is shared, not two
+    assert f1("york york", ["new york city"]) == pytest.approx(2 * 1 / 5)
+    assert f1("banana", ["an banana"]) == 1  # articles are words, not letters
+
+
+def test_budgets_are_kept_and_hold_the_question_where_it_is_carried():
+    tok = tokenizer.load("bytes")
+    row = {"context": "Rain fell. The cat sat on a mat. Bells rang é.", "question": "Who sat on a mat?"}
+    assert best_first(row["context"], row["question"]).startswith("The cat sat")
+    assert cut_bytes(tok, "aé", 2) == "a" and cut_bytes(tok, "éa", 2, True) == "a" and cut_tokens(tok, "abc", 9, True) == "abc"
+    for compress, kinds in (("context", {"head", "tail", "best"}), ("all", {"head", "tail", "question+head", "question+best"})):
+        side = SimpleNamespace(tok=tok, all=compress == "all")
+        for n in (0, 1, 5, 20, 30, 99):
+            arms = budget_arms(side, row, n, cut_bytes, lambda q: len(q.encode()))
+            assert set(arms) == kinds
+            for context, question in arms.values():
+                assert len(context.encode()) + (len(question.encode()) if compress == "all" else 0) <= n
+                assert compress == "all" or question == row["question"]
+
+
+def test_interval_of_a_paired_difference():
+    rng = np.random.default_rng(0)
+    b = rng.random(400)
+    mean, low, high = latent.interval(b + 0.1 + 0.01 * rng.normal(size=400), b, 500, 1)
+    assert low < mean < high and abs(mean - 0.1) < 0.01 and high - low < 0.01  # paired: the spread of b cancels
+
+
+def test_prepare_factqa_splits_by_person_and_value(tmp_path):
+    sizes = ["--train=60", "--dev=30", "--test=30", "--lm_docs=40", "--natural_docs=5", "--facts=3", "--distractors=2", "--bpe=300"]
+    factqa.main([f"--out={tmp_path}", f"--shards={tmp_path}/s", *sizes])
+    facts = {}
+    for split in ("train", "dev", "test"):
+        rows = factqa.read_jsonl(tmp_path / f"{split}.jsonl")
+        assert len(rows) == (180 if split == "train" else 30) and len({r["id"] for r in rows}) == len(rows)
+        for row in rows:
+            value = row["answers"][0]
+            attribute = next(a for a, vs in factqa.VALUES.items() if value in vs)
+            first = next(w for w in row["question"].rstrip("?").split() if w in factqa.WOMEN + factqa.MEN)
+            words = row["context"].replace("'s", "").split()
+            people = [f"{a} {b}" for a, b in zip(words, words[1:], strict=False) if a == first]
+            assert value in [w.strip(".") for w in words] and len(people) == 1
+            assert factqa.split_of(people[0], attribute, value, 1337) == split
+            facts.setdefault(split, set()).add((people[0], value))
+    assert not facts["train"] & facts["test"] and not facts["train"] & facts["dev"]
+    tok = tokenizer.load(tmp_path / "s" / "facts")
+    ids = np.fromfile(tmp_path / "s" / "facts" / "train-00000.bin", "<u4")
+    idx = np.fromfile(tmp_path / "s" / "facts" / "train-00000.idx", "<u8")
+    doc = ids[int(idx[0]) : int(idx[1])]
+    trained = tok.decode(doc[doc < 1 << 31].tolist())
+    row = factqa.read_jsonl(tmp_path / "lm.jsonl")[1]
+    assert trained == "".join(f" {a}<|endoftext|>" for _, a in row["qa"])  # answers only, but in one document of eight
+
+
+def test_prepare_squad_and_hotpot(tmp_path):
+    qas = [{"id": "1", "question": "q1", "answers": [{"text": "x"}, {"text": "y"}, {"text": "x"}]},
+           {"id": "2", "question": "q2", "answers": [], "is_impossible": True}]  # fmt: skip
+    (tmp_path / "s.json").write_text(json.dumps({"data": [{"paragraphs": [{"context": "c", "qas": qas}]}]}))
+    squad.main([f"--source={tmp_path}/s.json", f"--out={tmp_path}/o"])
+    rows = factqa.read_jsonl(tmp_path / "o" / "train.jsonl")
+    assert [r["answers"] for r in rows] == [["x", "y"], [""]] and rows[0]["context"] == "c"
+    lists = {"_id": "h", "question": "q", "answer": "yes", "context": [["T", ["a.", "b."]], ["U", ["c."]]], "supporting_facts": [["T", 1]]}
+    dicts = {"id": "h", "question": "q", "answer": "yes", "context": {"title": ["T", "U"], "sentences": [["a.", "b."], ["c."]]},
+             "supporting_facts": {"title": ["T"], "sent_id": [1]}}  # fmt: skip
+    for name, row in (("l", lists), ("d", dicts)):
+        (tmp_path / f"{name}.json").write_text(json.dumps([row]))
+        squad.main([f"--source={tmp_path}/{name}.json", f"--out={tmp_path}/{name}"])
+        squad.main([f"--source={tmp_path}/{name}.json", f"--out={tmp_path}/{name}", "--split=gold", "--oracle"])
+        assert factqa.read_jsonl(tmp_path / name / "train.jsonl") == [
+            {"context": "T: a. b.\nU: c.", "question": "q", "answers": ["yes"], "id": "h"}
+        ]
+        (gold,) = factqa.read_jsonl(tmp_path / name / "gold.jsonl")
+        assert gold["context"] == "T: b." and gold["oracle"] is True
+    with pytest.raises(SystemExit):
+        squad.main([f"--source={tmp_path}/none.json", f"--out={tmp_path}/x"])
+
+
+@pytest.fixture(scope="module")
+def overfit(tmp_path_factory):
+    """Two tiny readers that know nothing, steered by packets alone to eight one-letter answers in some seconds."""
+    root = tmp_path_factory.mktemp("overfit")
+    for name, width in (("a", 48), ("b", 64)):
+        cfg = ModelConfig(vocab_size=257, n_layer=2, n_head=2, d_model=width, max_len=256, init_std=0.2, tie=False, seed=width)
+        checkpoint.save(root / name, 0, build(cfg), None, {"config": configurator.to_dict(cfg), "tau": 1.0}, 1)
+        tokenizer.load("bytes").save(str(root / name / "tokenizer"))
+    rows = [
+        {"context": f"case {i * 37 % 11}{i}: {w}", "question": "Which?", "answers": [w], "id": str(i)} for i, w in enumerate("bdfhjlnp")
+    ]
+    factqa.write_jsonl(root / "train.jsonl", rows)
+    keys = dict(
+        objective="latent",
+        out=str(root / "run"),
+        data={"qa": str(root / "train.jsonl")},
+        lms=(str(root / "a"), str(root / "b")),
+        seq_len=32,
+        tokens_per_step=256,
+        latent_len=4,
+        latent_dim=16,
+        max_steps=300,
+        lr=5e-3,
+        warmup=10,
+        log_every=50,
+        dtype="float32",
+        weight_decay=0.0,
+        anchor="none",
+        progress=False,
+    )
+    train.main([f"--{k}={v}" for k, v in keys.items()])
+    return root
+
+
+def test_overfit_answers_and_the_controls_do_not(overfit, capsys):
+    latent.main(
+        [
+            f"--ckpt={overfit}/run",
+            f"--data={overfit}/train.jsonl",
+            "--bits=16,8",
+            "--resamples=50",
+            "--max_new_tokens=6",
+            f"--out={overfit}/e",
+        ]
+    )
+    metrics = json.loads((overfit / "e" / "metrics.json").read_text())
+    for arms in metrics["arms"].values():
+        assert arms["latent16"]["em"] == arms["latent8"]["em"] == 1.0
+        assert arms["shuffled"]["em"] == 0 and arms["zero"]["em"] <= 1 / 8 and arms["none"]["em"] == 0 and arms["text"]["em"] == 0
+        assert arms["text"] | {"seconds": 0} == arms["replay"] | {"seconds": 0}
+        assert arms["latent16"]["nll_token"] < 0.5 < arms["shuffled"]["nll_token"] and arms["latent16"]["first_top1"] == 1
+        assert arms["text"]["seconds"] > 0 and arms["latent16"]["seconds"] > 0
+    assert metrics["samples"] == 8 and metrics["latent_len"] == 4 and metrics["joint"]["em"] == 1 and metrics["joint"]["agreement"] == 1
+    assert metrics["wire"]["payload"] == {"16": 16 + 128, "8": 16 + 64 + 4} and metrics["wire"]["zlib"] > 0
+    for pairs in metrics["intervals"].values():
+        assert pairs["latent16 - none"]["em"] == [1.0, 1.0, 1.0] and "latent8 - latent16" in pairs
+    assert metrics["config"]["latent_len"] == 4 and metrics["data"].endswith("train.jsonl")
+    lines = [json.loads(line) for line in open(overfit / "e" / "predictions.jsonl")]
+    assert len(lines) == 8 and all(
+        line["predictions"][lm]["latent16"] == line["answers"][0] for line in lines for lm in line["predictions"]
+    )
+    assert (overfit / "e" / "table.md").read_text() in capsys.readouterr().out and (overfit / "e" / "metrics.csv").read_text().count(
+        "\n"
+    ) > 20
+
+
+def test_arms_are_cached_until_something_changes(overfit, monkeypatch):
+    runs = []
+    real = latent.run_arm
+    monkeypatch.setattr(latent, "run_arm", lambda *a, **k: runs.append(1) or real(*a, **k))
+    args = [
+        f"--ckpt={overfit}/run",
+        f"--data={overfit}/train.jsonl",
+        "--bits=(8,)",
+        "--resamples=9",
+        "--max_new_tokens=2",
+        f"--out={overfit}/c",
+    ]
+    latent.main(args)
+    first = len(runs)
+    latent.main(args)
+    assert len(runs) == first > 0
+    latent.main([*args, "--fresh"])
+    assert len(runs) == 2 * first
+    latent.main([*args[:4], "--max_new_tokens=3", args[-1]])
+    assert len(runs) == 3 * first
+
+
+def test_readers_that_cannot_read_are_named(overfit, capsys):
+    lms = f"--lms=('{overfit}/a', '{overfit}/b')"
+    latent.main([lms, f"--data={overfit}/train.jsonl", "--max_new_tokens=2"])
+    assert "exact match from text 0.000" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        latent.main([lms, f"--data={overfit}/train.jsonl", "--max_new_tokens=2", "--require=0.95"])
+    assert "train it longer" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        latent.main([])
+
+
+def test_what_every_arm_reads_went_over_the_wire(overfit, monkeypatch):
+    """Scramble the decoder: if any packet arm still answered, it would be reading numbers that were never sent."""
+    real = lw.decode
+    monkeypatch.setattr(lw, "decode", lambda payload: real(payload).flip(0) * -1)
+    latent.main(
+        [
+            f"--ckpt={overfit}/run",
+            f"--data={overfit}/train.jsonl",
+            "--bits=16,8",
+            "--resamples=9",
+            "--max_new_tokens=6",
+            f"--out={overfit}/w",
+        ]
+    )
+    for arms in json.loads((overfit / "w" / "metrics.json").read_text())["arms"].values():
+        assert max(arms[a]["em"] for a in ("latent16", "latent8", "shuffled")) < 1
+
+
+def test_rows_without_what_is_needed_are_refused(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"context": "c"}\n')
+    with pytest.raises(SystemExit):
+        latent_data.read_rows(tmp_path / "x.jsonl")
+    assert torch.equal(lw.decode(lw.encode(torch.zeros(2, 3), 4)), torch.zeros(2, 3))

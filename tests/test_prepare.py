@@ -312,3 +312,19 @@ def test_chat_trains_on_the_assistant_alone(tmp_path, capsys):
         assert "the assistant's" in capsys.readouterr().out
     chat.main([f"--from={tmp_path}/a.jsonl", f"--out={tmp_path}/two", "--tokenizer=bytes", "--val=0", "--max_examples=2"])
     assert data.Shards(tmp_path / "two", "train").n_documents == 2
+
+
+def test_streamed_dataset_resumes_by_rows(tmp_path, small, monkeypatch):
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "set").mkdir()
+    texts = corpus(tmp_path / "set" / "train.jsonl")
+    args = [f"--dataset={tmp_path}/set", "--val=0.1", "--max_tokens=40000"]
+    run(*args, f"out={tmp_path}/whole", "workers=2")
+    got = [t for split in ("train", "val") for t in read(tmp_path / "whole", split)]
+    assert 35_000 < sum(len(t.encode()) + 1 for t in got) <= 40_000 and set(got) < set(texts)
+    end = [*args, f"--out={tmp_path}/killed", "--workers=1"]
+    assert subprocess.run([sys.executable, "-c", DYING, "9", "0", *end], cwd=ROOT, capture_output=True).returncode == -9
+    assert json.loads((tmp_path / "killed" / "progress.json").read_text())["rows"] > 20
+    run(*end)
+    assert digests(tmp_path / "killed") == digests(tmp_path / "whole")

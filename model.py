@@ -564,7 +564,7 @@ class Transformer(nn.Module):
         if self.encoder is None:
             return self.read(self.decoder, batch, causal=True)
         hidden = self.encode(batch)
-        if self.decoder is None:
+        if self.decoder is None or "dec_ids" not in batch:
             return hidden
         cross, pos = self.cfg.cross_rope, batch["dec_pos"]
         if cross == "continue":
@@ -723,6 +723,20 @@ def build(cfg: ModelConfig, device: str = "cpu") -> Transformer:
     return model.to(device)
 
 
+def pool(hidden, batch, how="mean", normalize=True):
+    """One fp32 vector per document, (S, D): mean, weighted_mean (later tokens count more), cls (the first state) or last."""
+    x, cu, pos = full(hidden), batch["cu"].long(), batch["pos"]
+    length = cu.diff()[:, None]
+    if how in ("cls", "last"):
+        pooled = x[cu[:-1] if how == "cls" else cu[1:] - 1]
+    else:
+        weight = torch.ones_like(pos) if how == "mean" else pos + 1
+        doc = torch.repeat_interleave(torch.arange(len(length), device=x.device), length[:, 0], output_size=len(x))
+        pooled = x.new_zeros(len(length), x.shape[1]).index_add_(0, doc, x * weight[:, None])
+        pooled = pooled / (length if how == "mean" else length * (length + 1) / 2)
+    return F.normalize(pooled, dim=-1) if normalize else pooled
+
+
 class Embedder(nn.Module):
     """Texts -> vectors: hidden states of a run's encoder (of a decoder-only run: causal ones), pooled over real tokens, in fp32.
 
@@ -748,16 +762,7 @@ class Embedder(nn.Module):
         """-> hidden (N, D), pooled (S, D) in fp32."""
         stack = self.model.decoder if self.model.encoder is None else self.model.encoder
         hidden = self.model.read(stack, batch, causal=self.causal)
-        x, cu, pos = full(hidden), batch["cu"].long(), batch["pos"]
-        length = cu.diff()[:, None]
-        if self.pooling in ("cls", "last"):
-            pooled = x[cu[:-1] if self.pooling == "cls" else cu[1:] - 1]
-        else:
-            weight = torch.ones_like(pos) if self.pooling == "mean" else pos + 1
-            doc = torch.repeat_interleave(torch.arange(len(length), device=x.device), length[:, 0], output_size=len(x))
-            pooled = x.new_zeros(len(length), x.shape[1]).index_add_(0, doc, x * weight[:, None])
-            pooled = pooled / (length if self.pooling == "mean" else length * (length + 1) / 2)
-        return hidden, F.normalize(pooled, dim=-1) if self.normalize else pooled
+        return hidden, pool(hidden, batch, self.pooling, self.normalize)
 
     def ids(self, text, max_length=0):
         """What the exported tokenizer makes of a text: cut, then EOS; an empty text is one EOS."""

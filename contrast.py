@@ -1,0 +1,182 @@
+"""objective=contrast: texts that belong together get near vectors, all other texts of the global batch far ones (InfoNCE).
+
+    python train.py config/encdec_contrast.py --init_from=out/encdec_ul2 --data=pairs.jsonl
+
+Pairs are rows {"query", "positive", "negatives"?} of a jsonl file or, from a directory of shards, two random crops of one document. Only
+the encoder is trained. Every query is compared with every positive and hard negative of all ranks and micro-batches, and yet one
+micro-batch of activations exists at a time: `prepare` embeds everything without gradients and keeps d loss / d vector, `sums` embeds
+again and pulls on it (gradient caching). The gradient is exactly that of the whole batch at once. Read next: model.py (Embedder, pool).
+"""
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+import checkpoint
+import data
+import model as M
+import tokenizer
+from configurator import die
+
+
+@dataclass(frozen=True)
+class ContrastConfig:
+    # objective=contrast (contrast.py)
+    contrast_tau: float = 0.05  # temperature of the similarities
+    contrast_pairs: int = 1024  # per step, over all ranks
+    contrast_micro: int = 64  # pairs of one forward
+    contrast_symmetric: bool = False  # positives must also find their queries
+    contrast_pooling: str = "mean"
+
+
+def build(cfg):
+    model = M.build(cfg)
+    if model.encoder is None:
+        die(f"objective=contrast trains an encoder; arch={cfg.arch} has none, use encoder or encdec")
+    model.contrast = cfg
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.startswith(("encoder.", "embed.")))  # a decoder waits unchanged
+    return model
+
+
+class PairStream:
+    """Pair g of the run is row permute(g) of its epoch: the step is all the state there is."""
+
+    def __init__(self, cfg, plan, rank, world):
+        self.cfg, self.plan, self.rank, self.world, self.step, self.names = cfg, plan, rank, world, 0, []
+        if not isinstance(cfg.data, str):
+            die("data: objective=contrast reads one jsonl file or one directory of shards")
+        if cfg.contrast_pairs % (cfg.contrast_micro * world):
+            die(f"contrast_pairs={cfg.contrast_pairs} is no multiple of contrast_micro x ranks = {cfg.contrast_micro * world}")
+        home = Path(cfg.init_from) if cfg.data.endswith(".jsonl") else Path(cfg.data)
+        home = checkpoint.resolve(home).parent if cfg.data.endswith(".jsonl") and cfg.init_from else home
+        self.tok = tokenizer.load(home)
+        if self.tok.vocab_size > cfg.vocab_size:
+            die(f"vocab_size={cfg.vocab_size} is too small for the {self.tok.vocab_size} ids of {home}")
+        if rank == 0 and (home / "tokenizer").is_dir() and not (Path(cfg.out) / "tokenizer").exists():
+            shutil.copytree(home / "tokenizer", Path(cfg.out) / "tokenizer")
+        self.rows = self.shards = None
+        if cfg.data.endswith(".jsonl"):
+            with open(cfg.data, encoding="utf-8") as file:
+                self.rows = [json.loads(line) for line in file if line.strip()]
+        else:
+            self.shards = data.Shards(cfg.data, "train")
+        self.size, self.state = len(self.rows) if self.rows else self.shards.n_documents, {"step": 0}
+
+    def load(self, state):
+        self.step, self.state = state["step"], dict(state)
+
+    def texts(self, g):
+        """Pair g -> (query, positive, negatives as lists of ids, key): candidates of the same key are never each other's negatives."""
+        cfg, (epoch, place) = self.cfg, divmod(g, self.size)
+        row = int(data.permute(np.array([place]), self.size, f"{cfg.seed}/pairs/{epoch}")[0])
+        if self.rows:
+            pair = self.rows[row]
+            cut = lambda text: [*self.tok.encode(text)[: cfg.max_enc - 1], self.tok.eos_id]  # noqa: E731
+            return cut(pair["query"]), cut(pair["positive"]), [cut(t) for t in pair.get("negatives", ())], None
+        (start,), (size,) = self.shards.documents(np.array([row]))
+        rng, n, crops = np.random.default_rng([cfg.seed, g]), max(int(size) - 1, 1), []
+        for _ in range(2):
+            length = int(rng.integers(min(n, 16), min(n, cfg.max_enc - 1) + 1))
+            at = int(start + rng.integers(0, n - length + 1))
+            crops.append([*(self.shards.tokens(at, at + length) & 0x7FFFFFFF).tolist(), self.tok.eos_id])
+        return *crops, [], row
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self.step >= self.plan.steps:
+            raise StopIteration
+        n, first = self.cfg.contrast_micro, self.step * self.cfg.contrast_pairs
+        starts = range(first + self.rank * n, first + self.cfg.contrast_pairs, self.world * n)
+        batches = [self.micro([self.texts(g) for g in range(at, at + n)], at) for at in starts]
+        self.step += 1
+        self.state = {"step": self.step}
+        return batches
+
+    def micro(self, pairs, number):
+        rows = [q for q, *_ in pairs] + [p for _, p, *_ in pairs] + [t for *_, negatives, _ in pairs for t in negatives]
+        digest = lambda row: int.from_bytes(hashlib.blake2b(np.array(row).tobytes(), digest_size=7).digest(), "big")  # noqa: E731
+        keys = [
+            digest(row) if key is None else key for row, key in zip(rows, [k for *_, k in pairs] * 2 + [None] * len(rows), strict=False)
+        ]
+        return M.flat(rows) | {
+            "key": torch.tensor(keys),
+            "queries": len(pairs),
+            "tokens": sum(map(len, rows)),
+            "rows": torch.tensor([number]),
+        }
+
+
+def open_stream(cfg, plan, rank, world):
+    return PairStream(cfg, plan, rank, world)
+
+
+def info_nce(q, c, positive, q_key, c_key, tau, symmetric=False):
+    """Loss of each query (Q,): q (Q, D) against candidates c (C, D), of which positive (Q,) is right; its twins are left out."""
+    score = F.normalize(q, dim=-1) @ F.normalize(c, dim=-1).T / tau  # (Q, C)
+    own = torch.zeros_like(score, dtype=torch.bool).scatter_(1, positive[:, None], True)
+    twin = (c_key == c_key[positive][:, None]) | (c_key == q_key[:, None])
+    loss = F.cross_entropy(score.masked_fill(twin & ~own, -torch.inf), positive, reduction="none")
+    if not symmetric:
+        return loss
+    back = score[:, positive].T.masked_fill((twin & ~own)[:, positive].T, -torch.inf)  # each positive against all queries
+    return (loss + F.cross_entropy(back, torch.arange(len(q), device=q.device), reduction="none")) / 2
+
+
+def everywhere(x):
+    """Rows of all ranks, in order of rank; gradients reach only one's own."""
+    if not dist.is_initialized():
+        return x, 0
+    sizes = [torch.zeros(1, dtype=torch.long, device=x.device) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([len(x)], device=x.device))
+    sizes, rank = [int(n) for n in sizes], dist.get_rank()
+    wide = x.detach().new_zeros(max(sizes), *x.shape[1:])
+    wide[: len(x)] = x.detach()
+    parts = [torch.empty_like(wide) for _ in sizes]
+    dist.all_gather(parts, wide)
+    parts = [part[:n] for part, n in zip(parts, sizes, strict=True)]
+    parts[rank] = x
+    return torch.cat(parts), sum(sizes[:rank])
+
+
+def vectors(call, batch, pooling):
+    return M.pool(call(batch), batch, pooling, normalize=False)
+
+
+def prepare(call, raw, batches):
+    """Embed all without gradients; leave in each micro-batch its share of the loss and of d loss / d vector."""
+    cfg, device = raw.contrast, raw.embed.weight.device
+    with torch.no_grad():
+        found = [vectors(call, {k: v.to(device) if torch.is_tensor(v) else v for k, v in b.items()}, cfg.contrast_pooling) for b in batches]
+    n = [b["queries"] for b in batches]
+    split = lambda xs, side: torch.cat([x[:k] if side == 0 else x[k:] for x, k in zip(xs, n, strict=True)])  # noqa: E731
+    q, c = (split(found, side).requires_grad_() for side in (0, 1))
+    q_key, c_key = (split([b["key"].to(device) for b in batches], side) for side in (0, 1))
+    offsets = np.cumsum([0] + [len(x) - k for x, k in zip(found, n, strict=True)])
+    positive = torch.cat([torch.arange(k, device=device) + int(at) for k, at in zip(n, offsets, strict=False)])
+    all_c, shift = everywhere(c)
+    (all_q, mine), (all_positive, _) = everywhere(q), everywhere(positive + shift)
+    loss = info_nce(all_q, all_c, all_positive, everywhere(q_key)[0], everywhere(c_key)[0], cfg.contrast_tau, cfg.contrast_symmetric)
+    grad_q, grad_c = torch.autograd.grad(loss.sum(), (q, c))
+    own = loss.detach()[mine : mine + len(q)].split(n)
+    for b, g, value, at, k in zip(batches, grad_q.split(n), own, offsets, n, strict=False):
+        b["grad"], b["value"] = torch.cat((g, grad_c[int(at) : int(at) + len(b["key"]) - k])), value.sum()
+
+
+def counts(batch) -> dict[str, float]:
+    return {"loss": float(batch["queries"])}
+
+
+def sums(call, raw, batch):
+    """The second pass: its value is the loss of these queries, its gradient the whole batch's with respect to these texts."""
+    pull = (vectors(call, batch, raw.contrast.contrast_pooling) * batch["grad"]).sum()
+    return {"loss": pull - pull.detach() + batch["value"]}, None

@@ -1,0 +1,172 @@
+"""InfoNCE by hand, and gradient caching: one number whatever the micro-batches and ranks."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import contrast
+import tokenizer
+from model import ModelConfig
+from train import Config
+
+TOK = tokenizer.load("bytes")
+
+
+def keys(*values):
+    return torch.tensor(values)
+
+
+def test_worked_examples():
+    eye = torch.eye(2, dtype=torch.float64)
+    loss = contrast.info_nce(eye, eye, keys(0, 1), keys(10, 11), keys(0, 1), 1.0)
+    assert torch.allclose(loss.mean(), torch.tensor(0.313262, dtype=torch.float64), atol=1e-6)  # ln(1 + 1/e)
+    assert torch.allclose(contrast.info_nce(eye, eye, keys(0, 1), keys(10, 11), keys(0, 1), 1.0, symmetric=True).mean(), loss.mean())
+    c = torch.tensor([[1.0, 0], [0, 1], [0, 1], [-1, 0]])
+    q = c[:2] * 3  # lengths do not matter
+    want = -math.log(math.exp(2) / (math.exp(2) + 1 + 1 + math.exp(-2)))
+    assert abs(float(contrast.info_nce(q, c, keys(0, 1), keys(8, 9), keys(0, 1, 2, 3), 0.5)[0]) - want) < 1e-6
+    masked = contrast.info_nce(
+        q, c, keys(0, 1), keys(8, 9), keys(0, 1, 1, 3), 0.5
+    )  # candidate 2 is a twin of 1: never a negative of query 1
+    assert abs(float(masked[0]) - want) < 1e-6
+    assert abs(float(masked[1]) + math.log(math.exp(2) / (math.exp(2) + 2))) < 1e-6
+    echo = contrast.info_nce(q, c, keys(0, 1), keys(3, 9), keys(0, 1, 2, 3), 0.5)  # candidate 3 is the text of query 0
+    assert float(echo[0]) < want
+
+
+def pairs_file(folder, n=40):
+    rng = np.random.default_rng(0)
+    words = lambda: " ".join(rng.choice(["cat", "dog", "sun", "rain", "tree", "stone", "blue", "red"], 5))  # noqa: E731
+    rows = [{"query": words(), "positive": words(), "negatives": [words()] * (i % 3)} for i in range(n)]
+    rows[3]["positive"] = rows[4]["positive"]  # a twin
+    path = folder / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def config(data, **changes):
+    base = {"arch": "encdec", "vocab_size": 361, "n_layer": 2, "n_head": 2, "d_model": 32, "d_ff": 48, "max_len": 64, "max_enc": 48}
+    base |= {"objective": "contrast", "data": str(data), "contrast_pairs": 16, "contrast_micro": 4, "init_std": 0.1}
+    return Config(**(base | changes))
+
+
+@pytest.fixture(autouse=True)
+def bytes_for_everybody(monkeypatch):
+    monkeypatch.setattr(contrast.tokenizer, "load", lambda path: TOK)
+
+
+def gradients(cfg, symmetric=False):
+    model = contrast.build(cfg).double().set_dtype(torch.float64)
+    plan = SimpleNamespace(steps=5)
+    stream = contrast.PairStream(cfg, plan, 0, 1)
+    batches = next(stream)
+    contrast.prepare(model, model, batches)
+    total = 0
+    for batch in batches:
+        term = contrast.sums(model, model, batch)[0]["loss"]
+        total += float(term.detach())
+        term.backward()
+    return total, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("changes", [{}, {"contrast_symmetric": True}, {"contrast_pooling": "weighted_mean"}, {"ffn": "polyglu"}])
+def test_any_cut_into_micro_batches_gives_the_same(tmp_path, changes):
+    data = pairs_file(tmp_path)
+    if "ffn" in changes:
+        changes = changes | {"gate_noise": False}
+    want, grads = gradients(config(data, contrast_micro=16, **changes))
+    model = contrast.build(config(data, contrast_micro=16, **changes)).double().set_dtype(torch.float64)
+    batch = next(contrast.PairStream(config(data, contrast_micro=16), SimpleNamespace(steps=1), 0, 1))[0]  # without any caching
+    x = contrast.vectors(model, batch, changes.get("contrast_pooling", "mean"))
+    n, c = batch["queries"], config(data)
+    direct = contrast.info_nce(
+        x[:n], x[n:], torch.arange(n), batch["key"][:n], batch["key"][n:], c.contrast_tau, "contrast_symmetric" in changes
+    ).sum()
+    direct.backward()
+    assert abs(float(direct.detach()) - want) < 1e-9
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(grads[name], p.grad, rtol=1e-9, atol=1e-12)
+    for micro in (8, 4, 1):
+        got, theirs = gradients(config(data, contrast_micro=micro, **changes))
+        assert abs(got - want) < 1e-9
+        for name in grads:
+            torch.testing.assert_close(theirs[name], grads[name], rtol=1e-8, atol=1e-11)
+    assert not any(name.startswith("decoder.") for name in grads) and any(name.startswith("encoder.") for name in grads)
+
+
+RANKS = """
+import sys, torch, torch.distributed as dist
+sys.path[:0] = ["tests", "."]
+import contrast, test_contrast as T
+from types import SimpleNamespace
+contrast.tokenizer.load = lambda path: T.TOK
+dist.init_process_group("gloo")
+cfg = T.config(sys.argv[1], contrast_micro=4)
+model = contrast.build(cfg).double().set_dtype(torch.float64)
+wrapped = torch.nn.parallel.DistributedDataParallel(model)
+batches = next(contrast.PairStream(cfg, SimpleNamespace(steps=5), dist.get_rank(), 2))
+contrast.prepare(wrapped, model, batches)
+total = torch.zeros(1, dtype=torch.float64)
+for i, batch in enumerate(batches):
+    wrapped.require_backward_grad_sync = i == len(batches) - 1
+    term = contrast.sums(wrapped, model, batch)[0]["loss"]
+    total += term.detach()
+    (term * 2).backward()  # the wrapper averages over ranks
+dist.all_reduce(total)
+if dist.get_rank() == 0:
+    torch.save({"total": total, "grads": {n: p.grad for n, p in model.named_parameters() if p.grad is not None}}, sys.argv[2])
+dist.destroy_process_group()
+"""
+
+
+def test_two_ranks_equal_one(tmp_path):
+    data = pairs_file(tmp_path)
+    want, grads = gradients(config(data))
+    out, env = (
+        tmp_path / "out.pt",
+        os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29500 + os.getpid() % 500)},
+    )
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANKS, str(data), str(out)], env=env | {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2"}
+        )
+        for r in range(2)
+    ]
+    assert [r.wait(120) for r in ranks] == [0, 0]
+    got = torch.load(out, weights_only=True)
+    assert abs(float(got["total"]) - want) < 1e-8
+    for name in grads:
+        torch.testing.assert_close(got["grads"][name], grads[name], rtol=1e-7, atol=1e-10)
+
+
+def test_stream_is_resumable_and_covers_an_epoch(tmp_path):
+    cfg, plan = config(pairs_file(tmp_path, 32)), SimpleNamespace(steps=4)
+    one = [batch for step in contrast.PairStream(cfg, plan, 0, 1) for batch in step]
+    texts = [tuple(row) for b in one[:8] for row in b["ids"].split(b["cu"].diff().tolist())[:4] for row in [row.tolist()]]
+    assert len(texts) == 32 and len(set(texts)) == 32  # two steps of 16: every query once
+    later = contrast.PairStream(cfg, plan, 1, 2)
+    later.load({"step": 2})
+    assert torch.equal(next(later)[0]["ids"], one[9]["ids"])
+    with pytest.raises(SystemExit):
+        contrast.PairStream(config(cfg.data, contrast_pairs=10), plan, 0, 1)
+    with pytest.raises(SystemExit):
+        contrast.build(ModelConfig(arch="decoder"))
+
+
+def test_crops_of_documents(tmp_path):
+    from test_denoise_stream import documents, write_shards
+
+    write_shards(tmp_path / "shards", {"train": documents(50)})
+    batches = next(contrast.PairStream(config(tmp_path / "shards"), SimpleNamespace(steps=1), 0, 1))
+    assert all(torch.equal(b["key"][:4], b["key"][4:]) and b["cu"].diff().max() <= 48 for b in batches)
+    model = contrast.build(config(tmp_path / "shards"))
+    contrast.prepare(model, model, batches)
+    assert all(torch.isfinite(b["value"]) for b in batches)

@@ -33,6 +33,7 @@ import machine as hardware
 import monitor
 import optim
 from configurator import die
+from contrast import ContrastConfig
 from denoise import DenoiseConfig
 from latentwire import LatentConfig
 from machine import gather, to_device, total
@@ -41,7 +42,7 @@ from precision import PrecisionConfig
 
 
 @dataclass(frozen=True)
-class Config(ModelConfig, DenoiseConfig, PrecisionConfig, LatentConfig):
+class Config(ModelConfig, DenoiseConfig, ContrastConfig, PrecisionConfig, LatentConfig):
     # what and where
     out: str = "out/debug"
     objective: Literal["lm", "denoise", "contrast", "latent"] = "lm"
@@ -296,7 +297,8 @@ def main(argv):
         changed = {k: v for k, v in configurator.to_dict(cfg).items() if v != default[k]}
         log.say("  ".join(f"{k}={v}" for k, v in changed.items()))
         log.say(f"{machine.why}; {machine.world} process{'es' * (machine.world > 1)}; {raw.num_params():,} parameters\n{plan.table()}")
-        log.say(precision)
+        if cfg.precision != "bf16":
+            log.say(precision)
         log.say(f"resumed from {resume_from}" if resume_from else f"new run in {out}")
 
     asked, parent = [], os.getppid()  # signals: noticed between steps, agreed on by all ranks in the reduction of every step

@@ -1,0 +1,38 @@
+"""What tests share: one thread each (two processes run side by side), and a small corpus in shards."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def story(i: int) -> str:
+    """A learnable text: the same few sentences with other numbers and names, 200 to 700 characters."""
+    names = ("Ada", "Grace", "Alan", "Edsger", "Barbara", "Donald")
+    line = "{a} had {x} apples and gave {y} of them to {b}, so {a} has {z} left. "
+    lines = [line.format(a=names[(i + j) % 6], b=names[(i * 5 + j + 1) % 6], x=i + j, y=j, z=i) for j in range(3 + i % 7)]
+    return "".join(lines).strip()
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """Shards of 300 stories in bytes; every tenth or so is held out."""
+    from prepare import text
+
+    where = tmp_path_factory.mktemp("corpus")
+    (where / "stories.txt").write_text("\n\n".join(story(i) for i in range(300)))
+    text.main([f"--from={where}/stories.txt", f"--out={where}/shards", "--separator=\\n\\n", "--val=0.1", "--workers=1"])
+    return str(where / "shards")

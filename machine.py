@@ -56,7 +56,13 @@ def cpu_has_bf16() -> bool:
 def join(machine: Machine) -> None:
     """Meet the other ranks. Control words travel over gloo on the host, gradients over nccl when there are GPUs."""
     if machine.world > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if machine.device.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if machine.device.type == "cuda" else "gloo"
+        # Workers that torchrun restarts meet in the store of the killed ones, where dead addresses still stand: they need names of their
+        # own. On several nodes the count of restarts may differ: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 there.
+        here = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+        store, rank, world = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT') if here else ''}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
 
 
 def wrap(model, parallel: str, machine: Machine):

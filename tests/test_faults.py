@@ -13,6 +13,8 @@ import os
 import random
 import shutil
 import signal
+import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -23,6 +25,9 @@ from safetensors.torch import load_file
 from test_data import write_shards
 
 import checkpoint
+import configurator
+import data
+import optim
 import tokenizer
 import train
 
@@ -380,3 +385,141 @@ def test_a_folder_that_cannot_be_written(shards, tmp_path):
     (tmp_path / "file").write_text("")
     said = run(settings(tmp_path / "file" / "run", shards), log, code=2)
     assert "Not a directory" in said.splitlines()[-1]
+
+
+# ---- several processes ------------------------------------------------------------------------------------------------------
+
+
+def rank_child(rank, world, port, *rest):
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    child(*rest)
+
+
+def start_ranks(world, argv, log, *fault, only=None):
+    """What torchrun starts, without its ten seconds. `only`: the rank that the fault befalls."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    faults = [fault if only in (None, rank) else () for rank in range(world)]
+    ranks = [forks.Process(target=rank_child, args=(rank, world, port, argv, f"{log}{rank}", faults[rank])) for rank in range(world)]
+    for process in ranks:
+        process.start()
+    return ranks
+
+
+def join_ranks(ranks, log, code=0):
+    for process in ranks:
+        process.join(120)
+    said = [Path(f"{log}{rank}").read_text() for rank in range(len(ranks))]
+    assert [process.exitcode for process in ranks] == [code] * len(ranks), "\n".join(text[-2000:] for text in said)
+    return said
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory):
+    """Most of it is not trained, in long stretches: micro-batches, ranks and whole steps without a single target."""
+    dir, rng, tok = tmp_path_factory.mktemp("data") / "uneven", random.Random(1), tokenizer.load("bytes")
+    tok.save(dir / "tokenizer")
+    for split, n in (("train", 150), ("val", 40)):
+        docs = [[ord(c) for c in rng.choices("abc def", k=rng.randint(5, 70))] + [tok.eos_id] for _ in range(n)]
+        if split == "train":
+            docs = [[i | 1 << 31 for i in doc] if rng.random() < 0.7 else doc for doc in docs]
+        write_shards(dir, docs, split, vocab=tok.vocab_size, eos=tok.eos_id, tokenizer=tok.fingerprint)
+    return dir
+
+
+def close(a, b, tolerance):
+    """Two runs agree: the loss of every step, the held-out losses, every weight."""
+    for x, y in zip(rows(a), rows(b), strict=True):
+        assert x["step"] == y["step"]
+        for key in x:
+            if "loss" in key:
+                assert abs(x[key] - y[key]) <= tolerance * max(1, abs(y[key])), (x["step"], key, x[key], y[key])
+    (first, one), (second, two) = checkpoint.load(a), checkpoint.load(b)
+    assert one["stream"] == two["stream"] and one["tokens"] == two["tokens"]
+    for (name, p), q in zip(first.state_dict().items(), second.state_dict().values(), strict=True):
+        assert torch.allclose(p, q, rtol=0, atol=10 * tolerance), (name, (p - q).abs().max())
+    return True
+
+
+@pytest.mark.parametrize("parallel, ffn", [("ddp", "swiglu"), ("fsdp", "swiglu"), ("fsdp", "polyglu")])
+def test_two_ranks_equal_one_process_though_their_tokens_are_unequal(uneven, tmp_path, parallel, ffn):
+    # sgd-like settings: a large eps, so that rounding in a gradient near 0 is not blown up to a step of size lr
+    keys = {"ffn": ffn, "eps": 1e-3, "micro_tokens": 16, "packing": "windows", "max_steps": 14}
+    run(settings(tmp_path / "one", uneven, **keys), tmp_path / "log")
+    ranks = start_ranks(2, settings(tmp_path / "two", uneven, parallel=parallel, **keys), tmp_path / "log")
+    join_ranks(ranks, tmp_path / "log")
+    assert close(tmp_path / "two", tmp_path / "one", 2e-5)
+    if (parallel, ffn) == ("ddp", "swiglu"):
+        cfg, _ = configurator.load(train.Config, settings("unused", uneven, **keys))
+        steps = [
+            [int((b["targets"] >= 0).sum()) for b in micros] for micros in data.open_stream(cfg, optim.make_plan(cfg), log=lambda _: 0)
+        ]
+        per_rank = [(sum(counts[0::2]), sum(counts[1::2])) for counts in steps]
+        assert any(a == 0 != b for a, b in per_rank) and any(a != 0 == b for a, b in per_rank) and any(a != b for a, b in per_rank)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_run_goes_on_with_another_number_of_ranks(shards, tmp_path, parallel):
+    keys = {"eps": 1e-3, "micro_tokens": 16, "keep": 9, "parallel": parallel}
+    run(settings(tmp_path / "one", shards, **keys), tmp_path / "log")
+    shutil.copytree(tmp_path / "one", tmp_path / "two", symlinks=True)
+    argv = settings(tmp_path / "two", shards, **keys)
+    join_ranks(start_ranks(2, argv + [f"--resume={tmp_path}/two/step-000004"], tmp_path / "log"), tmp_path / "log")
+    assert close(tmp_path / "two", tmp_path / "one", 2e-5)
+    run(argv + [f"--resume={tmp_path}/two/step-000008"], tmp_path / "log")
+    assert close(tmp_path / "two", tmp_path / "one", 2e-5)
+
+
+def test_a_signal_to_one_rank_stops_all_of_them_at_one_step(shards, tmp_path):
+    out, log = tmp_path / "run", tmp_path / "log"
+    ranks = start_ranks(2, settings(out, shards, max_steps=100_000, save_every=0, eval_every=0), log)
+    wait_for(lambda: len(rows(out)) > 3)
+    os.kill(ranks[1].pid, signal.SIGUSR1)
+    said = join_ranks(ranks, log)
+    state = checkpoint.read_state(checkpoint.resolve(out, "latest"))
+    assert state["step"] == state["stream"]["step"] == rows(out)[-1]["step"] and "stopped by a signal" in said[0]
+
+
+def test_a_loss_that_is_not_finite_is_named_with_its_rank(shards, tmp_path):
+    ranks = start_ranks(2, settings(tmp_path / "run", shards), tmp_path / "log", poison, "loss", 3, only=1)
+    line = join_ranks(ranks, tmp_path / "log", code=2)[0].splitlines()[-1]
+    assert "step 2: not finite: rank 1: term loss, data from words" in line
+    assert checkpoint.load(tmp_path / "run")[1]["step"] == 2
+
+
+def test_torchrun_comes_back_after_a_killed_worker_and_stops_cleanly(shards, tmp_path):
+    out = tmp_path / "run"
+    argv = settings(out, shards, max_steps=100_000, save_every=20, eval_every=0, resume="auto")
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "--max-restarts=2",
+        "--monitor-interval=0.2",
+    ]
+    with open(tmp_path / "log", "w") as log:
+        agent = subprocess.Popen([*command, train.__file__, *argv], stdout=log, stderr=log, cwd=Path(train.__file__).parent)
+    try:
+        wait_for(lambda: len(checkpoint.steps(out)) > 1)
+        first = int((out / ".lock").read_text())
+        os.kill(first, signal.SIGKILL)
+        wait_for(lambda: "resumed from" in (tmp_path / "log").read_text())
+        came_back = checkpoint.read_state(checkpoint.resolve(out, "latest"))["step"]
+        wait_for(lambda: rows(out)[-1]["step"] > came_back + 5)
+        agent.send_signal(signal.SIGTERM)
+        agent.wait(40)
+    finally:
+        agent.kill()
+    state, steps = checkpoint.read_state(checkpoint.resolve(out, "latest")), [row["step"] for row in rows(out)]
+    assert steps == list(range(1, state["step"] + 1)), "each step is logged once, as if nothing had happened"
+    with pytest.raises(ProcessLookupError):
+        wait_for(lambda: os.kill(int((out / ".lock").read_text()), 0), 10)

@@ -83,7 +83,7 @@ def superwords(texts, size, vocab, merges):
         vocab, more = dict(zip(tokens, range(first), strict=True)), []
         for pair in found:
             left, right = ("".join(tokens[ord(c) - BASE] for c in side) for side in pair)
-            if left in vocab and right in vocab and allowed(left + right):  # a merge built on a dropped one goes with it
+            if allowed(left + right):  # what is built on a token that is not allowed is not allowed either
                 if left + right not in vocab and len(vocab) == size:
                     break
                 vocab.setdefault(left + right, len(vocab))

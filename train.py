@@ -179,6 +179,13 @@ def sources(cfg) -> dict[str, str]:
     return cfg.data if isinstance(cfg.data, dict) else {Path(cfg.data).name: cfg.data}
 
 
+def check_vocabulary(cfg):
+    for path in sources(cfg).values() if cfg.objective in ("lm", "denoise") else ():
+        tokens = data.read_manifest(Path(path))["tokenizer"]["vocab_size"]
+        if tokens > cfg.vocab_size:
+            die(f"vocab_size={cfg.vocab_size} is too small for the {tokens} tokens of {path}; set --vocab_size={tokens}")
+
+
 def held_out(cfg) -> dict[str, list]:
     if cfg.objective == "lm":
         micro = min(cfg.micro_tokens or cfg.tokens_per_step, 16384)
@@ -229,7 +236,49 @@ class Log:
             close()
 
 
-# ---- the loop ------------------------------------------------------------------------------------------------------------
+class Meter:
+    """What a step was worth: losses by term and by source, speed without evaluations and saves, memory, time spent waiting for data."""
+
+    def __init__(self, cfg, model, names, machine):
+        self.cfg, self.model, self.names, self.machine = cfg, model, names, machine
+        self.groups = torch.zeros(max(len(names), 1), 2, dtype=torch.float64, device=machine.device)  # nats, targets
+        self.here = torch.zeros_like(self.groups)  # of this step, which may yet be refused
+        self.restart()
+
+    def restart(self):
+        self.clock, self.tokens, self.waited = time.perf_counter(), 0, 0.0
+
+    def add(self, batch, each):
+        real = batch["targets"] != -100
+        self.here.index_add_(0, group_of(batch), torch.stack((each.double() * real, real.double()), dim=1))
+
+    def accept(self, tokens, waited, good):
+        self.tokens, self.waited = self.tokens + tokens, self.waited + waited
+        self.groups += self.here if good else 0
+        self.here.zero_()
+
+    def read(self, row, terms, sums, count, weights):
+        """-> (the record of metrics.jsonl, one line for people). Every rank must ask."""
+        values = total([*sums.tolist(), *self.groups.flatten().tolist()], self.machine)
+        losses = {t: v / max(count[t], 1.0) for t, v in zip(terms, values, strict=False)}
+        by_name = zip(self.names, values[len(terms) :: 2], values[len(terms) + 1 :: 2], strict=False)
+        seconds = time.perf_counter() - self.clock
+        speed, flops = self.tokens / seconds, self.model.flops_per_token(row.seq_len) if hasattr(self.model, "flops_per_token") else 0.0
+        mfu = speed * flops / (self.machine.peak * self.machine.world) if self.machine.peak else 0.0
+        suffix = "" if self.cfg.causal else "_noncausal"
+        record = {f"train/{t}{suffix}": v for t, v in losses.items()}
+        if len(self.names) > 1:
+            record |= {f"train/{name}/loss{suffix}": nats / n for name, nats, n in by_name if n}
+        record |= {"train/lr": row.lr, "train/seq_len": row.seq_len, "train/stage": row.stage, "train/tokens_per_sec": speed}
+        record |= {"train/wait": self.waited / seconds, "train/peak_mem": hardware.peak_memory(self.machine.device)}
+        record |= {"train/mfu": mfu} if mfu else {}
+        record |= {"train/tau": row.tau} if self.cfg.ffn == "polyglu" else {}
+        record |= {} if self.cfg.causal else {"causal": False}
+        loss = losses.get("loss", sum(weights.get(t, 1.0) * v for t, v in losses.items()))
+        line = f"loss {loss:.4f} | lr {row.lr:.2e} | {speed / 1e3:.1f}k tok/s" + (f" | MFU {mfu:.1%}" if mfu else "")
+        self.groups.zero_()
+        self.restart()
+        return record, line + (f" | T {row.seq_len}" if self.cfg.stages else "")
 
 
 def complain(step, losses, groups, model, machine) -> tuple[str, bool]:
@@ -249,21 +298,19 @@ def complain(step, losses, groups, model, machine) -> tuple[str, bool]:
     return f"step {step}: not finite: {text}", any(each["weight"] for each in everywhere)
 
 
+# ---- the loop ------------------------------------------------------------------------------------------------------------
+
+
 def main(argv):
     cfg, files = configurator.load(Config, argv, __doc__)
     machine = hardware.find(cfg.device, cfg.dtype)
     hardware.join(machine)
-    lead = machine.rank == 0
-    objective = find_objective(cfg)
-    out = Path(cfg.out)
+    lead, objective, out = machine.rank == 0, find_objective(cfg), Path(cfg.out)
     checkpoint.find_resume(out, cfg.resume)  # says no before the folder is touched
     lock = checkpoint.lock(out) if lead else None  # held until the process ends: two runs in one folder would destroy each other
     resume_from = checkpoint.find_resume(out, cfg.resume)
+    check_vocabulary(cfg)
 
-    for path in sources(cfg).values() if cfg.objective in ("lm", "denoise") else ():
-        tokens = data.read_manifest(Path(path))["tokenizer"]["vocab_size"]
-        if tokens > cfg.vocab_size:
-            die(f"vocab_size={cfg.vocab_size} is too small for the {tokens} tokens of {path}; set --vocab_size={tokens}")
     torch.manual_seed(cfg.seed)
     raw = objective.build(cfg)
     if cfg.init_from:
@@ -273,34 +320,34 @@ def main(argv):
     model = hardware.wrap(raw, cfg.parallel, machine)
     optimizer = optim.build_optimizer(raw, cfg)
     stream = objective.open_stream(cfg, plan, machine.rank, machine.world)
+    names = stream.names
 
-    start, state = 0, {"tokens": 0, "skipped": 0, "best": None, "metrics": {}}
+    step, state = 0, {"tokens": 0, "skipped": 0, "best": None, "metrics": {}}
     if resume_from:
         state = checkpoint.load_training(resume_from, raw, optimizer)
-        start = state["step"]
+        step = state["step"]
         stream.load(state["stream"])
     precision = fp8.apply(raw, cfg, machine.device, [(s.seq_len, s.micro_tokens) for s in plan.stages])
     fp8.load_memory(raw, state.pop("fp8", {}))
     call = torch.compile(model, dynamic=False) if cfg.compile else model
-    names = stream.names
-    stream = data.prefetch(stream, cfg.prefetch)
-    val = held_out(cfg)
+    stream, val = data.prefetch(stream, cfg.prefetch), held_out(cfg)
 
-    log = Log(cfg, out, start) if lead else None
+    log = Log(cfg, out, step) if lead else None
     if lead:
+        about = {
+            "commit": hardware.git_commit(),
+            "torch": torch.__version__,
+            "machine": machine.why,
+            "world": machine.world,
+            "files": files,
+        }
+        checkpoint.start_run(out, cfg, about)
         default = configurator.to_dict(Config())
-        checkpoint.start_run(
-            out,
-            cfg,
-            {"commit": hardware.git_commit(), "torch": torch.__version__, "files": files, "machine": machine.why, "world": machine.world},
-        )
-        changed = {k: v for k, v in configurator.to_dict(cfg).items() if v != default[k]}
-        log.say("  ".join(f"{k}={v}" for k, v in changed.items()))
+        log.say("  ".join(f"{k}={v}" for k, v in configurator.to_dict(cfg).items() if v != default[k]))
         log.say(f"{machine.why}; {machine.world} process{'es' * (machine.world > 1)}; {raw.num_params():,} parameters\n{plan.table()}")
         if cfg.precision != "bf16":
             log.say(precision)
         log.say(f"resumed from {resume_from}" if resume_from else f"new run in {out}")
-
     asked, parent = [], os.getppid()  # signals: noticed between steps, agreed on by all ranks in the reduction of every step
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         signal.signal(getattr(signal, name), lambda number, frame: asked.append(number))
@@ -309,36 +356,29 @@ def main(argv):
         score = metrics.get(cfg.best_metric)
         best = score is not None and (state["best"] is None or score < state["best"])
         state["best"] = score if best else state["best"]
-        full = state | {
-            "step": step,
-            "stream": position,
-            "metrics": metrics,
-            "config": configurator.to_dict(cfg),
-            "tau": float(raw.tau),
-            "fp8": fp8.memory(raw),
-        }
+        now = {"step": step, "stream": position, "metrics": metrics, "tau": float(raw.tau), "fp8": fp8.memory(raw)}
+        full = state | now | {"config": configurator.to_dict(cfg)}
         checkpoint.save(out, step, raw, optimizer, full, cfg.keep, metric=score, is_best=best)
         if lead:
             log.say(f"saved {out}/step-{step:06d}{' (best so far)' if best else ''}")
 
-    groups = torch.zeros(max(len(names), 1), 2, dtype=torch.float64, device=machine.device)  # nats, targets by source or denoiser
     params = [p for p in raw.parameters() if p.requires_grad]
-    bar = tqdm(
-        total=plan.steps, initial=start, unit="step", disable=not (lead and cfg.progress and sys.stderr.isatty()), dynamic_ncols=True
-    )
-    clock, clock_tokens, waited, saved_at = time.perf_counter(), 0, 0.0, start
+    visible = lead and cfg.progress and sys.stderr.isatty()
+    bar = tqdm(total=plan.steps, initial=step, unit="step", disable=not visible, dynamic_ncols=True)
+    meter = Meter(cfg, raw, names, machine)
+    first, saved_at, position = step, step, stream.state  # position: of the stream, after the last step that was taken
 
-    step, position = start, stream.state
     while step < plan.steps:
-        row = plan(step)
-        batches = next(stream)
-        counts = [objective.counts(b) for b in batches]
+        row, batches = plan(step), next(stream)
+
+        # how many targets each loss term has over the whole step is known before any forward; a rank's signal travels along
+        counts = [objective.counts(batch) for batch in batches]
         terms = sorted({t for c in counts for t in c})
-        real = sum(int(b["tokens"]) for b in batches)
+        tokens = sum(int(batch["tokens"]) for batch in batches)
         if machine.world > 1 and os.getppid() != parent:
             asked.append("torchrun is gone")
-        *count, stepped, stop = total([sum(c.get(t, 0.0) for c in counts) for t in terms] + [real, len(asked)], machine)
-        if stop:  # this step's batches were drawn but not used: `position` is still that of the step before
+        *count, tokens, stop = total([sum(c.get(t, 0.0) for c in counts) for t in terms] + [tokens, len(asked)], machine)
+        if stop:
             break
         count = dict(zip(terms, count, strict=True))
         for group in optimizer.param_groups:
@@ -350,24 +390,29 @@ def main(argv):
             with fp8.scope(raw):
                 objective.prepare(call, raw, batches)
 
-        sums, here = torch.zeros(len(terms), dtype=torch.float64, device=machine.device), torch.zeros_like(groups)
+        # forward and backward; the loss is the token mean of the global batch, the wrapper averages over ranks
+        sums = torch.zeros(len(terms), dtype=torch.float64, device=machine.device)
         for i, batch in enumerate(batches):
             hardware.sync_gradients(model, cfg.parallel, machine, now=i == len(batches) - 1)
             batch = to_device(batch, machine.device)
             with fp8.scope(raw):
                 term, each = objective.sums(call, raw, batch)
             loss = sum(objective.weights.get(t, 1.0) * term[t] / max(count[t], 1.0) for t in term)
-            (loss * machine.world).backward()  # the wrapper averages over ranks; the mean is already in count
+            (loss * machine.world).backward()
             sums += torch.stack([term[t].detach().double() if t in term else sums.new_zeros(()) for t in terms])
             if each is not None:
-                keep = batch["targets"] != -100
-                here.index_add_(0, group_of(batch), torch.stack((each.double() * keep, keep.double()), dim=1))
+                meter.add(batch, each)
 
+        # a gradient that is not finite never reaches the weights
         norm = torch.nn.utils.clip_grad_norm_(params, row.clip or math.inf)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-        if not math.isfinite(norm):
-            local, where = dict(zip(terms, sums.tolist(), strict=True)), dict(zip(names, here[:, 0].tolist(), strict=False))
-            line, damaged = complain(step, local, where, raw, machine)
+        good = math.isfinite(norm)
+        if good:
+            optimizer.step()
+            fp8.refresh(raw)
+        else:
+            by_term, by_name = dict(zip(terms, sums.tolist(), strict=True)), dict(zip(names, meter.here[:, 0].tolist(), strict=False))
+            line, damaged = complain(step, by_term, by_name, raw, machine)
             if cfg.on_nonfinite == "stop" or damaged:
                 if not lead:
                     raise SystemExit(2)
@@ -375,71 +420,39 @@ def main(argv):
             state["skipped"] += 1
             if lead:
                 log.say(f"{line}; step skipped, {state['skipped']} so far")
-        else:
-            optimizer.step()
-            groups += here
-        fp8.refresh(raw)
-        if cfg.stats_every and step % cfg.stats_every == 0 and lead:
+        if lead and cfg.stats_every and step % cfg.stats_every == 0:
             log.row({"step": step + 1} | monitor.statistics(raw, batch))
         optimizer.zero_grad(set_to_none=True)
-        if cfg.fp8_stats_every and step % cfg.fp8_stats_every == 0 and lead:
-            worst = monitor.fp8_statistics(raw, lambda: objective.sums(raw, raw, batch)[0][terms[0]])
-            log.row({"step": step + 1} | {f"fp8/{r['name']}/{k}": v for r in worst for k, v in r.items() if k != "name"})
-            log.say("\n".join(f"fp8 worst: {r}" for r in worst[:3]))
-        state["tokens"] += int(stepped)
+        if lead and cfg.fp8_stats_every and step % cfg.fp8_stats_every == 0:
+            rows = monitor.fp8_statistics(raw, lambda: objective.sums(raw, raw, batch)[0][terms[0]])
+            log.row({"step": step + 1} | {f"fp8/{r['name']}/{k}": v for r in rows for k, v in r.items() if k != "name"})
         step, position = step + 1, stream.state
-        clock_tokens, waited = clock_tokens + int(stepped), waited + stream.wait
+        state["tokens"] += int(tokens)
+        meter.accept(int(tokens), stream.wait, good)
         bar.update()
 
-        if step % cfg.log_every == 0 or step in (start + 1, plan.steps):
-            values = total([*sums.tolist(), *groups.flatten().tolist()], machine)
-            losses = {t: v / max(count[t], 1.0) for t, v in zip(terms, values, strict=False)}
-            pairs = list(zip(values[len(terms) :: 2], values[len(terms) + 1 :: 2], strict=True))
-            seconds = time.perf_counter() - clock
-            speed = clock_tokens / seconds
-            flops = raw.flops_per_token(row.seq_len) if hasattr(raw, "flops_per_token") else 0
-            mfu = speed * flops / (machine.peak * machine.world) if machine.peak and flops else None
-            suffix = "" if cfg.causal else "_noncausal"
-            record = {f"train/{t}{suffix}": v for t, v in losses.items()}
-            record |= {f"train/{n}/loss{suffix}": a / b for n, (a, b) in zip(names, pairs, strict=False) if b and len(names) > 1}
-            record |= {
-                "train/lr": row.lr,
-                "train/grad_norm": norm,
-                "train/tokens_per_sec": speed,
-                "train/mfu": mfu,
-                "train/wait": waited / seconds,
-            }
-            record |= {
-                "train/peak_mem": hardware.peak_memory(machine.device),
-                "train/seq_len": row.seq_len,
-                "train/stage": row.stage,
-                "tokens": state["tokens"],
-            }
-            record |= {"train/tau": row.tau} if cfg.ffn == "polyglu" else {}
-            record |= {"train/skipped": state["skipped"]} if state["skipped"] else {}
-            groups.zero_()
+        # reports, evaluation, checkpoint
+        end = step == plan.steps
+        if end or step % cfg.log_every == 0 or step == first + 1:
+            record, line = meter.read(row, terms, sums, count, objective.weights)
             if lead:
-                log.row({"step": step} | record | ({} if cfg.causal else {"causal": False}))
-                main_loss = losses.get("loss", sum(objective.weights.get(t, 1.0) * v for t, v in losses.items()))
-                text = f"step {step:>6}/{plan.steps} | loss {main_loss:.4f} | lr {row.lr:.2e} | norm {norm:.2f} | {speed / 1e3:.1f}k tok/s"
-                log.say(text + (f" | MFU {mfu:.1%}" if mfu else "") + (f" | T {row.seq_len}" if cfg.stages else ""))
-            clock, clock_tokens, waited = time.perf_counter(), 0, 0.0
-
-        due = lambda every: step == plan.steps or (every and step % every == 0)  # noqa: B023, E731
-        if due(cfg.eval_every) and val:
+                log.row({"step": step, "tokens": state["tokens"], "train/grad_norm": norm} | record)
+                log.say(f"step {step:>6}/{plan.steps} | {line} | norm {norm:.2f}")
+        evaluating = val and (end or (cfg.eval_every and step % cfg.eval_every == 0))
+        if evaluating:
             with fp8.evaluation(raw):
-                metrics = evaluate(raw, val, machine, shares=cfg.parallel == "ddp")
-            state["metrics"] = metrics
+                state["metrics"] = evaluate(raw, val, machine, shares=cfg.parallel == "ddp")
             if lead:
-                log.row({"step": step} | metrics)
-                log.say("  ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
-        if due(cfg.save_every):
-            save(step, state["metrics"] if due(cfg.eval_every) else {})
+                log.row({"step": step} | state["metrics"])
+                log.say("  ".join(f"{k} {v:.4f}" for k, v in state["metrics"].items()))
+        if end or (cfg.save_every and step % cfg.save_every == 0):
+            save(step, state["metrics"] if evaluating else {})
             saved_at = step
-        if due(cfg.eval_every) or due(cfg.save_every):
-            clock, clock_tokens, waited = time.perf_counter(), 0, 0.0
+        if evaluating or saved_at == step:
+            meter.restart()
 
     bar.close()
+    stream.close()
     if step > saved_at:
         save(step, {})
     if lead:
@@ -449,7 +462,6 @@ def main(argv):
             else f"done: {step} steps, {state['tokens']:,} tokens"
         )
         log.close()
-    stream.close()
     if machine.world > 1:
         torch.distributed.barrier()  # rank 0 still saves and logs when the others are done; a peer that left would hang it
         torch.distributed.destroy_process_group()

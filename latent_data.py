@@ -1,4 +1,4 @@
-"""What the interlingua reads and what the frozen models are asked: sources, prompts, flat batches, and their stream.
+"""LatentWire without its models: settings, the bytes on the wire, what is read and what is asked, flat batches and their stream.
 
     [BOS?] [head] [P_1 .. P_M] [tail: question, anchor] [answer] [EOS]          one flat document per question and model
 
@@ -9,14 +9,116 @@ A step is a pure function of (seed, step): any world size sees the same sources 
 import json
 import random
 import re
+import struct
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 
 import data
 from configurator import die
+
+
+@dataclass(frozen=True)
+class LatentConfig:
+    # ---- objective=latent: one packet of vectors that frozen language models read (latentwire.py). data names jsonl files of
+    # {context, question, answers} and of {text}; seq_len is the longest source in the reader's tokens, a row is one source,
+    # so tokens_per_step / seq_len sources make a step; mix in the stage table walks from text (reconstruction) to questions
+    lms: tuple[str, ...] = ()  # run directories of the frozen models, any number
+    latent_encoder: Literal["lm", "pool", "byte", "query", "sent"] = "lm"
+    latent_reader: str = ""  # whose layers and tokens read the source (lm, query, sent); "": the first of lms
+    latent_layers: int = 0  # its first layers only; 0: all
+    latent_blocks: int = 0  # blocks of our own on top of it (lm)
+    latent_frozen: bool = False  # lm: its layers stay as they are, only the blocks on top are trained
+    latent_from: str = ""  # a latent run whose encoder is taken over, frozen; only adapters are trained (a further model joins)
+    latent_len: int = 12  # slots M of a packet
+    latent_ratio: int = 0  # instead: one slot per so many source tokens
+    latent_dim: int = 16  # d_z of a slot
+    adapter: Literal["mlp", "linear"] = "mlp"
+    calibration: Literal["embed_rms", "fixed", "none"] = "embed_rms"
+    prefix_rms: float = 0.0  # of a slot, for calibration=fixed
+    compress: Literal["context", "all"] = "context"  # what the packet carries; all: the question too
+    anchor: Literal["auto", "text", "chat", "none"] = "auto"  # what calls for the answer; auto: chat if the model has a template
+    bos: Literal["first", "after", "none"] = "first"  # where BOS stands, if the model has one
+    latent_questions: int = 3  # questions of each passage per step, at most; 0: all
+    first_k: int = 4  # answer tokens of w_k and w_kd
+    kd_tau: float = 1.0
+    w_ans: float = 1.0  # every answer token and EOS
+    w_first: float = 0.5  # the first one again
+    w_k: float = 0.5  # the first k again
+    w_kd: float = 0.0  # KL to the same model reading the text
+    w_ae: float = 1.0  # text: the source back from the packet
+    w_lm: float = 0.5  # text: what follows the source
+    w_ae_qa: float = 0.0  # questions: the source back from the packet
+    wire_bits: tuple[int, ...] = ()  # straight-through quantisation at one of these widths per step; (): none
+    wire_start: float = 0.0  # from this share of the run on
+    sequential: bool = False  # one model's activations at a time: less memory, one more forward
+
+
+# ---- the wire -----------------------------------------------------------------------------------------------------------
+
+HEADER = struct.Struct("<4sBBHHHI")  # magic, version, bits, group, M, d_z, count: 16 bytes
+MAGIC, VERSION, GROUP = b"LWIR", 1, 32
+WIDTHS = (32, 16, 8, 6, 4)
+
+
+def scales_of(amax, qmax):
+    """fp16 scales as stored, rounded towards zero: then scale <= amax / qmax and the error stays below amax / (2 qmax)."""
+    exact = amax / qmax
+    half = exact.astype(np.float16)
+    return np.where(half.astype(np.float32) > exact, np.nextafter(half, np.float16(0)), half)
+
+
+def encode(z, bits: int) -> bytes:
+    """(M, d_z) -> the bytes that travel. 32 and 16 are floats; below, groups of 32 values share a scale."""
+    z = np.ascontiguousarray(torch.as_tensor(z).detach().float().cpu().numpy())
+    if bits not in WIDTHS or z.ndim != 2 or max(z.shape) > 65535 or not np.isfinite(z).all():
+        raise ValueError(f"cannot send bits={bits}, shape {z.shape}: bits in {WIDTHS}, (M, d_z) up to 65535, finite values")
+    header = HEADER.pack(MAGIC, VERSION, bits, GROUP, *z.shape, z.size)
+    flat = z.reshape(-1)
+    if bits == 32:
+        return header + flat.astype("<f4").tobytes()
+    qmax = 2 ** (bits - 1) - 1
+    if np.abs(flat).max(initial=0) > 65504 * (1 if bits == 16 else qmax):
+        raise ValueError(f"{np.abs(flat).max():g} does not fit fp16 {'values' if bits == 16 else 'scales'}; send 32 bits")
+    if bits == 16:
+        return header + flat.astype("<f2").tobytes()
+    groups = np.pad(flat, (0, -len(flat) % GROUP)).reshape(-1, GROUP)
+    scale = scales_of(np.abs(groups).max(1, initial=0), qmax)  # (G,)
+    step = scale.astype(np.float32)[:, None]
+    q = np.clip(np.rint(np.divide(groups, step, out=np.zeros_like(groups), where=step > 0)), -qmax, qmax).astype(np.int64)
+    raised = (q.reshape(-1)[: len(flat)] + qmax).astype(np.uint8)  # 0 .. 2 qmax
+    packed = np.packbits(np.unpackbits(raised[:, None], axis=1)[:, 8 - bits :])
+    return header + scale.astype("<f2").tobytes() + packed.tobytes()
+
+
+def decode(payload: bytes) -> torch.Tensor:
+    """The bytes -> (M, d_z) fp32, exactly what every model gets to see. Anything but a whole packet of ours is refused."""
+    if len(payload) < HEADER.size:
+        raise ValueError(f"a packet has a header of {HEADER.size} bytes, this one has {len(payload)} bytes in all")
+    magic, version, bits, group, m, d, count = HEADER.unpack_from(payload)
+    if (magic, version, group) != (MAGIC, VERSION, GROUP) or bits not in WIDTHS or count != m * d:
+        raise ValueError(f"not a packet: magic {magic!r}, version {version}, bits {bits}, group {group}, {m} x {d} != {count}?")
+    n_groups = -(-count // GROUP) if bits < 16 else 0
+    body = payload[HEADER.size :]
+    if len(body) != 2 * n_groups + -(-count * bits // 8):
+        raise ValueError(f"a packet of {count} values at {bits} bits has {2 * n_groups + -(-count * bits // 8)} bytes, not {len(body)}")
+    if bits >= 16:
+        flat = np.frombuffer(body, f"<f{bits // 8}").astype(np.float32)
+    else:
+        scale = np.frombuffer(body[: 2 * n_groups], "<f2").astype(np.float32)
+        ones = np.unpackbits(np.frombuffer(body[2 * n_groups :], np.uint8))[: count * bits].reshape(count, bits)
+        q = (ones @ (1 << np.arange(bits - 1, -1, -1))).astype(np.float32) - (2 ** (bits - 1) - 1)
+        flat = q * np.repeat(scale, GROUP)[:count]
+    if not np.isfinite(flat).all():
+        raise ValueError("the packet holds values that are not finite")
+    return torch.from_numpy(flat.reshape(m, d).copy())
+
+
+# ---- what is asked ------------------------------------------------------------------------------------------------------
 
 CONTEXT, QUESTION = "\x00", "\x01"  # the two holes of a template
 TEXT = {  # anchor -> the question's part; the passage stands before it as "Context: ..."

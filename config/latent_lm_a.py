@@ -8,7 +8,7 @@
 # to stay near ln(1/32) per value until step ~500 and then to fall within 200 steps, when attention finds the lookup.
 out = "out/latent_lm_a"
 data = {"facts": "data/facts_a/facts", "text": "data/facts_a/text"}
-mix = {"facts": 0.9, "text": 0.1}
+mix = {"facts": 0.97, "text": 0.03}
 packing = "documents"
 vocab_size = 512
 n_layer = 3
@@ -18,7 +18,7 @@ init_std = 0.1  # narrow layers need large first weights: 1 / sqrt(96)
 max_len = 1024
 seq_len = 512
 tokens_per_step = 2048
-max_steps = 1200
+max_steps = 1400
 lr = 2e-3
 warmup = 50
 log_every = 50

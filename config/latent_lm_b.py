@@ -8,5 +8,5 @@ vocab_size = 2048
 n_layer = 2
 n_head = 4
 d_model = 128
-max_steps = 1000
+max_steps = 1200
 seed = 2

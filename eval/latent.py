@@ -33,6 +33,7 @@ import checkpoint
 import configurator
 import latent_data
 import latentwire
+import machine
 import tokenizer
 from eval.answers import budget_arms, cut_bytes, cut_tokens, exact, f1, normalise
 
@@ -230,9 +231,10 @@ def read_from_text(opt) -> None:
 
 
 def evaluate(opt) -> dict:
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if opt.device == "auto" else opt.device
-    model, state = latentwire.load(opt.ckpt, device)
+    model, state = latentwire.load(opt.ckpt)
     cfg = state["config"]
+    where = machine.find(opt.device, cfg["dtype"])
+    model.set_dtype(where.dtype).to(where.device)
     qa = cfg["data"].get("qa") if isinstance(cfg["data"], dict) else cfg["data"]
     data = opt.data or str(Path(qa or "").parent / "test.jsonl")
     rows = [r for r in latent_data.read_rows(data) if "question" in r]

@@ -1,0 +1,68 @@
+"""What the evaluations share: opening a run and saying exactly what it is, intervals by bootstrap, results on disk.
+
+Each is run as a module: `python -m eval.perplexity --ckpt=out/RUN`. Read next: perplexity.py, the simplest of them.
+"""
+
+import dataclasses
+import json
+import math
+import os
+
+import numpy as np
+import torch
+
+import checkpoint
+import machine
+import tokenizer
+from model import build
+
+OPEN = {"ckpt": str, "device": "auto", "dtype": "float32", "tau": 0.0, "allow_noncausal": False, "out": ""}
+
+
+def open_run(o):
+    """The options OPEN -> model (eval mode, its activation dtype and tau set), state, device, and a dict that says what was measured."""
+    found = machine.find(o.device, o.dtype)
+    torch.set_float32_matmul_precision("highest")  # fp32 means fp32 here
+    at = lambda cfg: build(dataclasses.replace(cfg, allow_noncausal=cfg.allow_noncausal or o.allow_noncausal))  # noqa: E731
+    model, state = checkpoint.load(o.ckpt, str(found.device), at)
+    model.set_dtype(found.dtype)
+    if o.tau:
+        model.tau.fill_(o.tau)
+    cfg = model.cfg
+    facts = {"ckpt": o.ckpt, "step": state.get("step"), "commit": machine.git_commit(), "torch": torch.__version__}
+    facts |= {"device": found.why, "dtype": str(found.dtype)[6:], "causal": cfg.causal, "ffn": cfg.ffn}
+    if cfg.ffn == "polyglu":
+        facts |= {"gate": cfg.gate, "tau": float(model.tau)}
+    return model, state, found.device, facts
+
+
+def load_tokenizer(ckpt):
+    """Of the run that holds a checkpoint, whether the run or one of its steps was named."""
+    return tokenizer.load(ckpt if os.path.isdir(os.path.join(ckpt, "tokenizer")) else os.path.dirname(os.path.normpath(ckpt)))
+
+
+def suffix(model) -> str:
+    """Of every metric's name: a gate that hears later tokens gives no likelihood, and no table may hide that."""
+    return "" if model.cfg.causal else "_noncausal"
+
+
+def bootstrap(top, bottom=None, draws=1000, seed=0):
+    """95 % interval of sum(top) / sum(bottom) (of the mean without `bottom`) over resampled documents, windows or runs."""
+    top = np.asarray(top, float)
+    bottom = np.ones_like(top) if bottom is None else np.asarray(bottom, float)
+    if len(top) < 2:
+        return [math.nan, math.nan]
+    rng, values = np.random.default_rng(seed), []
+    for _ in range(draws):
+        weight = np.bincount(rng.integers(0, len(top), len(top)), minlength=len(top))
+        values.append(weight @ top / max(weight @ bottom, 1e-300))
+    return [float(v) for v in np.percentile(values, [2.5, 97.5])]
+
+
+def write_json(path, value):
+    """Whole or not at all."""
+    if path:
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        with open(path + ".tmp", "w", encoding="utf-8") as f:
+            json.dump(value, f, indent=1)
+        os.replace(path + ".tmp", path)

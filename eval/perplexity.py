@@ -1,0 +1,182 @@
+"""Held-out loss: of fixed windows of the val split, and of whole documents, domain by domain, in bits per byte.
+
+    python -m eval.perplexity --ckpt=out/RUN                          the val split of what the run was trained on
+    python -m eval.perplexity --ckpt=out/RUN --data=data/math,code    folders of shards, or names from the run's config
+    python -m eval.perplexity --ckpt=out/RUN --domains=data/val       every NAME.jsonl of {"text": ...} there (prepare.val)
+                              [--windows=244] [--seq_len=0] [--eval_len=2048] [--reference=other.json] [--out=result.json]
+
+Windows: `windows` rows of `seq_len` tokens, evenly spread over the split, documents isolated. Domains: every document alone, from an EOS
+context, longer ones in consecutive windows, each text token scored once, no EOS target. Only the val split is ever opened.
+bits per byte = nats / (ln 2 x UTF-8 bytes) is the one figure that compares tokenizers. Intervals: bootstrap over windows or documents.
+Read next: eval/harness.py (tasks), eval/routing.py (what the neurons chose).
+"""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import configurator
+import data
+import monitor
+from configurator import die
+from eval import OPEN, bootstrap, load_tokenizer, open_run, suffix, write_json
+from machine import to_device
+
+OPTIONS = OPEN | {"data": "", "domains": "", "windows": 244, "seq_len": 0, "eval_len": 2048, "batch_tokens": 16384, "reference": ""}
+COLUMNS = ("nats", "tokens", "top1", "top5", "entropy")
+
+
+@torch.no_grad()
+def token_scores(model, hidden, targets, chunk=512):
+    """(N, 5): nats, 1, is it the likeliest, is it among five, entropy of the prediction; zero where nothing is scored."""
+    rows = []
+    for h, target in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+        logp = model.predict(h).log_softmax(-1)  # (chunk, V)
+        right = logp.gather(1, target.clamp(min=0)[:, None])
+        rank = (logp > right).sum(1)
+        entropy = -(logp.exp() * logp).sum(1)
+        row = torch.stack([-right[:, 0], torch.ones_like(entropy), (rank < 1).float(), (rank < 5).float(), entropy], 1)
+        rows.append(row.double() * (target != -100)[:, None])
+    return torch.cat(rows)
+
+
+def domain_batches(folder, tok, eval_len=2048, batch_tokens=16384):
+    """{domain: flat micro-batches} of every NAME.jsonl in `folder`; besides what every batch holds, `document` (S,) names each segment's
+    document, and `bytes` counts the text whose first window is here. train.py's evaluation reads these as it reads the val split."""
+    files = sorted(Path(folder).glob("*.jsonl"))
+    if not files:
+        die(f"--domains={folder}: no NAME.jsonl there; python -m prepare.val --from=DIR --out={folder} writes them")
+    domains = {}
+    for path in files:
+        texts = [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        pieces, batches, held = [], [], 0  # (document, ids with one more in front, bytes)
+        for i, text in enumerate(texts):
+            ids = [tok.eos_id, *tok.encode(text)]
+            for at in range(0, len(ids) - 1, eval_len):
+                piece = ids[at : at + eval_len + 1]
+                if pieces and held + len(piece) - 1 > batch_tokens:
+                    batches.append(pack(pieces))
+                    pieces, held = [], 0
+                pieces.append((i, piece, 0 if at else len(text.encode())))
+                held += len(piece) - 1
+        domains[path.stem] = batches + ([pack(pieces)] if pieces else [])
+        if not domains[path.stem]:
+            die(f"{path}: holds no text")
+    return domains
+
+
+def pack(pieces):
+    lengths = torch.tensor([len(ids) - 1 for _, ids, _ in pieces])
+    return {
+        "ids": torch.tensor([i for _, ids, _ in pieces for i in ids[:-1]]),
+        "targets": torch.tensor([i for _, ids, _ in pieces for i in ids[1:]]),
+        "pos": torch.cat([torch.arange(n) for n in lengths.tolist()]),
+        "cu": torch.cat((lengths.new_zeros(1), lengths.cumsum(0))).int(),
+        "max_len": int(lengths.max()),
+        "rows": torch.zeros(1, dtype=torch.long),
+        "source": torch.zeros(1, dtype=torch.long),
+        "tokens": int(lengths.sum()),
+        "document": torch.tensor([i for i, _, _ in pieces]),
+        "bytes": sum(size for _, _, size in pieces),
+    }
+
+
+@torch.no_grad()
+def score(model, batches, device, note=""):
+    """-> (units, 5) sums of COLUMNS per document (or per row of a windows batch), and the bytes of their text."""
+    rows, ids, size, first = [], [], 0, 0
+    for batch in tqdm(batches, desc=note, unit="batch", disable=not sys.stderr.isatty(), leave=False):
+        each = token_scores(model, model(to_device(batch, device)), batch["targets"].to(device)).cpu()
+        if "document" in batch:
+            unit = batch["document"].repeat_interleave(batch["cu"].diff().long())
+        else:
+            unit = first + torch.arange(len(each)) // (len(each) // len(batch["rows"]))
+        ids.append(unit)
+        rows.append(each)
+        first, size = int(unit.max()) + 1, size + batch["bytes"]
+    ids = torch.cat(ids)
+    return torch.zeros(int(ids.max()) + 1, len(COLUMNS), dtype=torch.float64).index_add_(0, ids, torch.cat(rows)), size
+
+
+def summary(sums, size):
+    """What a table shows, from `score`."""
+    sums = sums[sums[:, 1] > 0]
+    nats, tokens, top1, top5, entropy = sums.sum(0).tolist()
+    low, high = bootstrap(sums[:, 0], sums[:, 1])
+    row = {
+        "loss": nats / tokens,
+        "loss_low": low,
+        "loss_high": high,
+        "ppl": math.exp(nats / tokens),
+        "bits_per_token": nats / tokens / math.log(2),
+    }
+    if size:
+        row |= {f"bpb{k}": v * tokens / (math.log(2) * size) for k, v in (("", nats / tokens), ("_low", low), ("_high", high))}
+    return row | {
+        "top1": top1 / tokens,
+        "top5": top5 / tokens,
+        "entropy": entropy / tokens,
+        "tokens": int(tokens),
+        "bytes": size,
+        "units": len(sums),
+    }
+
+
+def window_batches(names, known, seq_len, windows, batch_tokens):
+    """{name: batches} of val splits; a name is a folder or a source of the run's config."""
+    found = {}
+    for name in filter(None, names.split(",")) if names else known:
+        path = known.get(name, name)
+        if not Path(path, "manifest.json").is_file():
+            die(f"--data={name}: {path} is no folder of shards; known to this run: {', '.join(known) or 'nothing'}")
+        found[Path(name).name] = data.val_batches(path, seq_len, windows * seq_len, max(batch_tokens, seq_len))
+    return found
+
+
+def sources(state):
+    known = state["config"].get("data", {})
+    return known if isinstance(known, dict) else {Path(known).name: known}
+
+
+def main(argv):
+    o = configurator.args(OPTIONS, argv, __doc__)
+    model, state, device, facts = open_run(o)
+    if model.cfg.arch != "decoder":
+        die(f"arch={model.cfg.arch!r} predicts no next token; python -m eval.denoising --ckpt={o.ckpt} measures it")
+    seq_len = o.seq_len or min(state["config"].get("seq_len", model.cfg.max_len), model.cfg.max_len)
+    sets, results, began = {}, {}, time.time()
+    if o.domains:
+        sets |= domain_batches(o.domains, load_tokenizer(o.ckpt), min(o.eval_len, model.cfg.max_len), o.batch_tokens)
+    if o.data or not o.domains:
+        sets |= window_batches(o.data, sources(state), seq_len, o.windows, o.batch_tokens)
+    for name, batches in sets.items():
+        start = time.time()
+        results[name] = summary(*score(model, batches, device, name)) | {"seconds": round(time.time() - start, 2)}
+    end = suffix(model)
+    heads = ("nats/token", "95 % interval", "ppl", "bits/byte", "top-1", "top-5", "tokens", "s")
+    print("{:<20} {:>10} {:>19} {:>10} {:>9} {:>6} {:>6} {:>11} {:>6}".format("domain" + end, *heads))
+    for name, r in results.items():
+        bpb = f"{r['bpb']:9.4f}" if "bpb" in r else f"{'-':>9}"
+        line = f"{name:<20} {r['loss']:10.4f} {r['loss_low']:9.4f} {r['loss_high']:9.4f} {r['ppl']:10.2f} {bpb}"
+        print(f"{line} {r['top1']:6.3f} {r['top5']:6.3f} {r['tokens']:11,} {r['seconds']:6.1f}")
+    if not model.cfg.causal:
+        print("this gate hears later tokens: none of these is a next-token likelihood")
+    if len(results) > 1:
+        reference = {}
+        if o.reference:
+            reference = {k.removesuffix("_noncausal"): v["bpb"] for k, v in json.loads(Path(o.reference).read_text())["results"].items()}
+        for metric, ref in (("ppl", None), ("bpb", reference)):
+            ratios = monitor.surprise({n: r[metric] for n, r in results.items() if metric in r}, metric, ref)
+            print(f"surprise by {metric}: " + ", ".join(f"{n} {ratio:.2f} {advice}" for n, (ratio, advice) in ratios.items()))
+            for name, (ratio, advice) in ratios.items():
+                results[name][f"surprise_{metric}"], results[name][f"advice_{metric}"] = ratio, advice
+    write_json(o.out, facts | {"seconds": time.time() - began, "results": {name + end: r for name, r in results.items()}})
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -6,11 +6,13 @@
 Runs are real runs of train.py on a tiny model, in processes forked from one that has imported torch already.
 """
 
+import dataclasses
 import hashlib
 import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -18,6 +20,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -30,6 +33,7 @@ import data
 import optim
 import tokenizer
 import train
+from model import build
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(train.__file__).parent), str(Path(__file__).parent)])
@@ -401,11 +405,15 @@ def rank_child(rank, world, port, *rest):
     child(*rest)
 
 
-def start_ranks(world, argv, log, *fault, only=None):
-    """What torchrun starts, without its ten seconds. `only`: the rank that the fault befalls."""
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def start_ranks(world, argv, log, *fault, only=None):
+    """What torchrun starts, without its ten seconds. `only`: the rank that the fault befalls."""
+    port = free_port()
     faults = [fault if only in (None, rank) else () for rank in range(world)]
     ranks = [forks.Process(target=rank_child, args=(rank, world, port, argv, f"{log}{rank}", faults[rank])) for rank in range(world)]
     for process in ranks:
@@ -523,3 +531,149 @@ def test_torchrun_comes_back_after_a_killed_worker_and_stops_cleanly(shards, tmp
     assert steps == list(range(1, state["step"] + 1)), "each step is logged once, as if nothing had happened"
     with pytest.raises(ProcessLookupError):
         wait_for(lambda: os.kill(int((out / ".lock").read_text()), 0), 10)
+
+
+def agent(pids, *args):
+    """A launcher whose workers outlive it, as torchrun's do."""
+    workers = []
+    for rank in range(2):
+        if not (pid := os.fork()):
+            rank_child(rank, *args[rank])
+            os._exit(0)
+        workers.append(pid)
+    Path(pids).write_text(" ".join(map(str, workers)))
+    time.sleep(600)
+
+
+def test_ranks_whose_launcher_was_killed_save_and_leave(shards, tmp_path):
+    out = tmp_path / "run"
+    argv = settings(out, shards, max_steps=100_000, save_every=0, eval_every=0)
+    port = free_port()
+    launcher = forks.Process(target=agent, args=(str(tmp_path / "pids"), *[(2, port, argv, f"{tmp_path}/log{r}", ()) for r in range(2)]))
+    launcher.start()
+    wait_for(lambda: len(rows(out)) > 3)
+    launcher.kill()
+    wait_for(lambda: "stopped by a signal" in (tmp_path / "log0").read_text())
+    workers = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
+    wait_for(lambda: not any(alive(pid) for pid in workers))
+    assert checkpoint.load(out)[1]["step"] == rows(out)[-1]["step"]
+
+
+def alive(pid):
+    status = Path(f"/proc/{pid}/status")
+    return status.exists() and "State:\tZ" not in status.read_text()
+
+
+# ---- files from elsewhere -----------------------------------------------------------------------------------------------------
+
+
+def refused(capsys, act):
+    """-> what `act` gave, or None if it was refused with exactly one line."""
+    try:
+        return act()
+    except SystemExit as stop:
+        said = capsys.readouterr().err
+        assert stop.code == 2 and said.count("\n") == 1 and len(said) < 600, said
+    return None
+
+
+def mutate(raw, rng):
+    """Cut, flip, repeat, insert: bytes as a bad disk, a bad network or a bad neighbour leaves them."""
+    raw = bytearray(raw)
+    for _ in range(rng.randint(1, 3)):
+        at, kind = rng.randrange(len(raw) + 1), rng.randrange(6)
+        if kind == 0:
+            del raw[at:]
+        elif kind == 1 and at < len(raw):
+            raw[at] ^= 1 << rng.randrange(8)
+        elif kind == 2:
+            raw[at:at] = raw[: rng.randrange(64)]
+        elif kind == 3:
+            raw[at : at + 8] = rng.choice([b"\xff" * 8, b"\0" * 8, (1 << 63).to_bytes(8, "little"), b"99999999", b'"NaN", 1'])
+        elif kind == 4:
+            del raw[at : at + rng.randrange(1, 9)]
+        else:
+            raw[at:at] = rng.choice([b"null", b"-1", b"1e999", b"[[[[", b'"\\u0000"', b"../../x", b"\xc3\x28", b"true"])
+    return bytes(raw)
+
+
+def read_everything(dir, cfg, plan):
+    """A training stream and the held-out set; what comes out is well-formed."""
+    stream = data.open_stream(cfg(dir), plan, log=lambda _: 0)
+    for micros in stream:
+        for batch in micros:
+            cu, n = batch["cu"], len(batch["ids"])
+            assert (
+                cu[0] == 0 and cu[-1] == n and (cu.diff() > 0).all() and (0 <= batch["pos"]).all() and batch["pos"].max() < batch["max_len"]
+            )
+            assert 0 <= batch["ids"].min() and batch["ids"].max() < stream.shards[0].tokenizer["vocab_size"]
+    data.Shards(dir, "val")
+    return True
+
+
+@pytest.mark.parametrize("file, rounds", [("manifest.json", 400), ("train-00001.idx", 150), ("train-00001.bin", 100)])
+@pytest.mark.parametrize("packing", ["windows", "documents"])
+def test_shards_of_any_content_are_read_or_refused(shards, tmp_path, capsys, file, rounds, packing):
+    dir, rng, kept = shutil.copytree(shards, tmp_path / "d"), random.Random(file), 0
+    base = configurator.load(train.Config, settings("unused", shards, packing=packing, seq_len=128, max_len=128, tokens_per_step=2048))[0]
+    cfg = lambda dir: dataclasses.replace(base, data=str(dir))  # noqa: E731
+    plan, good = optim.make_plan(base), (dir / file).read_bytes()
+    for _ in range(rounds):
+        (dir / file).write_bytes(mutate(good, rng))
+        kept += bool(refused(capsys, lambda: read_everything(dir, cfg, plan)))
+    assert kept < rounds
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["d"]
+
+
+def test_checkpoints_of_any_content_are_loaded_or_refused(shards, tmp_path, capsys):
+    run(settings(tmp_path / "run", shards, max_steps=2), tmp_path / "log")
+    step, rng = checkpoint.resolve(tmp_path / "run"), random.Random(0)
+    for file in ("model.safetensors", "optim.safetensors", "state.json"):
+        good = (step / file).read_bytes()
+        for _ in range(60):
+            bad = mutate(good, rng)
+            (step / file).write_bytes(bad)
+            model = build(checkpoint.load(step)[0].cfg) if file == "optim.safetensors" else None
+            train_on = lambda: checkpoint.load_training(step, model, torch.optim.AdamW(model.parameters()))  # noqa: E731, B023
+            act = train_on if model else lambda: checkpoint.load(step)
+            assert refused(capsys, act) is None or bad == good or file == "state.json"
+        (step / file).write_bytes(good)
+    checkpoint.load(step)
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def test_no_pickle_is_ever_loaded(shards, tmp_path):
+    root = Path(train.__file__).parent
+    for path in [*root.glob("*.py"), *root.glob("prepare/*.py"), *root.glob("eval/*.py")]:
+        text = path.read_text()
+        assert not re.search(r"^\s*(import|from) (pickle|joblib|dill|shelve)|allow_pickle=True", text, re.M), path
+        for call in re.findall(r"torch\.load\([^)]*\)?", text):
+            assert "weights_only=True" in call, (path, call)
+    run(settings(tmp_path / "run", shards, max_steps=2), tmp_path / "log")
+    for file in checkpoint.FILES:
+        torch.save({"x": Bomb(tmp_path / "boom")}, checkpoint.resolve(tmp_path / "run") / file)
+    said = run(settings(tmp_path / "run", shards, resume="latest", max_steps=4), tmp_path / "log", code=2)
+    assert "Traceback" not in said and not (tmp_path / "boom").exists()
+
+
+# ---- long runs -----------------------------------------------------------------------------------------------------------------
+
+
+def test_memory_and_step_time_stay_flat(shards, tmp_path):
+    """A thousand steps; ten thousand in the long loop."""
+    steps = 10_000 if "KILLS" in os.environ else 1200
+    out, shm = tmp_path / "run", set(os.listdir("/dev/shm"))
+    run(settings(out, shards, max_steps=steps, eval_every=steps // 4, save_every=steps // 4, log_every=20, lr=1e-4), tmp_path / "log")
+    log = [row for row in rows(out) if "train/peak_mem" in row]
+    early, late = log[len(log) // 2], log[-1]
+    assert late["train/peak_mem"] < 1.01 * early["train/peak_mem"]
+    speed = [row["train/tokens_per_sec"] for row in log]
+    assert median(speed[-len(log) // 4 :]) > 0.5 * median(speed[len(log) // 4 : len(log) // 2])
+    assert set(os.listdir("/dev/shm")) <= shm, "shared memory was left behind"

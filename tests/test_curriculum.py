@@ -1,13 +1,19 @@
 """The 197M model's arithmetic and every curriculum table, from the config files as a user loads them."""
 
 import functools
+import json
 import math
+import random
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import configurator
 import optim
+import prepare.text
+import train
 from model import build, rectangle
 from train import Config
 
@@ -279,3 +285,99 @@ def test_mistakes_stop_with_one_line(argv, words, capsys):
 
 
 # ---- a run through a table ----------------------------------------------------------------------------------------------
+
+
+# ---- a run through a table ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    root = tmp_path_factory.mktemp("shards")
+    rng = random.Random(0)
+    for name in ("one", "two"):
+        words = [f"{name}{i}" for i in range(40)]
+        texts = [" ".join(rng.choices(words, k=rng.randint(20, 200))) for _ in range(120)]
+        (root / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in texts))
+        prepare.text.main([f"--from={root / name}.jsonl", f"--out={root / name}", "--val=0.1", "--workers=1"])
+    return {name: str(root / name) for name in ("one", "two")}
+
+
+def short(shards, out, *more):
+    """Three stages of four steps; the last one changes the mix."""
+    stages = (
+        {"start": 0, "seq_len": 16, "mult": 0.5},
+        {"start": 4, "seq_len": 32, "clip": 0.5},
+        {"start": 8, "seq_len": 64, "mix": {"two": 1.0}},
+    )
+    argv = [
+        "config/debug.py",
+        f"--data={shards}",
+        "--tokens_per_step=256",
+        "--micro_tokens=128",
+        "--max_steps=12",
+        f"--stages={stages}",
+        f"--out={out}",
+    ]
+    argv += [
+        "--n_layer=1",
+        "--d_model=32",
+        "--log_every=1",
+        "--eval_every=0",
+        "--eval_tokens=512",
+        "--device=cpu",
+        "--dtype=float32",
+        "--keep=9",
+    ]
+    return list({arg.partition("=")[0]: arg for arg in [*argv, *more]}.values())
+
+
+def rows_of(out):
+    skip = ("train/tokens_per_sec", "train/wait", "train/peak_mem")
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in skip} for row in rows]
+
+
+FP8 = ("--precision=fp8", "--fp8_emulate=True", "--fp8_filter=all", "--fp8_recipe=delayed", "--fp8_start_step=2")
+
+
+def test_resume_around_a_switch_is_bitwise(shards, tmp_path, capsys):
+    """One step before the switch, at it and after it, with FP8's delayed histories; logged lr is the plan's at every step."""
+    argv = short(shards, tmp_path / "whole", *FP8, "--save_every=1", "--keep=12")
+    train.main(argv)
+    said = capsys.readouterr().out
+    assert "precision: fp8 requested, fp8 used" in said and "step 2: fp8 on" in said and "L=16, 128 tokens: % of matmul FLOPs FP8" in said
+    whole = rows_of(tmp_path / "whole")
+    plan = optim.make_plan(load(*argv), 1)
+    logged = {row["step"]: row["train/lr"] for row in whole if "train/lr" in row}
+    assert logged == {step + 1: plan(step).lr for step in range(12)}
+    for stop in (7, 8, 9):  # the switch is at step 8
+        part = tmp_path / f"part{stop}"
+        shutil.copytree(tmp_path / "whole", part, symlinks=True)
+        train.main(short(shards, part, *FP8, f"--resume={part}/step-{stop:06d}"))
+        assert rows_of(part)[-1] == whole[-1]
+        a, b = (load_file(d / "step-000012" / "model.safetensors") for d in (tmp_path / "whole", part))
+        assert all(torch.equal(a[k], b[k]) for k in a)
+        states = [json.loads((d / "step-000012" / "state.json").read_text()) for d in (tmp_path / "whole", part)]
+        assert states[0]["fp8"] == states[1]["fp8"] and states[0]["stream"] == states[1]["stream"]
+
+
+def test_any_precision_resumes_any(shards, tmp_path, capsys):
+    """A bf16 run goes on in FP8 and back; masters and names are the same."""
+    train.main(short(shards, tmp_path, "--max_steps=10"))
+    train.main(short(shards, tmp_path, *FP8, "--resume", "--max_steps=11"))
+    train.main(short(shards, tmp_path, "--resume"))
+    losses = [row["train/loss"] for row in rows_of(tmp_path) if "train/loss" in row]
+    assert len(losses) >= 12 and all(map(math.isfinite, losses))
+    assert "precision: fp8 requested, fp8 used" in capsys.readouterr().out
+
+
+def test_looking_changes_nothing(shards, tmp_path):
+    """Statistics of every kind, at every step, leave the run to the bit."""
+    outs = tmp_path / "a", tmp_path / "b"
+    train.main(short(shards, outs[0], *FP8, "--max_steps=10"))
+    train.main(short(shards, outs[1], *FP8, "--max_steps=10", "--stats_every=1", "--fp8_stats_every=4"))
+    a, b = (load_file(out / "step-000010" / "model.safetensors") for out in outs)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    rows = {k: v for row in rows_of(outs[1]) for k, v in row.items()}
+    assert rows["stats/grad/nonfinite"] == 0 and rows["stats/grad/norm"] > 0 and 0 <= rows["stats/activation/last/dead"] <= 1
+    assert any(k.startswith("fp8/decoder.blocks.0.attn.qkv.grad/snr_db") for k in rows)

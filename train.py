@@ -15,8 +15,10 @@ import errno
 import json
 import math
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +55,8 @@ class Config(ModelConfig, DenoiseConfig, ContrastConfig, PrecisionConfig, Latent
     mix: dict[str, float] | None = None  # share of each source; None: by size
     mix_end: dict[str, float] | None = None  # the shares at the last step, reached linearly
     mix_decay_start: float = 0.8  # from this share of the run on
+    auto_mix: bool = False  # shares of `mix` follow the surprise of the domains, see monitor.py; it tunes on half of their text
+    domain_source: dict[str, str] | None = None  # auto_mix: which source serves a domain
     packing: Literal["windows", "documents"] = "windows"  # documents: whole conversations packed into rows, never cut
     doc_mask: bool = True  # a document never sees its neighbours in the row
     chunk: int = 0  # shuffle unit in tokens; 0: the stages' least common multiple, else seq_len
@@ -89,6 +93,8 @@ class Config(ModelConfig, DenoiseConfig, ContrastConfig, PrecisionConfig, Latent
     log_every: int = 10
     eval_every: int = 0  # 0: only at the end
     eval_tokens: int = 65536  # per source
+    domains: str = ""  # a folder of NAME.jsonl (prepare.val) whose documents are scored at each evaluation too
+    benchmark: int = 0  # time so many steps after five of warm-up, print a line of a table, save nothing
     save_every: int = 0  # 0: only at the end
     keep: int = 2  # newest checkpoints kept, besides the best
     best_metric: str = "val/mean/loss"  # lower is better
@@ -187,15 +193,28 @@ def check_vocabulary(cfg):
 
 
 def held_out(cfg) -> dict[str, list]:
+    if cfg.benchmark:
+        return {}
     if cfg.objective == "lm":
         micro = min(cfg.micro_tokens or cfg.tokens_per_step, 16384)
         length = max([row.get("seq_len", cfg.seq_len) for row in cfg.stages], default=cfg.seq_len)
-        return {name: data.val_batches(path, length, cfg.eval_tokens, max(micro, length)) for name, path in sources(cfg).items()}
+        val = {name: data.val_batches(path, length, cfg.eval_tokens, max(micro, length)) for name, path in sources(cfg).items()}
+        return val | domains(cfg, 1 if cfg.auto_mix else None)
     if cfg.objective == "denoise":
         import denoise_stream
 
         return denoise_stream.val_batches(cfg)
     return {}
+
+
+def domains(cfg, half) -> dict[str, list]:
+    """Whole documents, domain by domain; under auto_mix one half of each is reported and the other one steers."""
+    if not cfg.domains:
+        return {}
+    import tokenizer
+    from eval.perplexity import domain_batches
+
+    return domain_batches(cfg.domains, tokenizer.load(next(iter(sources(cfg).values()))), min(2048, cfg.max_len), half=half)
 
 
 # ---- logs ----------------------------------------------------------------------------------------------------------------
@@ -305,7 +324,8 @@ def main(argv):
     cfg, files = configurator.load(Config, argv, __doc__)
     machine = hardware.find(cfg.device, cfg.dtype)
     hardware.join(machine)
-    lead, objective, out = machine.rank == 0, find_objective(cfg), Path(cfg.out)
+    lead, objective = machine.rank == 0, find_objective(cfg)
+    out = Path(tempfile.mkdtemp(prefix="benchmark-") if cfg.benchmark else cfg.out)
     checkpoint.find_resume(out, cfg.resume)  # says no before the folder is touched
     lock = checkpoint.lock(out) if lead else None  # held until the process ends: two runs in one folder would destroy each other
     resume_from = checkpoint.find_resume(out, cfg.resume)
@@ -317,6 +337,7 @@ def main(argv):
         checkpoint.load_weights(cfg.init_from, raw)
     raw.set_dtype(machine.dtype).to(machine.device).train()
     plan = optim.make_plan(cfg, machine.world, data.epoch_tokens(cfg) if cfg.epochs else 0)
+    plan = monitor.MixedPlan(plan, cfg) if cfg.auto_mix else plan
     model = hardware.wrap(raw, cfg.parallel, machine)
     optimizer = optim.build_optimizer(raw, cfg)
     stream = objective.open_stream(cfg, plan, machine.rank, machine.world)
@@ -329,8 +350,10 @@ def main(argv):
         stream.load(state["stream"])
     precision = fp8.apply(raw, cfg, machine.device, [(s.seq_len, s.micro_tokens) for s in plan.stages])
     fp8.load_memory(raw, state.pop("fp8", {}))
+    if cfg.auto_mix:
+        plan.state = state.pop("auto_mix", None) or plan.state
     call = torch.compile(model, dynamic=False) if cfg.compile else model
-    stream, val = data.prefetch(stream, cfg.prefetch), held_out(cfg)
+    stream, val, tune = data.prefetch(stream, cfg.prefetch), held_out(cfg), domains(cfg, 0) if cfg.auto_mix else {}
 
     log = Log(cfg, out, step) if lead else None
     if lead:
@@ -357,7 +380,7 @@ def main(argv):
         best = score is not None and (state["best"] is None or score < state["best"])
         state["best"] = score if best else state["best"]
         now = {"step": step, "stream": position, "metrics": metrics, "tau": float(raw.tau), "fp8": fp8.memory(raw)}
-        full = state | now | {"config": configurator.to_dict(cfg)}
+        full = state | now | {"config": configurator.to_dict(cfg)} | ({"auto_mix": plan.state} if cfg.auto_mix else {})
         checkpoint.save(out, step, raw, optimizer, full, cfg.keep, metric=score, is_best=best)
         if lead:
             log.say(f"saved {out}/step-{step:06d}{' (best so far)' if best else ''}")
@@ -367,6 +390,7 @@ def main(argv):
     bar = tqdm(total=plan.steps, initial=step, unit="step", disable=not visible, dynamic_ncols=True)
     meter = Meter(cfg, raw, names, machine)
     first, saved_at, position = step, step, stream.state  # position: of the stream, after the last step that was taken
+    laps = []
 
     while step < plan.steps:
         row, batches = plan(step), next(stream)
@@ -430,6 +454,12 @@ def main(argv):
         state["tokens"] += int(tokens)
         meter.accept(int(tokens), stream.wait, good)
         bar.update()
+        if cfg.benchmark:
+            hardware.wait(machine.device)
+            laps.append(time.perf_counter())
+            if len(laps) > cfg.benchmark + monitor.WARM or step == plan.steps:
+                break
+            continue
 
         # reports, evaluation, checkpoint
         end = step == plan.steps
@@ -446,6 +476,12 @@ def main(argv):
             if lead:
                 log.row({"step": step} | state["metrics"])
                 log.say("  ".join(f"{k} {v:.4f}" for k, v in state["metrics"].items()))
+            if tune and not end:
+                with fp8.evaluation(raw):
+                    scores = evaluate(raw, tune, machine, shares=cfg.parallel == "ddp")
+                line = plan.answer(step, {name: scores[f"val/{name}/bpb"] for name in tune})
+                if lead:
+                    log.say(line)
         if end or (cfg.save_every and step % cfg.save_every == 0):
             save(step, state["metrics"] if evaluating else {})
             saved_at = step
@@ -454,9 +490,14 @@ def main(argv):
 
     bar.close()
     stream.close()
-    if step > saved_at:
+    if step > saved_at and not cfg.benchmark:
         save(step, {})
-    if lead:
+    if cfg.benchmark:
+        shutil.rmtree(out)
+        if lead:
+            log.say(f"{precision.splitlines()[0]}; compile={cfg.compile}, {machine.why}")
+            log.say(monitor.benchmark(laps, int(tokens), row.seq_len, raw, machine, sources(cfg)))
+    elif lead:
         log.say(
             f"stopped by a signal at step {step}; --resume goes on"
             if step < plan.steps

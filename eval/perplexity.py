@@ -11,6 +11,7 @@ bits per byte = nats / (ln 2 x UTF-8 bytes) is the one figure that compares toke
 Read next: eval/harness.py (tasks), eval/routing.py (what the neurons chose).
 """
 
+import hashlib
 import json
 import math
 import sys
@@ -45,15 +46,17 @@ def token_scores(model, hidden, targets, chunk=512):
     return torch.cat(rows)
 
 
-def domain_batches(folder, tok, eval_len=2048, batch_tokens=16384):
+def domain_batches(folder, tok, eval_len=2048, batch_tokens=16384, half=None):
     """{domain: flat micro-batches} of every NAME.jsonl in `folder`; besides what every batch holds, `document` (S,) names each segment's
-    document, and `bytes` counts the text whose first window is here. train.py's evaluation reads these as it reads the val split."""
+    document, and `bytes` counts the text whose first window is here. train.py's evaluation reads these as it reads the val split.
+    `half`: 0 the documents of even hash (what auto_mix may look at), 1 the others."""
     files = sorted(Path(folder).glob("*.jsonl"))
     if not files:
         die(f"--domains={folder}: no NAME.jsonl there; python -m prepare.val --from=DIR --out={folder} writes them")
     domains = {}
     for path in files:
         texts = [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        texts = [t for t in texts if half is None or hashlib.blake2b(t.encode()).digest()[0] % 2 == half]
         pieces, batches, held = [], [], 0  # (document, ids with one more in front, bytes)
         for i, text in enumerate(texts):
             ids = [tok.eos_id, *tok.encode(text)]

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import configurator
+import monitor
 import optim
 import prepare.text
 import train
@@ -381,3 +382,69 @@ def test_looking_changes_nothing(shards, tmp_path):
     rows = {k: v for row in rows_of(outs[1]) for k, v in row.items()}
     assert rows["stats/grad/nonfinite"] == 0 and rows["stats/grad/norm"] > 0 and 0 <= rows["stats/activation/last/dead"] <= 1
     assert any(k.startswith("fp8/decoder.blocks.0.attn.qkv.grad/snr_db") for k in rows)
+
+
+# ---- surprise, auto_mix, benchmark --------------------------------------------------------------------------------------
+
+
+def test_surprise_and_advice():
+    """The published rule on perplexities, ours on bits per byte over a reference."""
+    ppl = monitor.surprise({"c4": 20.0, "gsm8k": 10.0, "humaneval": 30.0}, "ppl")
+    assert ppl == {"c4": (1.0, "balanced"), "gsm8k": (0.5, "reduce"), "humaneval": (1.5, "increase")}
+    bpb = monitor.surprise({"a": 1.0, "b": 2.2}, reference={"a": 1.0, "b": 2.0})
+    assert bpb["b"][0] == pytest.approx(1.1 / 1.05) and bpb["a"][1] == "balanced"
+    assert monitor.surprise({"a": 1.0, "b": 1.5})["a"][1] == "reduce"
+
+
+def test_auto_mix_moves_a_little_and_keeps_the_sum():
+    mix, ema = {"web": 0.7, "math": 0.2, "code": 0.1, "never": 0.0}, {}
+    for _ in range(30):
+        new, ema = monitor.auto_mix(
+            mix, ema, {"c4": 1.0, "gsm8k": 4.0, "humaneval": 0.1}, {"c4": "web", "gsm8k": "math", "humaneval": "code"}
+        )
+        assert sum(new.values()) == pytest.approx(1) and new["never"] == 0
+        assert all(abs(new[s] - mix[s]) <= 0.2 * mix[s] + 1e-12 for s in mix)
+        mix = new
+    assert mix["math"] > 0.8 and mix["code"] == pytest.approx(0.02, abs=5e-3) and mix["math"] <= 0.9 + 1e-9
+    same, _ = monitor.auto_mix({"a": 0.5, "b": 0.5}, {}, {"x": 1.0, "y": 1.0}, {"x": "a", "y": "b"})
+    assert same == {"a": 0.5, "b": 0.5}
+
+
+def test_auto_mix_resumes_to_the_bit(shards, tmp_path, capsys):
+    """With FP8 on, half of each domain steers, the other is reported, and a resumed run draws the same batches."""
+    for name, word in (("first", "one"), ("second", "two")):
+        rng = random.Random(name)
+        texts = [" ".join(f"{word}{rng.randrange(40)}" for _ in range(30)) for _ in range(12)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in texts))
+    keys = [*FP8, "--mix={'one': 0.5, 'two': 0.5}", "--stages=()", "--seq_len=64", "--auto_mix=True", f"--domains={tmp_path}"]
+    keys += ["--domain_source={'first': 'one', 'second': 'two'}", "--eval_every=2", "--save_every=6", "--lr=0.02"]
+    train.main(short(shards, tmp_path / "whole", *keys))
+    said = capsys.readouterr().out
+    assert "auto_mix from step 6: one 0." in said and "val/first/bpb" in said
+    shutil.copytree(tmp_path / "whole", tmp_path / "part", symlinks=True)
+    train.main(short(shards, tmp_path / "part", *keys, f"--resume={tmp_path}/part/step-000006"))
+    states = [json.loads((tmp_path / d / "step-000012" / "state.json").read_text()) for d in ("whole", "part")]
+    assert states[0]["auto_mix"] == states[1]["auto_mix"] and states[0]["stream"] == states[1]["stream"]
+    assert [first for first, _ in states[0]["auto_mix"]["changes"]] == [6, 8, 10, 12, 12] and states[0]["auto_mix"]["changes"][0][1][
+        "one"
+    ] != 0.5
+    a, b = (load_file(tmp_path / d / "step-000012" / "model.safetensors") for d in ("whole", "part"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_auto_mix_mistakes(shards, tmp_path, capsys):
+    for keys, word in (([], "domain_source"), (["--mix={'one': 1.0}", "--domains=x", "--domain_source={'c4': 'three'}"], "three")):
+        with pytest.raises(SystemExit):
+            train.main(short(shards, tmp_path / "out", "--stages=()", "--auto_mix=True", *keys))
+        assert word in capsys.readouterr().err
+
+
+def test_benchmark_prints_a_table_and_leaves_nothing(shards, tmp_path, capsys):
+    train.main(short(shards, tmp_path / "out", "--benchmark=4"))
+    lines = capsys.readouterr().out.splitlines()
+    at = next(i for i, line in enumerate(lines) if "tok/s" in line and "h per 1B" in line)
+    row = dict(zip(lines[at].replace("h per 1B", "hours").split(), lines[at + 1].split(), strict=True))
+    assert row["L"] == "64" and row["tokens"] == "256" and row["MFU"] == "unknown" and float(row["ms"]) > 0
+    rate = float(row["tok/s"].replace(",", ""))
+    assert rate == pytest.approx(256 / float(row["ms"]) * 1e3, rel=0.01) and not (tmp_path / "out").exists()
+    assert "precision: bf16 requested, fp32 used" in "\n".join(lines)

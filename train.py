@@ -381,6 +381,8 @@ def main(argv):
         state["best"] = score if best else state["best"]
         now = {"step": step, "stream": position, "metrics": metrics, "tau": float(raw.tau), "fp8": fp8.memory(raw)}
         full = state | now | {"config": configurator.to_dict(cfg)} | ({"auto_mix": plan.state} if cfg.auto_mix else {})
+        if lead:
+            checkpoint.sync(log.path)  # what a resumed run keeps of it must be there after a power cut, too
         checkpoint.save(out, step, raw, optimizer, full, cfg.keep, metric=score, is_best=best)
         if lead:
             log.say(f"saved {out}/step-{step:06d}{' (best so far)' if best else ''}")

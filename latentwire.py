@@ -333,6 +333,19 @@ def answers(model: Interlingua, context: str, question: str, bits: int = 16, max
     return len(payload), texts
 
 
+def say(path, prompt: str, max_new_tokens: int, where) -> None:
+    """`sample.py` on a latent run: the last line of the prompt is the question, all before it the passage; answers are greedy."""
+    context, _, question = prompt.strip().rpartition("\n")
+    if not context:
+        die("a latent run needs --prompt='the passage', a line break, and the question on the last line")
+    model, state = load(path)
+    model.set_dtype(where.dtype).to(where.device)
+    size, texts = answers(model, context, question, max_new_tokens=max_new_tokens)
+    print(f"{len(context.encode())} bytes of text, {size} on the wire at 16 bits")
+    for name, text in zip(state["config"]["lms"], texts, strict=True):
+        print(f"{name}: {text}")
+
+
 # ---- what train.py asks for ---------------------------------------------------------------------------------------------
 
 

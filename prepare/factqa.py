@@ -150,11 +150,6 @@ def paragraphs(path: str, count: int) -> list[str]:
     return out[:count]
 
 
-def prompt(context: str, question: str) -> str:
-    """The text template of the whole experiment: pretraining, the frozen LM reading text, and (from the question on) after a packet."""
-    return f"Context: {context}\nQuestion: {question}\nAnswer:"
-
-
 def write_jsonl(path: Path, rows) -> None:
     with open(path, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -193,32 +188,23 @@ def train_bpe(texts, size: int, folder: Path) -> None:
     tok = Tokenizer(models.BPE())
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tok.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tok.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=size, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False)
-    )
+    alphabet = dict(special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tok.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, show_progress=False, **alphabet))
     folder.mkdir(parents=True, exist_ok=True)
     tok.save(str(folder / "tokenizer.json"))
 
 
-def fact_document(i, row, tok, passage_every):
-    """Context, questions, answers, each closed by EOS -> ids with bit 31 where nothing is trained."""
-    parts, hidden = [], np.uint32(0 if i % passage_every == 0 else UNTRAINED)
-    parts.append(tok.encode_array("Context: " + row["context"]) | hidden)
-    for question, answer in row["qa"]:
-        parts.append(tok.encode_array(f"\nQuestion: {question}\nAnswer:") | hidden)
-        parts += [tok.encode_array(" " + answer), np.array([tok.eos_id], np.uint32)]
-    return np.concatenate(parts)
-
-
 def encode_rows(passage_every, n_val, task, tok, out, count):
-    """The job of shards.build: numbered rows -> documents; the first n_val are the validation split."""
-    docs = []
+    """The job of shards.build: numbered rows -> documents, bit 31 where nothing is trained; the first n_val are the validation split."""
+    docs, end = [], np.array([tok.eos_id], np.uint32)
     for i, row in task:
-        ids = fact_document(i, row, tok, passage_every) if "qa" in row else np.append(tok.encode_array(row["text"]), np.uint32(tok.eos_id))
-        plain = ids & ~UNTRAINED
+        hidden = np.uint32(0 if i % passage_every == 0 else UNTRAINED)
+        parts = [tok.encode_array("Context: " + row["context"]) | hidden] if "qa" in row else [tok.encode_array(row["text"]), end]
+        for question, answer in row.get("qa", ()):
+            parts += [tok.encode_array(f"\nQuestion: {question}\nAnswer:") | hidden, tok.encode_array(" " + answer), end]
+        ids = np.concatenate(parts)
         out.write(ids.astype("<u4").tobytes())
-        docs.append((len(ids), sum(len(tok.token_bytes(t)) for t in plain.tolist() if t != tok.eos_id), int(i < n_val)))
+        docs.append((len(ids), sum(len(tok.token_bytes(t)) for t in (ids & ~UNTRAINED).tolist() if t != tok.eos_id), int(i < n_val)))
     return docs
 
 
@@ -226,7 +212,7 @@ def write_shards(cfg) -> None:
     out, dest = Path(cfg.out), Path(cfg.shards)
     rows = {name: read_jsonl(out / f"{file}.jsonl") for name, file in (("facts", "lm"), ("text", "natural"))}
     if cfg.bpe:
-        sample = [prompt(r["context"], r["qa"][0][0]) + " " + r["qa"][0][1] for r in rows["facts"][:5000]]
+        sample = ["Context: {}\nQuestion: {}\nAnswer: {}".format(r["context"], *r["qa"][0]) for r in rows["facts"][:5000]]
         train_bpe(sample + [r["text"] for r in rows["text"]], cfg.bpe, dest / "tokenizer")
     tok = tokenizer.load(str(dest / "tokenizer") if cfg.bpe else "bytes")
     for name, docs in rows.items():

@@ -11,6 +11,7 @@ import checkpoint
 import configurator
 import latent_data
 import latentwire as lw
+import sample
 import tokenizer
 import train
 from eval import latent
@@ -164,6 +165,13 @@ def test_overfit_answers_and_the_controls_do_not(overfit, capsys):
     assert (overfit / "e" / "table.md").read_text() in capsys.readouterr().out and (overfit / "e" / "metrics.csv").read_text().count(
         "\n"
     ) > 20
+
+
+def test_sample_answers_from_a_packet(overfit, capsys):
+    sample.main([f"--ckpt={overfit}/run", "--prompt=case 00: b\nWhich?", "--max_new_tokens=4", "--device=cpu", "--dtype=float32"])
+    assert capsys.readouterr().out == f"10 bytes of text, 144 on the wire at 16 bits\n{overfit}/a: b\n{overfit}/b: b\n"
+    with pytest.raises(SystemExit):
+        sample.main([f"--ckpt={overfit}/run", "--prompt=only one line"])
 
 
 def test_arms_are_cached_until_something_changes(overfit, monkeypatch):

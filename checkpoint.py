@@ -104,6 +104,8 @@ def start_run(run, cfg, info):
             new = Path(run) / ".tmp-tokenizer"
             shutil.rmtree(new, ignore_errors=True)
             shutil.copytree(source, new)
+            for file in [*new.rglob("*"), new]:
+                sync(file)
             os.replace(new, Path(run) / "tokenizer")
 
 

@@ -120,7 +120,7 @@ def outcome(out):
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     history = clean(json.loads((out / "history.json").read_text()))
     links = {name: os.readlink(out / name) for name in ("latest", "best")}
-    folders = sorted(path.name for path in out.glob("step-*"))
+    folders = sorted(path.name for path in out.glob("step-*")) + [digest(path) for path in sorted(out.glob("tokenizer/*"))]
     tensors = [
         hashlib.sha256(t.numpy().tobytes()).hexdigest() for file in checkpoint.FILES for _, t in sorted(load_file(step / file).items())
     ]
@@ -144,17 +144,27 @@ def reference(shards, tmp_path_factory):
 # ---- kill -9 ------------------------------------------------------------------------------------------------------------
 
 
-def kill_at_file_operation(out, number):
-    """SIGKILL right before the number-th operation on a file of the run: between any two steps of a save, a rotation, a link."""
-    seen = [0]
+def kill_at_file_operation(out, number, power_cut=False):
+    """SIGKILL right before the number-th operation on a file of the run: between any two steps of a save, a rotation, a link.
+    A power cut also takes what was written since a file was last synced: all of it, here."""
+    seen, fsync = [0], os.fsync
+    safe = {path.stat().st_ino: path.stat().st_size for path in Path(out).rglob("*") if path.is_file()}
+
+    def remember(handle):
+        fsync(handle)
+        safe[os.fstat(handle).st_ino] = os.fstat(handle).st_size
 
     def hook(event, args):
         if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.symlink", "os.listdir") and args:
             if any(isinstance(a, (str, bytes, os.PathLike)) and os.fsdecode(a).startswith(str(out)) for a in args[:2]):
                 seen[0] += 1
                 if seen[0] == number:
+                    for path in Path(out).rglob("*") if power_cut else ():
+                        if path.is_file():
+                            os.truncate(path, min(path.stat().st_size, safe.get(path.stat().st_ino, 0)))
                     os.kill(os.getpid(), signal.SIGKILL)
 
+    os.fsync = remember
     sys.addaudithook(hook)
 
 
@@ -167,7 +177,7 @@ def test_kill_9_anywhere_loses_nothing(shards, reference, tmp_path):
         if kills >= wanted:
             process = start(argv, log)
         elif rng.random() < 0.5:
-            process = start(argv, log, kill_at_file_operation, out, rng.randint(1, 250))
+            process = start(argv, log, kill_at_file_operation, out, rng.randint(1, 180), rng.random() < 0.5)
         else:
             process = start(argv, log)
             process.join(rng.uniform(0.02, 1.0))
@@ -197,7 +207,7 @@ def test_every_file_operation_of_a_save_may_be_the_last(shards, reference, tmp_p
     count, number = 0, 1
     while True:
         out, log = tmp_path / f"run{number}", tmp_path / "log"
-        process = start(settings(out, shards), log, kill_at_file_operation, out, number)
+        process = start(settings(out, shards), log, kill_at_file_operation, out, number, number % 2)
         process.join(60)
         if process.exitcode == 0:
             break

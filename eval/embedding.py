@@ -22,10 +22,10 @@ from configurator import die
 from machine import find
 
 OPTIONS = {
-    "ckpt": str, "data": "data/sts", "output_dir": "", "pooling": "", "causal": None, "batch_size": 64, "device": "auto", "quiet": False,
-    "query_prefix": "", "doc_prefix": "", "split": "test", "quick": False, "run_stsb": False, "run_sts": False, "run_retrieval": False,
-    "run_mteb": False, "mteb_tasks": "", "mteb_categories": "", "compare_baselines": False, "run_all": False,
-    "qwen3_baseline": "", "e5": "", "gte": "", "bge": "", "others": "",
+    "ckpt": str, "data": "data/sts", "output_dir": "", "pooling": "", "causal": None, "dtype": "float32", "batch_size": 64,
+    "device": "auto", "quiet": False, "query_prefix": "", "doc_prefix": "", "split": "test", "quick": False, "run_stsb": False,
+    "run_sts": False, "run_retrieval": False, "run_mteb": False, "mteb_tasks": "", "mteb_categories": "", "compare_baselines": False,
+    "run_all": False, "qwen3_baseline": "", "e5": "", "gte": "", "bge": "", "others": "",
 }  # fmt: skip
 BGE_QUERY = "Represent this sentence for searching relevant passages: "
 NEAR = [  # (anchor, near, far)
@@ -42,7 +42,9 @@ ALL = [text for triple in NEAR for text in triple][:8]
 class Encoder:
     """texts -> float32 (n, d), whatever holds the weights."""
 
-    def __init__(self, path, device, batch_size=64, pooling="", causal=None, prefixes=("", "")):
+    def __init__(self, path, device, batch_size=64, pooling="", causal=None, prefixes=("", ""), dtype="float32"):
+        import torch
+
         import checkpoint
         import model as M
 
@@ -57,7 +59,7 @@ class Encoder:
             return
         settings = {"pooling": pooling or "mean", "causal": causal}
         if checkpoint.steps(path) or (path / "state.json").is_file() or (path / "modules.json").is_file():
-            self.ours = M.Embedder.load(path, device=device, **settings)
+            self.ours = M.Embedder.load(path, device=device, dtype=getattr(torch, dtype), **settings)
         else:  # a plain folder of transformers: a baseline
             import hub
             import tokenizer
@@ -256,18 +258,19 @@ def compare(opt, encoder, device, data) -> tuple[dict, str]:
         cells = [f"{row[c]:,.0f}" if c in ("params", "texts/s") else f"{row[c]:.4f}" for c in COLUMNS if c in row] if row else []
         cells = [cells.pop(0) if c in row else "n/a" for c in COLUMNS]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    where = data / "retrieval" if (data / "retrieval").is_dir() else "built-in sample"
-    return rows, "\n".join([*lines, "", f"STS columns: Spearman on the test split; retrieval: {where}; n/a: folder or data not given."])
+    return rows, "\n".join(
+        [*lines, "", "STS: Spearman on the test split; retrieval: --data/retrieval or a built-in sample; n/a: not given."]
+    )
 
 
 def main(argv):
     opt = configurator.args(OPTIONS, argv, __doc__)
     say = (lambda text: None) if opt.quiet else print
     device, data = find(opt.device, "auto").device, Path(opt.data)
-    if opt.causal not in (None, "True", "False"):
-        die(f"--causal={opt.causal}: True or False")
+    if opt.causal not in (None, "True", "False") or opt.dtype not in ("float32", "bfloat16"):
+        die(f"--causal={opt.causal} --dtype={opt.dtype}: True or False; float32 or bfloat16")
     causal = None if opt.causal is None else opt.causal == "True"
-    encoder = Encoder(opt.ckpt, device, opt.batch_size, opt.pooling, causal, (opt.query_prefix, opt.doc_prefix))
+    encoder = Encoder(opt.ckpt, device, opt.batch_size, opt.pooling, causal, (opt.query_prefix, opt.doc_prefix), opt.dtype)
     out = Path(opt.output_dir or (opt.ckpt if Path(opt.ckpt).is_dir() else "."))
     out.mkdir(parents=True, exist_ok=True)
     save = lambda name, value: (out / name).write_text(json.dumps(value, indent=1) + "\n")  # noqa: E731

@@ -16,7 +16,7 @@ MARKED = "a <|im_start|>system <|endoftext|><think> b <|im_end|>\n"
 
 def real(name):
     path = os.path.join(PARTS, name)
-    return path if os.path.exists(path) else pytest.skip(f"no .parts/{name}: python -m prepare.parts {name}")
+    return path if os.path.exists(path) else pytest.skip(f"no .parts/{name}; python -m prepare.parts lists what can be fetched")
 
 
 def unicode_strings(n=60, seed=0):

@@ -131,7 +131,7 @@ def routing_figure(report, path):
     figure, axes = canvas(2, 3, (16, 8.5))
     colors, x = ListedColormap(COLORS[: len(acts)]), np.arange(len(layers))
     titles = {
-        "map": "the activation each neuron really acts as\n(argmax of its mean gate)",
+        "map": "what each neuron really acts as: argmax of its mean gate",
         "static_map": "static only: argmax of alpha\n(decides nothing where s is larger)",
     }
     for axis, key in zip((axes[0, 0], axes[0, 1]), titles, strict=True):
@@ -145,7 +145,7 @@ def routing_figure(report, path):
         usage.bar(x, share, bottom=bottom, color=COLORS[k], width=0.9, label=act)
         bottom += share
     usage.set(title="share of the mean gate", xlabel="layer", ylim=(0, 1))
-    figure.legend(*usage.get_legend_handles_labels(), loc="outside upper center", ncols=len(acts))
+    figure.legend(*usage.get_legend_handles_labels(), loc="outside upper right", ncols=len(acts))
     for i, (key, label) in enumerate((("H1", "H1 of a gate"), ("H2", "H2 of a neuron's mean"), ("H3", "H3 of the layer's mean"))):
         bars, error = [r[key] for r in layers], [r.get(key + "_std", 0.0) for r in layers]
         sharp.bar(
@@ -172,7 +172,7 @@ def routing_figure(report, path):
         axis.set_xticks(x[:: max(1, len(x) // 14)])
     for axis in (*axes[0, :2], hist):
         axis.set_yticks(x[:: max(1, len(x) // 14)])
-    figure.suptitle(f"{report['ckpt']}, step {report['step']}, gate {report['gate']}, tau {report['tau']:.3g}")
+    axes[0, 0].set_title(f"{report['ckpt']}, step {report['step']}, gate {report['gate']}, tau {report['tau']:.3g}\n" + titles["map"])
     columns = ("activation", "H1", "H2", "H3", "context", "identity", "gap", "variance_from_alpha", "mi domain", "mi token class")
     finish(figure, Path(path), ("layer", *columns), [(i, *(r[c] for c in columns)) for i, r in enumerate(layers)])
     return Path(path)

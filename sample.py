@@ -10,20 +10,20 @@ depend on its neighbours. Only whole characters are printed. In Python: `sample.
 Read next: Cache and step in model.py.
 """
 
-import codecs
 import dataclasses
 import sys
 import time
 
 import torch
+import torch.nn.functional as F
 
 import checkpoint
 import configurator
 import machine
 import tokenizer as tokenizers
 from configurator import die
-from model import Embedding, Linear, Transformer
-from prepare.prompts import SHOWN, chat_ids, hole_ids, prefix_ids, splice, stop_ids
+from model import Embedding, Linear, Transformer, flat
+from prepare.prompts import Printer, chat_ids, hole_ids, prefix_ids, splice, stop_ids
 
 
 def pick(logits, temperature, top_k, top_p, u):
@@ -49,15 +49,6 @@ def keep_rows(cache, index):
     cache.lengths = [cache.lengths[i] for i in index]
     if cache.enc is not None:
         cache.enc, cache.enc_mask = [[t[index] for t in pair] for pair in cache.enc], cache.enc_mask[index]
-
-
-def flat(rows, device):
-    """Lists of ids as one flat batch of whole documents."""
-    lengths = torch.tensor([len(row) for row in rows])
-    pos = torch.cat([torch.arange(len(row)) for row in rows])
-    cu = torch.cat((torch.zeros(1), lengths.cumsum(0))).int()
-    batch = {"ids": torch.tensor([i for row in rows for i in row]), "pos": pos, "cu": cu, "rows": torch.arange(len(rows))}
-    return {name: t.to(device) for name, t in batch.items()} | {"max_len": int(lengths.max())}
 
 
 @torch.inference_mode()
@@ -103,20 +94,6 @@ def tokens(model, prompts, max_new_tokens, ended, temperature=0.0, top_k=0, top_
                 keep_rows(cache, going)
         if cached:
             hidden = model.step(drawn[:, None], cache)[:, 0]
-
-
-class Printer:
-    """Ids in, whole characters out: a character cut between two tokens waits for its rest. Special tokens are not text."""
-
-    def __init__(self, tokenizer):
-        self.tokenizer, self.hidden = tokenizer, {i for name, i in tokenizer.special.items() if name not in SHOWN}
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def __call__(self, i):
-        return "" if i in self.hidden or i >= self.tokenizer.vocab_size else self.decoder.decode(self.tokenizer.token_bytes(i))
-
-    def end(self):
-        return self.decoder.decode(b"", final=True)
 
 
 @torch.inference_mode()
@@ -172,12 +149,33 @@ def generate(model, tokenizer, prompt, max_new_tokens=128, temperature=0.0, top_
     return texts[0] if rows == 1 and single else texts
 
 
-def lean(model):
-    """Weights of matmuls cast once to the activation dtype: a fp32 master read as bf16 at every token costs most of the time."""
+def lean(model, rows=1):
+    """Lay out the weights for decoding `rows` texts at once; for sampling only, later changes of the weights are not seen.
+
+    Matmuls then read weights in the activation dtype (a fp32 master cast at every token costs most of the time), and on a CPU in the
+    order its vector units want: one row in fp32 streams a transposed matrix twice as fast, everything else takes oneDNN's blocked form.
+    """
     for module in model.modules():
         if isinstance(module, (Linear, Embedding)):
             module.weight.data = module.weight.data.to(model.dtype)
+    weight = model.embed.weight
+    if weight.device.type == "cpu" and weight.dtype != torch.float64 and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+        for module in model.modules():
+            if isinstance(module, Linear):
+                module.matmul = laid_out(module.weight, rows)
+        head = laid_out(model.head_weight, rows)
+        model.predict = lambda hidden: head(model.head_input(hidden), model.head_weight, None)[..., : model.cfg.vocab_size].float()
     return model
+
+
+def laid_out(weight, rows):
+    if weight.dtype == torch.float32 and rows == 1:
+        if weight.shape[0] >= weight.shape[1]:
+            weight.data = weight.data.t().contiguous().t()
+        return F.linear
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+    cast = lambda bias, x: None if bias is None else bias.to(x.dtype)  # noqa: E731
+    return lambda x, _, bias: torch.ops.mkldnn._linear_pointwise(x, packed, cast(bias, x), "none", [], "")
 
 
 # ---------------------------------------------------------------------------------------------------------------- command line
@@ -209,16 +207,19 @@ def main(argv):
     for key in [key for key, fine in good.items() if not fine]:
         die(f"--{key}={getattr(opt, key)}: out of range; --help shows the defaults")
     where = machine.find(opt.device, opt.dtype)
+    if checkpoint.read_state(checkpoint.resolve(opt.ckpt))["config"].get("objective") == "latent":
+        import latentwire
+
+        return latentwire.say(opt.ckpt, sys.stdin.read() if opt.prompt == "-" else opt.prompt, opt.max_new_tokens, where)
     build = lambda cfg: Transformer(dataclasses.replace(cfg, allow_noncausal=cfg.allow_noncausal or opt.allow_noncausal))  # noqa: E731
     model, state = checkpoint.load(opt.ckpt, device=where.device, build=build)
     tok = tokenizers.load(checkpoint.resolve(opt.ckpt).parent)
-    lean(model.set_dtype(where.dtype))
     options = {key: getattr(opt, key) for key in ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "mode")}
     if opt.mode is None and not state["config"].get("mode_tokens", True):
         options["mode"] = ""
     prompt = sys.stdin.read() if opt.prompt == "-" else opt.prompt
     if opt.chat and not prompt:
-        return converse(model, tok, opt.system, options)
+        return converse(lean(model.set_dtype(where.dtype)), tok, opt.system, options)
     prompts = prompt.splitlines() if opt.lines else [prompt]
     if not prompts:
         die("--lines: the prompt has no line")
@@ -226,6 +227,7 @@ def main(argv):
     if opt.chat:
         start = [{"role": "system", "content": opt.system}] if opt.system else []
         prompts = [start + [{"role": "user", "content": p}] for p in prompts]
+    lean(model.set_dtype(where.dtype), len(prompts) * opt.num_samples)
     if alone and not opt.chat:
         write(0, texts[0])
     began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Prompts as a model wants them: how a text begins and ends, chats by the checkpoint's own template, texts with holes.
+"""Prompts as a model wants them: how a text begins and ends, chats by the checkpoint's own template, texts with holes; and back.
 
     ids = prompts.chat_ids(tokenizer, [{"role": "user", "content": "Hello"}])     up to where the assistant speaks
     stops = prompts.stop_ids(tokenizer, chat=True)
@@ -8,6 +8,7 @@ A template is the checkpoint author's code: it runs in jinja's sandbox. Markers 
 by writing <|im_end|>. Used by sample.py and eval/. Read next: sample.py.
 """
 
+import codecs
 import json
 import re
 from datetime import datetime
@@ -71,6 +72,20 @@ def chat_ids(tokenizer, messages, **options):
                 piece = piece.replace(mark, name)
             ids += tokenizer.encode(piece)
     return ids
+
+
+class Printer:
+    """Ids in, whole characters out: a character cut between two tokens waits for its rest. Special tokens are not text."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.hidden = tokenizer, {i for name, i in tokenizer.special.items() if name not in SHOWN}
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def __call__(self, i):
+        return "" if i in self.hidden or i >= self.tokenizer.vocab_size else self.decoder.decode(self.tokenizer.token_bytes(i))
+
+    def end(self):
+        return self.decoder.decode(b"", final=True)
 
 
 def hole_ids(cfg, tokenizer, text, mode=None):

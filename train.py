@@ -469,6 +469,8 @@ def main(argv):
             record, line = meter.read(row, terms, sums, count, objective.weights)
             if lead:
                 record |= {"train/skipped": state["skipped"]} if state["skipped"] else {}
+                seen = {name: s for name, s in position.get("sources", {}).items() if "epochs" in s}
+                record |= {f"data/{name}/{key}": s[key] for name, s in seen.items() for key in ("tokens", "epochs")}
                 log.row({"step": step, "tokens": state["tokens"], "train/grad_norm": norm} | record)
                 log.say(f"step {step:>6}/{plan.steps} | {line} | norm {norm:.2f}")
         evaluating = val and (end or (cfg.eval_every and step % cfg.eval_every == 0))

@@ -285,7 +285,8 @@ class Stream:
 
     @property
     def state(self):
-        sources = {src.name: {**src.state, "waiting": [list(piece) for piece in src.state["waiting"]]} for src in self.sources}
+        more = lambda src: {"waiting": [list(piece) for piece in src.state["waiting"]], "epochs": src.state["taken"] / src.units}  # noqa: E731
+        sources = {src.name: src.state | more(src) for src in self.sources}
         return {"step": self.step, "rows": self.rows, "rest": self.rest and list(self.rest), "order": self.order, "sources": sources}
 
     def load(self, state):

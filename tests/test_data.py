@@ -206,6 +206,7 @@ def test_documents_are_whole_packed_tight_and_once_per_epoch(tmp_path):
         assert real / (rows * 128) > 0.97
         orders.append(seen)
     assert orders[0] != orders[1]
+    assert stream.state["sources"]["d"]["epochs"] == 2
     assert stream.state["sources"]["d"]["dropped"] == 2 and "epoch 2 begins" in said[1]
 
 

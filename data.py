@@ -173,8 +173,7 @@ def read_manifest(dir):
         manifest = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         die(f"{path} is not JSON ({error}): prepare {dir} again")
-    manifest = manifest if isinstance(manifest, dict) else {}
-    if (manifest.get("format"), manifest.get("dtype")) != (1, "uint32"):
+    if not isinstance(manifest, dict) or (manifest.get("format"), manifest.get("dtype")) != (1, "uint32"):
         die(f"{path} does not say format 1, dtype uint32: prepare {dir} again with this version")
     tok, shards = manifest.get("tokenizer"), manifest.get("shards")
     if not (isinstance(tok, dict) and isinstance(tok.get("fingerprint"), str) and tok["fingerprint"] and count(tok.get("vocab_size"))):
@@ -473,12 +472,8 @@ class Prefetch:
             self.thread = None
 
 
-def pin_memory(item):
-    if isinstance(item, dict):
-        return {key: pin_memory(value) for key, value in item.items()}
-    if isinstance(item, (list, tuple)):
-        return [pin_memory(value) for value in item]
-    return item.pin_memory() if isinstance(item, torch.Tensor) else item
+def pin_memory(batches):
+    return [{key: v.pin_memory() if isinstance(v, torch.Tensor) else v for key, v in batch.items()} for batch in batches]
 
 
 def prefetch(stream, depth=2, pin=None):

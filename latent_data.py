@@ -20,6 +20,7 @@ import torch
 
 import data
 from configurator import die
+from prepare import prompts
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,6 @@ TEXT = {  # anchor -> the question's part; the passage stands before it as "Cont
     "none": f"\nQuestion: {QUESTION}\n",
 }
 REPEAT = "\nText:"  # asks for the source back
-BOS = ("<|begin_of_text|>", "<s>", "<bos>")
 
 
 class Side:
@@ -137,12 +137,12 @@ class Side:
         self.anchor = ("chat" if tok.chat_template else "text") if cfg.anchor == "auto" else cfg.anchor
         if self.anchor == "chat" and not tok.chat_template:
             die(f"anchor=chat, but {tok.name} has no chat template; use --anchor=text")
-        self.bos = [tok.special[name] for name in BOS if name in tok.special][:1]
+        self.bos = prompts.prefix_ids(tok)
         if self.anchor == "chat":
-            import jinja2
+            from jinja2.sandbox import ImmutableSandboxedEnvironment
 
             message = {"role": "user", "content": f"Context: {CONTEXT}\nQuestion: {QUESTION}\nAnswer with a few words of the context."}
-            render = jinja2.Environment().from_string(tok.chat_template).render
+            render = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(tok.chat_template).render
             text = render(messages=[message], add_generation_prompt=True, bos_token="", eos_token="")
         else:
             text = f"Context: {CONTEXT}" + TEXT[self.anchor]
@@ -307,6 +307,13 @@ def sources_of(rows, cfg, sides):
     return out, dropped
 
 
+def terms_of(cfg) -> list[str]:
+    """Names of all loss terms that this config may ask for: the same on every rank, whatever a micro-batch happens to hold."""
+    optional = dict(kd=cfg.w_kd, ae=cfg.w_ae, ae_qa=cfg.w_ae_qa, lm=cfg.w_lm)
+    names = ["ans", "first", "k", "first_right", *(name for name, weight in optional.items() if weight)]
+    return [f"{name}/{m}" for name in names for m in range(len(cfg.lms))]
+
+
 class Stream:
     """next() -> this rank's micro-batches of the next step; a row of the plan is one source. Same interface as data.Stream."""
 
@@ -350,7 +357,9 @@ class Stream:
         micros = []
         for i in range(row.accum):
             first = (i * self.world + self.rank) * per_micro
-            micros.append(self.collate(chosen[first : first + per_micro]) | {"bits": bits, "first_k": self.cfg.first_k})
+            micros.append(
+                self.collate(chosen[first : first + per_micro]) | {"bits": bits, "first_k": self.cfg.first_k, "terms": terms_of(self.cfg)}
+            )
         self.step += 1
         return micros
 
@@ -393,6 +402,8 @@ class Stream:
                     )
                 if rest and cfg.w_lm:
                     docs.append((side.bare(slots), z[i], list(side.ids(rest))[:room], "lm"))
+            if not docs:
+                die("a micro-batch of text with w_ae=0 asks nothing: give w_ae a weight, or drop the text from --data")
             batch |= pack(docs, f"{m}.")
             if cfg.w_kd and teacher:
                 batch |= pack(teacher, f"{m}.teacher.")

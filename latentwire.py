@@ -392,6 +392,8 @@ def load(path, device="cpu"):
 def check(cfg):
     if not cfg.lms:
         die("objective=latent needs frozen models: --lms=\"('out/a', 'out/b')\"")
+    if cfg.parallel == "fsdp":
+        die("parallel=fsdp does not shard frozen models; use --parallel=ddp, with --sequential and smaller micro_tokens if memory is short")
     if cfg.calibration == "fixed" and not cfg.prefix_rms > 0:
         die("calibration=fixed needs --prefix_rms above 0")
     if cfg.prefix_rms and cfg.calibration != "fixed":
@@ -413,17 +415,19 @@ def open_stream(cfg, plan, rank, world):
 
 
 def counts(batch) -> dict[str, float]:
-    """Targets of each term and model in this micro-batch, known before the forward."""
-    out = {}
+    """Targets of each term and model in this micro-batch, known before the forward; every rank names every term."""
+    out = dict.fromkeys(batch["terms"], 0.0)
     for key, goal in batch.items():
         m, _, kind = key.removesuffix(".goal").partition(".")
-        if key.endswith(".goal") and kind in ("ae", "ae_qa", "lm"):
-            out[f"{kind}/{m}"] = float(len(goal))
-        elif key.endswith(".goal") and kind == "ans":
+        if key.endswith(".goal") and kind == "ans":
             step = batch[f"{m}.ans.step"]
-            early = float((step < batch["first_k"]).sum())
-            out |= {f"ans/{m}": float(len(goal)), f"k/{m}": early} | ({f"kd/{m}": early} if f"{m}.teacher.ids" in batch else {})
-            out |= {f"first/{m}": float((step == 0).sum()), f"first_right/{m}": float((step == 0).sum())}
+            sizes = {"ans": len(goal), "k": (step < batch["first_k"]).sum(), "first": (step == 0).sum()}
+            sizes |= {"kd": sizes["k"], "first_right": sizes["first"]}
+        elif key.endswith(".goal") and kind in ("ae", "ae_qa", "lm"):
+            sizes = {kind: len(goal)}
+        else:
+            continue
+        out |= {f"{term}/{m}": float(n) for term, n in sizes.items() if f"{term}/{m}" in out}
     return out
 
 

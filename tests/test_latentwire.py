@@ -129,8 +129,10 @@ def settings_of(**changed):
 
 def toy_tokenizer(bos=False, template=None):
     tok = tokenizer.load("bytes")
-    tok.special = dict(tok.special) | ({"<s>": 0} if bos else {})
-    tok.chat_template = template
+    if bos:
+        rule = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>"}}], "special_tokens": {"<s>": {"ids": [0]}}}
+        tok.files["tokenizer.json"] = json.dumps({"post_processor": rule}).encode()
+    tok.configure(chat_template=template)
     return tok
 
 
@@ -221,12 +223,14 @@ def micro_batch(model, cfg, texts=TEXTS, qa=True):
     stream = latent_data.Stream.__new__(latent_data.Stream)
     stream.cfg, stream.sides, stream.reader = cfg, model.sides, model.reader
     chosen = [(t, [("Where?", "Oslo"), ("Who?", "")] if qa else None, 0.5) for t in texts]
-    return stream.collate(chosen) | {"bits": 0, "first_k": cfg.first_k}
+    return stream.collate(chosen) | {"bits": 0, "first_k": cfg.first_k, "terms": latent_data.terms_of(cfg)}
 
 
 def loss_of(model, batch):
     factor, count = lw.weights(model.cfg), lw.counts(batch)
-    return sum(factor[t] * s / count[t] for t, s in model(batch).items())
+    sums = model(batch)
+    assert set(sums) <= set(count) == set(latent_data.terms_of(model.cfg))
+    return sum(factor[t] * s / count[t] for t, s in sums.items())
 
 
 @pytest.mark.parametrize("kind", ["lm", "pool", "byte", "query", "sent"])

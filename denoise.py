@@ -11,6 +11,7 @@ from a document and corrupted. (Cutting after corruption, as others do, loses tw
 Read next: denoise_stream.py (documents -> examples -> packs), model.py (merged attention), tests/test_denoise.py.
 """
 
+import functools
 import math
 from bisect import bisect_left
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ class DenoiseConfig:
 class Denoiser(NamedTuple):
     kind: str  # span | middle | suffix | infill
     mu: float  # mean span length; 0 where there is one span
-    r: float | tuple[float, float]  # share of the text that is hidden; a pair is drawn uniformly per example
+    r: tuple[float, float]  # share of the text that is hidden, drawn uniformly per example; rows may give one number
     mode: str | None  # R, X, S, I or no mode token at all
     weight: float  # share of examples
 
@@ -124,7 +125,7 @@ def mixture(rows: str | tuple, end: tuple[float, ...] | None = None, mode_tokens
             die(f"mixture row {row!r}: kind is span|middle|suffix|infill, 0 < share < 1, mode one of R X S I or None")
         if d.kind in ("span", "middle") and not d.mu >= 1:
             die(f"mixture row {row!r}: the mean span must be at least 1 token")
-        denoisers.append(d._replace(r=lo if lo == hi else (lo, hi), mode=d.mode if mode_tokens else None))
+        denoisers.append(d._replace(r=(lo, hi), mode=d.mode if mode_tokens else None))
 
     def weights(key, values):
         w = np.asarray(values, np.float64)
@@ -146,7 +147,7 @@ def weights(mix: Mixture, progress: float, n: int = 0, length_adaptive: bool = F
 
 
 def name(d: Denoiser) -> str:
-    share = "{:g}-{:g}".format(*d.r) if isinstance(d.r, tuple) else f"{d.r:g}"  # no slash: metrics are named by it
+    share = f"{d.r[0]:g}" if d.r[0] == d.r[1] else "{:g}-{:g}".format(*d.r)  # no slash: metrics are named by it
     return f"{d.kind}{d.mu:g}@{share}" if d.mu else f"{d.kind}@{share}"
 
 
@@ -165,6 +166,7 @@ def sides(L: int, N: int, n: int, mode: bool, closing: bool) -> tuple[int, int]:
     return mode + L - N + n + 1, N + n + closing + 1
 
 
+@functools.lru_cache(maxsize=4096)
 def longest(d: Denoiser, share: float, max_enc: int, max_dec: int, n_sentinels: int, closing: bool = False) -> int:
     """Most source tokens whose two sides fit and whose spans have a sentinel each. Both sides grow with L: bisect."""
 
@@ -180,10 +182,10 @@ def table(mix: Mixture, max_enc: int, max_dec: int, n_sentinels: int, closing: b
     """What is printed at start: per denoiser its longest source and the two sides that source becomes."""
     lines = [f"{'denoiser':20} mode  first   last   source  encoder  decoder"]
     for d, a, b in zip(mix.denoisers, mix.first, mix.last, strict=True):
-        for share in d.r if isinstance(d.r, tuple) else (d.r,):
+        for share in sorted(set(d.r)):
             L = longest(d, share, max_enc, max_dec, n_sentinels, closing)
             enc, dec = sides(L, *counts(d, share, L, n_sentinels - closing), d.mode is not None, closing)
-            label = name(d._replace(r=share)) + (" (an end)" if isinstance(d.r, tuple) else "")
+            label = name(d._replace(r=(share, share))) + (" (an end)" if d.r[0] < d.r[1] else "")
             lines.append(f"{label:20.20} {d.mode or '-':4} {a:6.3f} {b:6.3f} {L:8d} {enc:8d} {dec:8d}")
     return "\n".join(lines)
 

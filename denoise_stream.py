@@ -51,19 +51,17 @@ class DenoiseStream:
                 die(f"{src.shards.dir}: written with another tokenizer than {self.tokenizer.name}: prepare it again with that one")
         self.word = denoise.word_starts(self.tokenizer) if cfg.snap else None
         self.mix = denoise.mixture(cfg.mixture, cfg.mixture_end, cfg.mode_tokens)
-        shares = [d.r if isinstance(d.r, tuple) else (d.r, d.r) for d in self.mix.denoisers]
-        least = min(self.longest(d, share) for d, pair in zip(self.mix.denoisers, shares, strict=True) for share in pair)
+        self.caps = cfg.max_enc, cfg.max_dec, cfg.n_sentinels, cfg.closing_sentinel
+        least = min(denoise.longest(d, share, *self.caps) for d in self.mix.denoisers for share in d.r)
         if least < 2 * denoise.MIN_DOC:
             die(f"max_enc={cfg.max_enc}, max_dec={cfg.max_dec}: some denoiser could take only {least} tokens of text; raise them")
-        self.low, self.width = [a for a, _ in shares], [b - a for a, b in shares]
-        self.limit = [None if b > a else self.longest(d, a) for d, (a, b) in zip(self.mix.denoisers, shares, strict=True)]
-        ids = ",".join(f"{src.name}:{src.shards.id}" for src in self.sources)
-        self.order = f"{cfg.mixture} {cfg.mixture_end} max_enc={cfg.max_enc} max_dec={cfg.max_dec} seed={cfg.seed} data={ids}"
+        settings = [f"{key}={getattr(cfg, key)}" for key in (*denoise.DenoiseConfig.__dataclass_fields__, "seed")]
+        self.order = " ".join([*settings, *(f"{src.name}={src.shards.id}" for src in self.sources)])  # all that decides it
         self.names = [denoise.name(d) for d in self.mix.denoisers]
-        self.need = []  # encoder and decoder tokens of 1024 examples of these very documents, at both ends of the curriculum
+        self.need = []  # mean encoder and decoder tokens of examples of these very documents, at both ends of the curriculum
         for row in (plan(0), plan(plan.steps)):
             self.begin()
-            self.need.append(np.sum([self.draw(row)[-2:] for _ in range(1024)], axis=0))
+            self.need.append(np.mean([self.draw(row)[-2:] for _ in range(4096)][2048:], axis=0))  # long documents stay open longer
         self.begin()
         for src in self.sources:
             src.log = self.log
@@ -74,10 +72,6 @@ class DenoiseStream:
         for src in self.sources:
             src.state |= {"taken": 0, "credit": 0.0}
         self.open = [[self.next_document(s) for _ in range(min(OPEN, src.units))] for s, src in enumerate(self.sources)]
-
-    def longest(self, d, share):
-        cfg = self.cfg
-        return denoise.longest(d, share, cfg.max_enc, cfg.max_dec, cfg.n_sentinels, cfg.closing_sentinel)
 
     def next_document(self, s):
         """[first token, text tokens, tokens used] of the next document worth using; its EOS is not text."""
@@ -102,8 +96,9 @@ class DenoiseStream:
         start, size, used = document = self.open[s][slot]
         weights = denoise.weights(self.mix, row.eta, size, cfg.length_adaptive)
         task = min(int(np.searchsorted(weights.cumsum(), pick, "right")), len(weights) - 1)
-        d, share = self.mix.denoisers[task], self.low[task] + self.width[task] * where
-        length = min(self.limit[task] or self.longest(d, share), size - used)
+        d = self.mix.denoisers[task]
+        share = d.r[0] + (d.r[1] - d.r[0]) * where
+        length = min(denoise.longest(d, share, *self.caps), size - used)
         if 0 < size - used - length < denoise.MIN_DOC:  # no rest too short to use
             length = size - used - denoise.MIN_DOC
         document[2] += length
@@ -130,7 +125,7 @@ class DenoiseStream:
         chosen, e, d, taken = [], enc, dec, LOOK
         while taken == LOOK:  # a large pack empties the queue more than once
             while len(self.queue) < LOOK:  # drawn for the step in which it will train, as far as the length of the queue tells
-                later = int(len(self.queue) * self.need[0].sum() / 1024 / (row.micro_tokens * row.accum * self.world))
+                later = int(len(self.queue) * self.need[0].sum() / (row.micro_tokens * row.accum * self.world))
                 self.queue.append(self.draw(self.plan(min(self.step + later, self.plan.steps))))
             taken = 0
             for item in self.queue:
@@ -229,13 +224,6 @@ def collate(examples, number: int = 0) -> dict:
 def blank(n_enc: int, n_dec: int, sp) -> tuple:
     """A document of padding: nothing is predicted from it and nobody sees it."""
     return np.full(n_enc, sp.start), np.full(n_dec, sp.start), np.full(n_dec, data.IGNORE), 0
-
-
-def padded(examples, multiple: int, sp, side: str = "right") -> list:
-    """The layout of a padded batch, every example as wide as the widest: what packing is tested and measured against."""
-    wide = [-(-max(len(example[i]) for example in examples) // multiple) * multiple for i in (0, 1)]
-    pairs = [(example, blank(wide[0] - len(example[0]), wide[1] - len(example[1]), sp)) for example in examples]
-    return [half for pair in pairs for half in (pair if side == "right" else pair[::-1])]
 
 
 def fixed_shapes(cfg) -> bool:

@@ -34,7 +34,7 @@ def batch_of(model, tok, count: int) -> dict:
         return rectangle(torch.from_numpy(np.stack([np.roll(ids, i) for i in range(count)])))
     sp, rng = denoise_stream.special_of(cfg, tok), np.random.default_rng(0)
     rows = [d for d in denoise.mixture("recommended").denoisers if d.kind in ("span", "infill")]
-    pairs = [denoise.corrupt(ids, rows[i % len(rows)], rows[i % len(rows)].r, rng, sp) for i in range(count)]
+    pairs = [denoise.corrupt(ids, rows[i % len(rows)], rows[i % len(rows)].r[0], rng, sp) for i in range(count)]
     return denoise_stream.collate([(e, np.append(sp.start, t[:-1]), t, 0) for e, t in pairs])
 
 

@@ -162,7 +162,7 @@ def test_stream_is_resumable_and_covers_an_epoch(tmp_path):
 
 
 def test_crops_of_documents(tmp_path):
-    from test_denoise_stream import documents, write_shards
+    from tests.test_denoise_stream import documents, write_shards
 
     write_shards(tmp_path / "shards", {"train": documents(50)})
     batches = next(contrast.PairStream(config(tmp_path / "shards"), SimpleNamespace(steps=1), 0, 1))

@@ -12,6 +12,7 @@ import denoise
 import denoise_stream
 import hub
 from model import ModelConfig, build, merged_rectangle
+from tests.test_denoise_stream import padded
 
 CROSS = ("none", "enc", "continue")
 SMALL = ModelConfig(
@@ -117,7 +118,8 @@ def test_the_three_geometries_differ_and_fp32_is_close():
 
 @pytest.mark.parametrize("cross", CROSS)
 @pytest.mark.parametrize(
-    "knobs", [{}, {"ffn": "polyglu", "gate_noise": False}, {"embed_rank": 8}, {"n_kv_head": 4, "qk_norm": False, "qkv_bias": True}]
+    "knobs",
+    [{}, {"ffn": "polyglu", "gate_noise": False}, {"embed_rank": 8, "remat": 1}, {"n_kv_head": 4, "qk_norm": False, "qkv_bias": True}],
 )
 def test_packed_equals_unpacked_equals_padded(cross, knobs):
     """Forward, loss and every gradient in fp64; padding on either side, and in any order of the examples."""
@@ -135,8 +137,8 @@ def test_packed_equals_unpacked_equals_padded(cross, knobs):
     layouts = {
         "packed": [denoise_stream.collate(batch)],
         "reversed": [denoise_stream.collate(batch[::-1])],
-        "right": [denoise_stream.collate(denoise_stream.padded(batch, 8, SP))],
-        "left": [denoise_stream.collate(denoise_stream.padded(batch, 4, SP, "left"))],
+        "right": [denoise_stream.collate(padded(batch, 8, SP))],
+        "left": [denoise_stream.collate(padded(batch, 4, SP, "left"))],
     }
     for name, packs in layouts.items():
         other, theirs = run(packs)

@@ -1,4 +1,4 @@
-"""The operators that torch lacks: the fused PolyGLU mix, its stateless Gumbel noise, and a chunked cross entropy.
+"""Gated feed-forwards between their two GEMMs: the fused PolyGLU mix, its stateless Gumbel noise, and the plain GLU.
 
 `polyglu_mix` is the whole of PolyGLU between its two GEMMs: y = (sum_k g_k sigma_k(a)) * u with g = softmax_k(al + s).
 Written naively it materialises ten tensors of [N, f, 4]; here one pass reads a and u and writes y, the backward reads
@@ -7,10 +7,9 @@ On a GPU it is a Triton kernel, on a CPU blocks of rows small enough to stay in 
 operator, which torch.compile takes whole, without a graph break. The Triton path has run in Triton's interpreter on a
 CPU (tests/test_kernels.py under TRITON_INTERPRET=1); its speed on a real GPU has not been measured yet.
 
-Used by model.py (PolyGLU.forward, Transformer.nll). Read tests/test_kernels.py for the accuracy that is promised.
+Used by model.py (PolyGLU, SwiGLU). Read tests/test_kernels.py for the accuracy that is promised.
 """
 
-import math
 import os
 
 import torch
@@ -44,6 +43,32 @@ _RULES = {
     "relu2": (lambda a, out: aten.relu.out(a, out=out).square_(), lambda q, a, v, out: aten.relu.out(a, out=out).mul_(q).mul_(2)),
     "identity": (lambda a, out: out.copy_(a), lambda q, a, v, out: out.copy_(q)),
 }
+
+
+class _GLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, au, act):
+        ctx.act = act
+        ctx.save_for_backward(au)
+        a, u = au.chunk(2, dim=-1)
+        return _RULES[act][0](a, out=torch.empty_like(a)).mul_(u)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        (au,), (value, slope) = ctx.saved_tensors, _RULES[ctx.act]
+        a, u = au.chunk(2, dim=-1)
+        both = torch.empty_like(au)
+        da, du = both.chunk(2, dim=-1)
+        v = value(a, out=torch.empty_like(a))
+        torch.mul(dy, v, out=du)
+        slope(dy * u, a, v, out=da)
+        return both, None
+
+
+def glu(au, act="silu"):
+    """act(a) * u of au = [a | u]: keeps au alone and writes its gradient into one buffer, as polyglu_mix does."""
+    return _GLU.apply(au, act)
 
 
 def polyglu_reference(au, al, s=None, acts=DEFAULT_ACTS):
@@ -356,70 +381,3 @@ def gumbel(seed, rows, layer, f, K=4):
     n = _mix32(_mix32(torch.arange(f * K, device=rows.device) + key & 0xFFFFFFFF) ^ other) >> 9  # 23 bits
     u = (2 * n + 1).float() * 2.0**-24  # exact; never 0, never 1
     return -torch.log(-torch.log(u)).view(-1, f, K)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Cross entropy without the logits
-
-
-def _matmul32(a, b):
-    """bf16 operands, fp32 result. CPUs have no such GEMM: there the result is rounded to bf16 on the way."""
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda and a.dtype == torch.bfloat16 else (a @ b)
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, h, weight, targets, vocab, token_weight, chunk, grads):
-        acc = torch.promote_types(h.dtype, torch.float32)  # of logits, sums and dW
-        keep = targets != -100
-        index = None
-        if not h.is_cuda:  # skip ignored tokens where asking how many there are costs no synchronisation
-            index = keep.nonzero().squeeze(1)
-        n = h.shape[0] if index is None else len(index)
-        nll = torch.zeros(h.shape[0], dtype=acc, device=h.device)
-        w = weight.to(h.dtype)
-        dh = torch.zeros_like(h) if grads else None
-        dw = torch.zeros(weight.shape, dtype=acc, device=h.device) if grads and n else None
-        for lo in range(0, n, chunk):
-            rows = slice(lo, min(lo + chunk, n)) if index is None else index[lo : lo + chunk]
-            x, ok = h[rows], keep[rows]
-            target = targets[rows].clamp(min=0)[:, None]
-            logits = _matmul32(x, w.t()).to(acc)  # (chunk, Vpad)
-            logits[:, vocab:] = -math.inf
-            chosen = logits.gather(1, target)
-            top = logits.amax(1, keepdim=True)
-            p = logits.sub_(top).exp_()
-            total = p.sum(1, keepdim=True)
-            nll[rows] = torch.where(ok, (total.log() + top - chosen).squeeze(1), 0)
-            if grads:
-                scale = ok.to(acc) if token_weight is None else ok * token_weight[rows].to(acc)
-                p.mul_(scale[:, None] / total)
-                dx = p.scatter_add_(1, target, -scale[:, None]).to(h.dtype)
-                dh[rows] = dx @ w
-                if dw.dtype == h.dtype:
-                    dw.addmm_(dx.t(), x)
-                else:
-                    dw += _matmul32(dx.t(), x)
-        ctx.grads = (dh, dw)
-        ctx.like = weight.shape, weight.dtype
-        total = nll.sum() if token_weight is None else (nll * token_weight).sum()
-        ctx.mark_non_differentiable(nll)
-        return total, nll
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad, _):
-        (dh, dw), (shape, dtype), ctx.grads = ctx.grads, ctx.like, None  # scaled in place: a second backward must fail
-        dw = grad.new_zeros(shape, dtype=dtype) if dw is None else dw.mul_(grad).to(dtype)
-        return dh.mul_(grad), dw, None, None, None, None, None
-
-
-@torch.compiler.disable  # a Python loop over chunks: nothing in it for a compiler
-def linear_cross_entropy(h, weight, targets, vocab, token_weight=None, chunk=2048):
-    """(sum of nll, nll per token detached) of softmax(h @ weight[:vocab].T) against targets (-100: ignored, nll 0).
-
-    The gradients are computed here, chunk by chunk, so that logits of [chunk, V] are all that ever exists.
-    h (N, d) in the activation dtype, weight (Vpad, d); token_weight (N,) scales the sum, not the nll that is returned.
-    """
-    grads = torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)
-    return _LinearCrossEntropy.apply(h, weight, targets, vocab, token_weight, chunk, grads)

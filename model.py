@@ -28,7 +28,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
 from configurator import die
-from kernels import ACTIVATIONS, gumbel, linear_cross_entropy, polyglu_mix
+from kernels import ACTIVATIONS, glu, gumbel, polyglu_mix
+from ops import Thin, WindowMean, full, linear_cross_entropy, rms_norm
 
 Gate = Literal["running", "lagged", "token", "static", "sequence"]
 
@@ -103,11 +104,6 @@ def check(cfg: ModelConfig) -> None:
             die(f"unknown activation {name!r}; known: {', '.join(ACTIVATIONS)}")
     if not cfg.causal and not cfg.allow_noncausal:
         die("gate='sequence' lets a decoder see later tokens; use gate='running', or allow_noncausal=True to run it as published")
-
-
-def full(x: torch.Tensor) -> torch.Tensor:
-    """At least fp32: norms, rotations, routing and loss are never computed in bf16 (fp64 stays, for tests)."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 # ---- attention ----------------------------------------------------------------------------------------------------------
@@ -186,7 +182,6 @@ class Segments:
             return varlen_kernel()(q, k, v, self.cu_q, self.cu_k, self.max_q, self.max_k, window_size=window)
         if self.calls is None:
             self.plan()
-        gqa = q.shape[1] != k.shape[1]
         if self.q_slots:
             slots, home, blank, _ = self.q_slots
             q = Gather.apply(q, slots, home, None)
@@ -197,11 +192,28 @@ class Segments:
             heads = [
                 t.unflatten(0, (count, -1)).transpose(1, 2) for t in (q[i : i + count * n], k[j : j + count * m], v[j : j + count * m])
             ]
-            y = F.scaled_dot_product_attention(*heads, attn_mask=mask, is_causal=causal, enable_gqa=gqa)
+            y = attention(*heads, mask, causal)
             outs.append(y.transpose(1, 2).flatten(0, 1))
             i, j = i + count * n, j + count * m
         y = outs[0] if len(outs) == 1 else torch.cat(outs) if outs else q
         return Gather.apply(y, home, slots, blank) if self.q_slots else y
+
+
+def attention(q, k, v, mask, causal):
+    """q (S, H, n, E), k and v (S, G, m, E) -> (S, H, n, E), one softmax per query.
+
+    SDPA, but for training on a CPU in bf16: there its backward takes twice as long as two matmuls and a softmax (LOG.md), as long as
+    the scores of a few hundred tokens are no burden.
+    """
+    if not (q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad and k.shape[2] <= 1024):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+    shape, share = q.shape, q.shape[1] // k.shape[1]  # the queries of one key head lie behind one another: no key is repeated
+    scores = (q.unflatten(1, (-1, share)).flatten(2, 3) * shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    if causal:
+        mask = torch.ones(shape[2], k.shape[2], dtype=torch.bool).tril()
+    if mask is not None:
+        scores.unflatten(2, (share, -1)).masked_fill_(~mask.unsqueeze(-3), -math.inf)  # (S, G, share, n, m)
+    return (scores.softmax(-1) @ v).unflatten(2, (share, -1)).flatten(1, 2)
 
 
 @functools.cache
@@ -228,7 +240,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 def matmul(x, weight, bias):
@@ -279,55 +291,12 @@ class Attention(nn.Module):
 class SwiGLU(nn.Module):
     def __init__(self, cfg: ModelConfig, layer: int):
         super().__init__()
-        self.act = ACTIVATIONS[cfg.act if isinstance(cfg.act, str) else cfg.act[layer]]
+        self.act = cfg.act if isinstance(cfg.act, str) else cfg.act[layer]
         self.gate_up = Linear(cfg.d_model, 2 * cfg.width_ff, "gate_up")
         self.down = Linear(cfg.width_ff, cfg.d_model, "down")
 
     def forward(self, x, ctx):
-        a, u = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(self.act(a) * u)
-
-
-class Thin(torch.autograd.Function):
-    """F.linear in fp32 onto a few channels, of a wide bf16 x: keeps x as it is, not the fp32 copy that autograd would keep."""
-
-    @staticmethod
-    def forward(ctx, x, weight):
-        ctx.save_for_backward(x, weight)
-        w = full(weight)
-        return torch.mm(x, w.to(x.dtype).t(), out_dtype=torch.float32) if Thin.fused(x) else full(x) @ w.t()
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        small = grad.to(x.dtype) if Thin.fused(x) else grad
-        dw = torch.mm(small.t(), x, out_dtype=torch.float32) if Thin.fused(x) else grad.t() @ full(x)
-        return (small @ weight.to(small.dtype)).to(x.dtype), dw.to(weight.dtype)
-
-    @staticmethod
-    def fused(x):
-        """GPUs multiply bf16 into fp32 directly."""
-        return x.is_cuda and x.dtype == torch.bfloat16
-
-
-class WindowMean(torch.autograd.Function):
-    """Mean of p over the tokens start:end of each token. Sums in fp64; `first`:`last` are the tokens whose window holds this one, so
-    that the way back is a difference of cumulative sums too, and nothing is scattered."""
-
-    @staticmethod
-    def forward(ctx, p, start, end, first, last):
-        ctx.save_for_backward(start, end, first, last)
-        return (WindowMean.sums(p, start, end) / (end - start).clamp(min=1)[:, None]).to(p.dtype)
-
-    @staticmethod
-    def backward(ctx, grad):
-        start, end, first, last = ctx.saved_tensors
-        return WindowMean.sums(grad.double() / (end - start).clamp(min=1)[:, None], first, last).to(grad.dtype), None, None, None, None
-
-    @staticmethod
-    def sums(x, start, end):
-        total = F.pad(x.double().cumsum(0), (0, 0, 1, 0))  # (N + 1, C)
-        return total[end] - total[start]
+        return self.down(glu(self.gate_up(x), self.act))
 
 
 class PolyGLU(nn.Module):

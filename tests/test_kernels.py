@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from kernels import DEFAULT_ACTS, gumbel, linear_cross_entropy, polyglu_mix, polyglu_reference
+from kernels import ACTIVATIONS, DEFAULT_ACTS, glu, gumbel, polyglu_mix, polyglu_reference
+from ops import linear_cross_entropy, rms_norm
 
 ACTS = {1: ("silu",), 2: ("relu", "gelu"), 4: DEFAULT_ACTS, 6: (*DEFAULT_ACTS, "identity", "relu2")}
 
@@ -244,3 +245,26 @@ def test_triton_is_not_imported_without_a_gpu():
     code = "import sys, kernels; sys.exit('triton' in sys.modules and not kernels.HAS_TRITON)"
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     assert subprocess.run([sys.executable, "-c", code], env=env).returncode == 0
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_glu_value_and_gradient(act):
+    au = torch.randn(9, 2, 14, dtype=torch.float64, requires_grad=True)[:, 1]  # a strided view
+    a, u = au.chunk(2, -1)
+    plain, ours, dy = ACTIVATIONS[act](a) * u, glu(au, act), torch.randn(9, 7, dtype=torch.float64)
+    torch.testing.assert_close(ours, plain)
+    torch.testing.assert_close(torch.autograd.grad(ours, au, dy)[0], torch.autograd.grad(plain, au, dy)[0])
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("shape", [(5, 16), (3, 4, 7), (1, 300)])
+def test_rms_norm_value_and_gradients_against_float64(dtype, tolerance, shape):
+    x = torch.randn(shape, dtype=torch.float64).mul_(torch.logspace(-3, 3, shape[-1], dtype=torch.float64)[None]).to(dtype)
+    w, dy = torch.randn(shape[-1], dtype=torch.float64), torch.randn(shape, dtype=torch.float64).to(dtype)
+    exact = [x.double().requires_grad_(), w.clone().requires_grad_()]
+    y = exact[0] / (exact[0].square().mean(-1, keepdim=True) + 1e-6).sqrt() * exact[1]
+    wanted = [y.detach(), *torch.autograd.grad(y, exact, dy.double())]
+    ours = [x.clone().requires_grad_(), w.to(torch.promote_types(dtype, torch.float32)).requires_grad_()]
+    z = rms_norm(*ours, 1e-6)
+    for got, want in zip([z, *torch.autograd.grad(z, ours, dy)], wanted, strict=True):
+        assert (got.double() - want).abs().max() <= tolerance * want.abs().max()

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import ModelConfig, Segments, build, merged_rectangle, rectangle
+from model import ModelConfig, Segments, attention, build, merged_rectangle, rectangle
 
 SMALL = dict(vocab_size=100, n_layer=2, n_head=4, d_model=32, max_len=64, init_std=0.1, gate_noise=False)
 KNOBS = {
@@ -248,3 +248,21 @@ def test_a_document_longer_than_the_model_allows_is_refused(capsys):
 def test_config_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         ModelConfig().n_layer = 3
+
+
+@pytest.mark.parametrize("heads, causal", [(4, True), (2, True), (2, False), (1, False)])
+def test_attention_for_training_in_bf16_on_a_cpu(heads, causal):
+    """The path of two matmuls and a softmax, value and gradients, against float64."""
+    generator = torch.Generator().manual_seed(0)
+    exact = [torch.randn(3, h, n, 16, generator=generator, dtype=torch.float64) for h, n in ((4, 20), (heads, 20), (heads, 20))]
+    rough = [t.bfloat16().requires_grad_() for t in exact]
+    exact = [t.detach().double().requires_grad_() for t in rough]
+    mask = None if causal else torch.rand(3, 1, 20, 20, generator=generator) < 0.6
+    if mask is not None:
+        mask[..., 0] = True
+    results = []
+    for q, k, v in (rough, exact):
+        y = attention(q, k, v, mask, causal)
+        results.append([y, *torch.autograd.grad(y.square().sum(), (q, k, v))])
+    for got, want in zip(*results, strict=True):
+        assert got.dtype == torch.bfloat16 and (got.double() - want).abs().max() < 0.03 * want.abs().max()

@@ -1,0 +1,197 @@
+"""Operators that plain autograd does wastefully, in plain torch: RMSNorm, the gate's projection and pool, cross entropy without the logits.
+
+Each keeps only its inputs for the backward pass and writes its gradient once. They matter where nothing fuses for us (a CPU, or a GPU
+without torch.compile); values and gradients are those of the plain formulas. Read next: model.py, which calls them; kernels.py.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+
+def full(x: torch.Tensor) -> torch.Tensor:
+    """At least fp32: norms, rotations, routing and loss are never computed in bf16 (fp64 stays, for tests)."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square_().div_(x.shape[-1]).add_(eps).rsqrt_()  # 1 / rms
+        ctx.save_for_backward(x, weight, scale)
+        return torch.mul(x, scale).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x, weight, scale = ctx.saved_tensors
+        unit, g = x * scale, dy.to(scale.dtype, copy=True)
+        product = g * unit
+        dw = product.flatten(0, -2).sum(0).to(weight.dtype)
+        along = (product @ weight.to(scale.dtype) / x.shape[-1]).unsqueeze(-1)
+        return g.mul_(weight).addcmul_(unit, along, value=-1).mul_(scale).to(dy.dtype), dw, None
+
+
+def rms_norm(x, weight, eps):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, statistics in fp32. On a CPU torch's own backward is slow (LOG.md)."""
+    if x.device.type == "cpu" and torch.is_grad_enabled():
+        return _RMSNorm.apply(x, weight, eps)
+    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return turn(x, cos, sin)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        cos, sin = ctx.saved_tensors
+        return turn(dy, cos, -sin), None, None  # the way back is the way back
+
+
+def turn(x, cos, sin):
+    a, b = x.chunk(2, dim=-1)
+    other = torch.cat((b, a), dim=-1).to(cos.dtype)
+    return x.to(cos.dtype, copy=True).mul_(torch.cat((cos, cos), -1)).addcmul_(other, torch.cat((-sin, sin), -1)).to(x.dtype)
+
+
+def rotate(x, rope):
+    """Rotary position, half-split, in fp32: x (N, H, E), tables (N, 1, E/2)."""
+    return _Rotate.apply(x, *rope)
+
+
+class Thin(torch.autograd.Function):
+    """F.linear in fp32 onto a few channels, of a wide bf16 x: keeps x as it is, not the fp32 copy that autograd would keep."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        w = full(weight)
+        return torch.mm(x, w.to(x.dtype).t(), out_dtype=torch.float32) if Thin.fused(x) else full(x) @ w.t()
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        small = grad.to(x.dtype) if Thin.fused(x) else grad
+        dw = torch.mm(small.t(), x, out_dtype=torch.float32) if Thin.fused(x) else grad.t() @ full(x)
+        return (small @ weight.to(small.dtype)).to(x.dtype), dw.to(weight.dtype)
+
+    @staticmethod
+    def fused(x):
+        """GPUs multiply bf16 into fp32 directly."""
+        return x.is_cuda and x.dtype == torch.bfloat16
+
+
+class WindowMean(torch.autograd.Function):
+    """Mean of p over the tokens start:end of each token. Sums in fp64; `first`:`last` are the tokens whose window holds this one, so
+    that the way back is a difference of cumulative sums too, and nothing is scattered."""
+
+    @staticmethod
+    def forward(ctx, p, start, end, first, last):
+        ctx.save_for_backward(start, end, first, last)
+        return (WindowMean.sums(p, start, end) / (end - start).clamp(min=1)[:, None]).to(p.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        start, end, first, last = ctx.saved_tensors
+        return WindowMean.sums(grad.double() / (end - start).clamp(min=1)[:, None], first, last).to(grad.dtype), None, None, None, None
+
+    @staticmethod
+    def sums(x, start, end):
+        total = F.pad(x.double().cumsum(0), (0, 0, 1, 0))  # (N + 1, C)
+        return total[end] - total[start]
+
+
+def _matmul32(a, b):
+    """bf16 operands, fp32 result. CPUs have no such GEMM: there the result is rounded to bf16 on the way."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda and a.dtype == torch.bfloat16 else (a @ b)
+
+
+def _gradient_rows(logits, target, ok, scale):
+    """-> (d nll / d logits in the dtype of the operands, nll) for logits in fp32; ignored rows give zeros. No synchronisation."""
+    chosen, top = logits.gather(1, target), logits.amax(1, keepdim=True)
+    p = logits.sub_(top).exp_()
+    total = p.sum(1, keepdim=True)
+    nll = torch.where(ok, (total.log() + top - chosen).squeeze(1), 0)
+    scale = ok[:, None].to(p.dtype) if scale is None else ok[:, None] * scale
+    return p.mul_(scale / total).scatter_add_(1, target, -scale), nll
+
+
+def _gradient_blocks(logits, target, ok, scale):
+    """The same on a CPU, where no row is ignored: a few rows at a time stay in the cache, and the gradient takes the logits' place."""
+    wide, size = torch.promote_types(logits.dtype, torch.float32), max(1, (1 << 20) // logits.shape[1])
+    nll = []
+    for lo in range(0, len(logits), size):
+        block, t = logits[lo : lo + size], target[lo : lo + size]
+        chosen = block.gather(1, t).to(wide)
+        p = torch.softmax(block, 1, dtype=wide)
+        likely = p.gather(1, t)
+        far = likely < 1e-30  # so unlikely that its probability underflows: its distance from the top says it
+        nll.append(-likely.log())
+        if far.any():
+            nll[-1] = torch.where(far, block.amax(1, keepdim=True) - chosen - p.amax(1, keepdim=True).log(), nll[-1])
+        likely = likely - 1
+        if scale is not None:
+            p.mul_(scale[lo : lo + size])
+            likely = likely * scale[lo : lo + size]
+        block.copy_(p).scatter_(1, t, likely.to(block.dtype))
+    return logits, torch.cat(nll).squeeze(1)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h, weight, targets, vocab, token_weight, chunk, grads):
+        acc = torch.promote_types(h.dtype, torch.float32)  # of logits, sums and dW
+        keep = targets != -100
+        index = None
+        if not h.is_cuda:  # skip ignored tokens where asking how many there are costs no synchronisation
+            index = keep.nonzero().squeeze(1)
+        n = h.shape[0] if index is None else len(index)
+        nll = torch.zeros(h.shape[0], dtype=acc, device=h.device)
+        w = weight.to(h.dtype)
+        dh = torch.zeros_like(h) if grads else None
+        dw = torch.zeros(weight.shape, dtype=acc, device=h.device) if grads and n else None
+        for lo in range(0, n, chunk):
+            rows = slice(lo, min(lo + chunk, n)) if index is None else index[lo : lo + chunk]
+            x, ok = h[rows], keep[rows]
+            target = targets[rows].clamp(min=0)[:, None]
+            logits = _matmul32(x, w.t())  # (chunk, Vpad)
+            logits[:, vocab:] = -math.inf
+            scale = None if token_weight is None else token_weight[rows].to(acc)[:, None]
+            dx, nll[rows] = (_gradient_rows if h.is_cuda else _gradient_blocks)(logits, target, ok, scale)
+            if grads:
+                dx = dx.to(h.dtype)
+                dh[rows] = dx @ w
+                if dw.dtype == h.dtype:
+                    dw.addmm_(dx.t(), x)
+                else:
+                    dw += _matmul32(dx.t(), x)
+        ctx.grads = (dh, dw)
+        ctx.like = weight.shape, weight.dtype
+        total = nll.sum() if token_weight is None else (nll * token_weight).sum()
+        ctx.mark_non_differentiable(nll)
+        return total, nll
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, _):
+        (dh, dw), (shape, dtype), ctx.grads = ctx.grads, ctx.like, None  # scaled in place: a second backward must fail
+        dw = grad.new_zeros(shape, dtype=dtype) if dw is None else dw.mul_(grad).to(dtype)
+        return dh.mul_(grad), dw, None, None, None, None, None
+
+
+@torch.compiler.disable  # a Python loop over chunks: nothing in it for a compiler
+def linear_cross_entropy(h, weight, targets, vocab, token_weight=None, chunk=2048):
+    """(sum of nll, nll per token detached) of softmax(h @ weight[:vocab].T) against targets (-100: ignored, nll 0).
+
+    The gradients are computed here, chunk by chunk, so that logits of [chunk, V] are all that ever exists.
+    h (N, d) in the activation dtype, weight (Vpad, d); token_weight (N,) scales the sum, not the nll that is returned.
+    """
+    grads = torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)
+    chunk = chunk if h.is_cuda else min(chunk, 1024)  # a CPU gains nothing from more
+    return _LinearCrossEntropy.apply(h, weight, targets, vocab, token_weight, chunk, grads)

@@ -3,6 +3,7 @@
 Used by train.py, sample.py, bench.py and eval/. Read next: train.py.
 """
 
+import ctypes
 import os
 import resource
 import subprocess
@@ -41,12 +42,20 @@ def find(device: str = "auto", dtype: str = "auto") -> Machine:
         name, fast = torch.cuda.get_device_name(where), torch.cuda.get_device_capability(where) >= (8, 0)
     elif kind == "cpu":
         where, name, fast = torch.device("cpu"), f"CPU, {torch.get_num_threads()} threads", cpu_has_bf16()
+        keep_freed_memory()
     else:
         die(f"device={device} is not known; use auto, cpu or cuda")
     reason = ("it has" if fast else "it has no") + " bf16 instructions" if dtype == "auto" else "as asked"
     chosen = (torch.bfloat16 if fast else torch.float32) if dtype == "auto" else getattr(torch, dtype)
     why = f"{name}: activations in {str(chosen)[6:]} ({reason})"
     return Machine(rank, world, where, chosen, why, next((v for k, v in PEAKS.items() if k in name), 0.0))
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc to reuse blocks of up to 32 MB: given back to the system, each new activation would be paged in again (8-10 % of a step)."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
 
 def cpu_has_bf16() -> bool:

@@ -67,10 +67,10 @@ def scalar(text):
 class Tokenizer:
     """`run`: text -> ids of one piece; `table`: bytes of every id; `files`: {name: bytes} that load() reads back."""
 
-    def __init__(self, name, kind, special, eos, run, table, files, chat_template=None, decode=None):
+    def __init__(self, name, kind, special, eos, run, table, files, decode=None):
         self.name, self.kind, self.special, self.eos_id = name, kind, special, special[eos]
-        self.run, self.table, self.files, self.chat_template, self.whole = run, table, files, chat_template, decode
-        self.vocab_size = len(table)
+        self.run, self.table, self.files, self.whole, self.vocab_size = run, table, files, decode, len(table)
+        self.config, self.chat_template = {}, None
 
     def __str__(self):
         ratio = len(SAMPLE) / len(self.encode(SAMPLE))
@@ -88,13 +88,20 @@ class Tokenizer:
         return self.encode_array(text).tolist()
 
     def encode_batch(self, texts):
-        return [self.encode(text) for text in texts]
+        return list(map(self.encode, texts))
 
     def decode(self, ids):
         return self.whole(list(ids)) if self.whole else b"".join(self.table[i] for i in ids).decode("utf-8", "replace")
 
     def token_bytes(self, i):
         return self.table[i]
+
+    def configure(self, **config):
+        """Itself, with more of what tokenizer_config.json says (the chat template above all); save() keeps it."""
+        self.config |= config
+        self.chat_template = self.config.get("chat_template")
+        self.files["tokenizer_config.json"] = json.dumps(self.config, indent=1, ensure_ascii=False).encode()
+        return self
 
     def save(self, folder):
         os.makedirs(folder, exist_ok=True)
@@ -112,7 +119,7 @@ def load(path):
     if "tokenizer" in inside:
         return load(os.path.join(path, "tokenizer"))
     if "bytes.json" in inside:
-        return load("bytes")
+        return load("bytes").configure(**config_beside(path))
     if found := [f for f in inside if f == "tokenizer.json" or f.endswith(".tiktoken")]:
         return load(os.path.join(path, found[0]))
     if os.path.isfile(path):
@@ -124,6 +131,10 @@ def load(path):
 
 def read(path, missing=None):
     return missing if missing is not None and not os.path.exists(path) else pathlib.Path(path).read_bytes()
+
+
+def config_beside(folder):
+    return json.loads(read(os.path.join(folder, "tokenizer_config.json"), b"{}"))
 
 
 def rank_file(path):
@@ -149,7 +160,7 @@ def rank_file(path):
 
     rule = {"name": name, "pattern": pattern, "special": special, "nfc": nfc, "eos": eos}
     files = {f"{name}.tiktoken": raw, f"{name}.json": json.dumps(rule, indent=1).encode()}
-    return Tokenizer(name, "tiktoken", special, eos, run, table, files)
+    return Tokenizer(name, "tiktoken", special, eos, run, table, files).configure(**config_beside(os.path.dirname(path)))
 
 
 def byte_alphabet():
@@ -164,7 +175,7 @@ def hf(raw, folder):
     from tokenizers import Tokenizer as Fast
 
     data = json.loads(raw)
-    config = json.loads(read(os.path.join(folder, "tokenizer_config.json"), b"{}"))
+    config = config_beside(folder)
     special = {t["content"]: t["id"] for t in data["added_tokens"] if t["content"].strip()}
     for t in data["added_tokens"]:
         t["special"] = t["content"] in special
@@ -180,9 +191,8 @@ def hf(raw, folder):
         code = None if byte_level else re.fullmatch(r"<0x([0-9A-F]{2})>", token)
         spelled = token.translate(latin).encode("latin-1") if byte_level and i not in added else token.replace("▁", " ").encode()
         table[i] = bytes.fromhex(code[1]) if code else spelled
-    named = config.get("eos_token")  # chat models name their end of turn there: a last resort
-    named = named["content"] if isinstance(named, dict) else named
-    eos = next((s for s in (EOS, "<|end_of_text|>", named, "</s>", "<eos>") if s in special), None)
+    named = config["eos_token"]["content"] if isinstance(config.get("eos_token"), dict) else config.get("eos_token")
+    eos = next((s for s in (EOS, "<|end_of_text|>", named, "</s>", "<eos>") if s in special), None)  # chats end turns with `named`
     if eos is None:
         die(f"{folder}: no token ends a document; name an added token as eos_token in {folder}/tokenizer_config.json")
     superwords = [t.replace("Ġ", " ") for t in vocab if SUPERWORD.search(t)][-64:] if byte_level else []
@@ -192,31 +202,27 @@ def hf(raw, folder):
     if leaks := [s for s in special if special[s] in run(f"a {s} b")]:
         die(f"{folder}: this model reads the marker {leaks[0]} inside text as its id; byte-level BPE tokenizers do not")
     template = read(os.path.join(folder, "chat_template.jinja"), b"").decode() or config.get("chat_template")
-    kept = {"name": config.get("name", os.path.basename(os.path.abspath(folder))), "eos_token": named} | (
-        {"chat_template": template} if template else {}
-    )
-    files = {"tokenizer.json": raw, "tokenizer_config.json": json.dumps(kept, indent=1, ensure_ascii=False).encode()}
     decode = None if byte_level else functools.partial(fast.decode, skip_special_tokens=False)
-    return Tokenizer(kept["name"], "superbpe" if superwords else "hf", special, eos, run, table, files, template, decode)
+    name, kind = config.get("name", os.path.basename(os.path.abspath(folder))), "superbpe" if superwords else "hf"
+    tok = Tokenizer(name, kind, special, eos, run, table, {"tokenizer.json": raw}, decode)
+    return tok.configure(name=name, eos_token=named, chat_template=template)
 
 
 def from_merges(folder):
     """vocab.json + merges.txt -> tokenizer.json. They hold no split rule: it follows from superwords or the tokenizer's class."""
     vocab = json.loads(read(os.path.join(folder, "vocab.json")))
-    config = json.loads(read(os.path.join(folder, "tokenizer_config.json"), b"{}"))
+    config = config_beside(folder)
     lines = read(os.path.join(folder, "merges.txt")).decode().splitlines()
     merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
     made = set(byte_alphabet()) | {a + b for a, b in merges}
     added = {t: i for t, i in vocab.items() if t not in made} | json.loads(read(os.path.join(folder, "added_tokens.json"), b"{}"))
     added |= {t["content"]: int(i) for i, t in config.get("added_tokens_decoder", {}).items()}
     kind = config.get("tokenizer_class", "")
-    if any(SUPERWORD.search(t) for t in vocab):
-        return bpe(vocab, merges, SUPER, added)  # the first-stage split would undo every superword without a word
-    if kind.startswith("GPT2") or len(vocab) == 50257:
-        return bpe(vocab, merges, GPT2, added)
-    if kind.startswith("Qwen2"):
-        return bpe(vocab, merges, QWEN, added, nfc=True)
-    die(f"{folder}: merges.txt does not say how to split text and tokenizer_class is '{kind}'; bring its tokenizer.json")
+    split = GPT2 if kind.startswith("GPT2") or len(vocab) == 50257 else QWEN if kind.startswith("Qwen2") else None
+    split = SUPER if any(map(SUPERWORD.search, vocab)) else split  # the first-stage split would undo every superword without a word
+    if split is None:
+        die(f"{folder}: merges.txt does not say how to split text and tokenizer_class is '{kind}'; bring its tokenizer.json")
+    return bpe(vocab, merges, split, added, nfc=split is QWEN)
 
 
 def bpe(vocab, merges, split, added, nfc=False):

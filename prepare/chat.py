@@ -25,6 +25,10 @@ UNTRAINED = np.uint32(1 << 31)
 ROLES = ("system", "user", "assistant")
 SHAREGPT = {"human": "user", "gpt": "assistant", "system": "system"}
 PAIRS = (("instruction", "output"), ("query", "response"), ("problem", "solution"), ("question", "answer"), ("prompt", "completion"))
+CHATML = (  # kept beside the shards, so that sample.py --chat asks in the form that was trained
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
 OPTIONS = {
     "from": "", "out": "", "tokenizer": str, "max_len": 4096, "max_examples": 0, "val": 0.01, "shard_tokens": 100_000_000, "workers": 0,
     "dataset": "", "config": "", "split": "train",
@@ -106,7 +110,7 @@ def main(argv):
         die("give --out=DIR and either --from=FILES or --dataset=NAME; --help lists every key")
     if not 0 <= o.val < 1 or min(o.max_len, o.shard_tokens) < 1 or min(o.workers, o.max_examples) < 0:
         die(f"--val={o.val} must be in [0, 1), --max_len and --shard_tokens at least 1, the other counts not negative")
-    tok = tokenizer.load(o.tokenizer)
+    tok = tokenizer.load(o.tokenizer).configure(chat_template=CHATML)
     print(tok)
     if "<|im_start|>" not in tok.special or "<|im_end|>" not in tok.special:
         print(f"{tok.name} has no <|im_start|> or <|im_end|>: they are spelled out, and {tok.decode([tok.eos_id])} alone ends an answer")

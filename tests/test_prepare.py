@@ -14,7 +14,7 @@ import pytest
 
 import data
 import tokenizer
-from prepare import chat, shards, sources, text
+from prepare import chat, prompts, shards, sources, text
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 MARKED = "a <|endoftext|> b <|im_end|>"
@@ -308,6 +308,9 @@ def test_chat_trains_on_the_assistant_alone(tmp_path, capsys):
             assert ids[0] >= 1 << 31 and plain.count(tok.eos_id) == 1
             if end in tok.special:  # what is said inside a message never opens or closes one
                 assert plain.count(tok.special["<|im_start|>"]) == plain.count(tok.special[end]) in (2, 3)
+        asked = prompts.chat_ids(tok, CHATS[0]["messages"][:2])  # sampling asks in the very form that was trained
+        assert asked == (rows[0] & 0x7FFFFFFF).tolist()[: len(asked)] and (rows[0][: len(asked)] >= 1 << 31).all()
+        assert rows[0][len(asked)] < 1 << 31
         whole = tok.decode((rows[0] & 0x7FFFFFFF).tolist())
         said = "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nhi <|im_end|><|im_end|>\n<|im_start|>assistant\n"
         assert whole == said + ANSWERS[0].format(end=end, eos="<|endoftext|>")

@@ -88,6 +88,43 @@ def fp8_statistics(model, loss):
     return sorted(rows, key=lambda row: row["snr_db"])
 
 
+def entropy(p):
+    return -(p * p.clamp(min=1e-30).log()).sum(-1)
+
+
+@torch.no_grad()
+def observe(model, batch, see):
+    """One forward; `see(layer, alpha (f, K), s (N, K))` hears what every layer is about to route by."""
+    hooks = []
+    for layer, block in enumerate(model.decoder.blocks):
+
+        def hook(ffn, args, layer=layer):
+            alpha, s = ffn.route(*args)
+            see(layer, alpha[0], torch.zeros(len(args[0]), alpha.shape[-1], device=alpha.device) if s is None else s.float())
+
+        hooks.append(block.ffn.register_forward_pre_hook(hook))
+    model(batch)
+    for hook in hooks:
+        hook.remove()
+
+
+def probe(model, batch, tokens=1024):
+    """{metric: nats} for the training log, of about `tokens` tokens of one held-out micro-batch; no head, no synchronisation per layer.
+    The first two leave tau out and so compare with the published figures; gate_entropy is that of the gates that really act."""
+    rows, tau = {"routing_entropy": [], "dynamic_routing_entropy": [], "gate_entropy": [], "alpha_spread": []}, model.tau
+
+    def see(i, alpha, s):
+        z = alpha + s[:: max(1, len(s) // tokens), None]  # (n, f, K)
+        values = (entropy(alpha.softmax(-1)).mean(), entropy(z.softmax(-1)).mean(), entropy((z / tau).softmax(-1)).mean(), alpha.std())
+        for row, value in zip(rows.values(), values, strict=True):
+            row.append(value)
+
+    observe(model, batch, see)
+    rows = {name: torch.stack(row).tolist() for name, row in rows.items()}
+    layers = {f"{name}/layer_{i}": value for name, row in rows.items() for i, value in enumerate(row)}
+    return layers | {f"{name}/mean": sum(row) / len(row) for name, row in rows.items()}
+
+
 # ---- the mix ------------------------------------------------------------------------------------------------------------
 
 LIMITS = {"ppl": (0.85, 1.3), "bpb": (0.90, 1.10)}  # below: reduce, above: increase; those of bpb are our choice, untested

@@ -173,6 +173,8 @@ def evaluate(model, val, machine, shares: bool) -> dict[str, float]:
         rows[f"val/{name}/loss{suffix}"] = nats / max(count, 1)
         if size:
             rows[f"val/{name}/bpb{suffix}"] = nats / (math.log(2) * size)
+    if model.cfg.ffn == "polyglu" and model.cfg.arch == "decoder" and val:
+        rows |= monitor.probe(model, to_device(next(iter(val.values()))[0], machine.device))
     model.train()
     for metric in ("loss", "bpb"):
         values = [v for k, v in rows.items() if k.endswith(metric + suffix)]
@@ -479,7 +481,7 @@ def main(argv):
                 state["metrics"] = evaluate(raw, val, machine, shares=cfg.parallel == "ddp")
             if lead:
                 log.row({"step": step} | state["metrics"])
-                log.say("  ".join(f"{k} {v:.4f}" for k, v in state["metrics"].items()))
+                log.say("  ".join(f"{k} {v:.4f}" for k, v in state["metrics"].items() if "/layer_" not in k))
             if tune and not end:
                 with fp8.evaluation(raw):
                     scores = evaluate(raw, tune, machine, shares=cfg.parallel == "ddp")

@@ -27,6 +27,7 @@ from eval.perplexity import score, sources, window_batches
 from kernels import gumbel
 from machine import to_device
 from model import rectangle
+from monitor import entropy, observe
 
 OPTIONS = OPEN | {"data": "", "windows": 16, "seq_len": 0, "prompts": "", "skip_dynamic": False, "skip_ablations": False, "draws": 5}
 CLASSES = ("letters", "digits", "space", "punctuation", "other")
@@ -39,10 +40,6 @@ PROMPTS = {  # replaced by --prompts=FILE, the same shape in json
         "Sum of the angles of a hexagon?",
     ],
 }
-
-
-def entropy(p):
-    return -(p * p.clamp(min=1e-30).log()).sum(-1)
 
 
 def token_classes(tok, vocab):
@@ -123,22 +120,6 @@ def finish(acc, acts):
     return row | {"shares_by_domain": per_domain.tolist()}
 
 
-@torch.no_grad()
-def observe(model, batch, see):
-    """One forward; `see(layer, alpha (f, K), s (N, K))` hears what every layer is about to route by."""
-    hooks = []
-    for layer, block in enumerate(model.decoder.blocks):
-
-        def hook(ffn, args, layer=layer):
-            alpha, s = ffn.route(*args)
-            see(layer, alpha[0].cpu(), torch.zeros(len(args[0]), alpha.shape[-1]) if s is None else s.float().cpu())
-
-        hooks.append(block.ffn.register_forward_pre_hook(hook))
-    model(batch)
-    for hook in hooks:
-        hook.remove()
-
-
 def survey(model, sets, classes, device):
     """Accumulators per layer over all domains."""
     layers, generator = [{} for _ in model.decoder.blocks], torch.Generator().manual_seed(0)
@@ -150,7 +131,7 @@ def survey(model, sets, classes, device):
             labels = {"domain": (domain, len(sets)), "domain, permuted": (mixed, len(sets)), "token class": (kind, len(CLASSES))}
             labels["token class, permuted"] = (kind[torch.randperm(len(kind), generator=generator)], len(CLASSES))
             tau = float(model.tau)
-            see = lambda i, alpha, s: accumulate(layers[i], alpha, s, tau, d, labels, len(sets))  # noqa: E731, B023
+            see = lambda i, alpha, s: accumulate(layers[i], alpha.cpu(), s.cpu(), tau, d, labels, len(sets))  # noqa: E731
             observe(model, to_device(batch, device), see)
     return layers
 
@@ -180,7 +161,7 @@ def ablations(model, sets, layers, device, draws):
     def other_documents(batch):
         """s of the intact model, each token reading it at the same place of the next document."""
         seen = {}
-        observe(model, to_device(batch, device), lambda i, alpha, s: seen.__setitem__(i, s))
+        observe(model, to_device(batch, device), lambda i, alpha, s: seen.__setitem__(i, s.cpu()))
         cu = batch["cu"].long()
         doc = torch.searchsorted(cu, torch.arange(len(batch["ids"])), right=True) - 1
         mate = (doc + 1) % (len(cu) - 1)
@@ -222,7 +203,7 @@ def by_category(model, tok, prompts, device):
             n += ids.numel()
 
             def see(i, alpha, s, total=total):
-                total[i] = total[i] + torch.softmax((alpha + s[:, None]) / float(model.tau), -1).mean(1).sum(0)
+                total[i] = total[i] + torch.softmax((alpha + s[:, None]) / float(model.tau), -1).mean(1).sum(0).cpu()
 
             observe(model, rectangle(ids), see)
         result[category] = [(t / n).tolist() for t in total]

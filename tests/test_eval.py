@@ -12,6 +12,7 @@ import torch
 import checkpoint
 import data
 import hub
+import monitor
 import tokenizer
 import train
 from eval import bootstrap, perplexity, plots, routing
@@ -188,6 +189,19 @@ def test_routing_report_and_its_pictures(home, capsys):
     assert (home / "run" / "loss.csv").read_text().count("\n") == 1 + sum(
         "train/loss" in x for x in (home / "run" / "metrics.jsonl").read_text().splitlines()
     )
+
+
+def test_the_loop_logs_what_routing_does(home):
+    last = json.loads((home / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (
+        last["step"] == 30 and 1.3 < last["routing_entropy/mean"] <= math.log(4) + 1e-6 and 0 < last["gate_entropy/layer_1"] < math.log(4)
+    )
+    assert last["gate_entropy/mean"] < last["dynamic_routing_entropy/mean"] and last["alpha_spread/layer_0"] > 0  # tau is below 1
+    assert plots.entropy_figure(home / "run").stat().st_size > 5000
+    model, _ = checkpoint.load(home / "run")
+    batch = data.val_batches(home / "words", 64, 128, 128)[0]
+    a, b = monitor.probe(model, batch), monitor.probe(model, batch, tokens=10**6)
+    assert a == b and a.keys() == {k for k in last if "/layer_" in k or "entropy" in k or "alpha" in k}
 
 
 def test_freezing_what_is_already_frozen_costs_nothing(home):

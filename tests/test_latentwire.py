@@ -281,6 +281,20 @@ def test_teacher_stands_at_the_students_place(models):
         assert lw.answer_sums(logits, text["ans.goal"], text["ans.step"], 3, teacher)["kd"].abs() < 1e-4
 
 
+def test_every_document_reads_its_own_packet(models):
+    cfg = config(models, w_ae_qa=0.1)
+    model = lw.build(cfg)
+    for qa, kinds in ((True, ["ans", "ans", "ae_qa"]), (False, ["ae", "lm"])):
+        texts = ["one two three four five six", "a b c d e f g h"]
+        batch = micro_batch(model, cfg, texts, qa)
+        z = batch["z_cu"].tolist()
+        for m in range(2):
+            docs, slots = batch[f"{m}.cu"].tolist(), batch[f"{m}.slot_at"].tolist()
+            want = [i for i in range(2) for _ in kinds]  # every source's documents, one source after the other
+            got = [[int(batch[f"{m}.slot_z"][slots.index(s)]) for s in slots if a <= s < b] for a, b in zip(docs, docs[1:], strict=False)]
+            assert got == [list(range(z[i], z[i + 1])) for i in want]
+
+
 def test_slots_look_like_words(models):
     model = lw.build(config(models))
     z = model.slots(micro_batch(model, model.cfg))

@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from configurator import die
 from kernels import ACTIVATIONS, glu, gumbel, polyglu_mix
-from ops import Thin, WindowMean, full, linear_cross_entropy, rms_norm
+from ops import Thin, WindowMean, full, linear_cross_entropy, rms_norm, rotate
 
 Gate = Literal["running", "lagged", "token", "static", "sequence"]
 
@@ -224,13 +224,6 @@ def varlen_kernel():
     if "enable_gqa" in inspect.signature(varlen_attn).parameters:
         return lambda *args, **kw: varlen_attn(*args, **kw, enable_gqa=True)
     return varlen_attn
-
-
-def rotate(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Rotary position, half-split: x (N, H, E), tables (N, 1, E/2)."""
-    cos, sin = rope
-    a, b = full(x).chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
 
 
 class RMSNorm(nn.Module):

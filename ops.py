@@ -55,14 +55,19 @@ class _Rotate(torch.autograd.Function):
 
 
 def turn(x, cos, sin):
+    wide = torch.promote_types(x.dtype, cos.dtype)
     a, b = x.chunk(2, dim=-1)
-    other = torch.cat((b, a), dim=-1).to(cos.dtype)
-    return x.to(cos.dtype, copy=True).mul_(torch.cat((cos, cos), -1)).addcmul_(other, torch.cat((-sin, sin), -1)).to(x.dtype)
+    other = torch.cat((b, a), dim=-1).to(wide)
+    return x.to(wide, copy=True).mul_(torch.cat((cos, cos), -1)).addcmul_(other, torch.cat((-sin, sin), -1)).to(x.dtype)
 
 
 def rotate(x, rope):
     """Rotary position, half-split, in fp32: x (N, H, E), tables (N, 1, E/2)."""
-    return _Rotate.apply(x, *rope)
+    if not x.is_cuda:
+        return _Rotate.apply(x, *rope)
+    cos, sin = rope
+    a, b = x.to(cos.dtype).chunk(2, dim=-1)  # plain, for torch.compile to fuse
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
 
 
 class Thin(torch.autograd.Function):

@@ -1,0 +1,42 @@
+"""ops.py where test_kernels.py does not look: rotary position, and losses so large that the probability underflows."""
+
+import pytest
+import torch
+
+from ops import linear_cross_entropy, rotate
+
+
+def plain(x, cos, sin):
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_rotation_and_its_gradient(dtype):
+    torch.manual_seed(0)
+    x = torch.randn(7, 9, 8, dtype=dtype)[:, 2:5].requires_grad_()  # a slice, as queries are one of qkv
+    angle = 6 * torch.rand(7, 1, 4, dtype=torch.promote_types(dtype, torch.float32))
+    y = rotate(x, (angle.cos(), angle.sin()))
+    grad = torch.randn(y.shape, dtype=dtype)
+    (dx,) = torch.autograd.grad(y, x, grad)
+    truth = x.detach().double().requires_grad_()
+    out = plain(truth, angle.double().cos(), angle.double().sin())
+    (want,) = torch.autograd.grad(out, truth, grad.double())
+    bound = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2e-2}[dtype]
+    assert y.dtype == dx.dtype == dtype and y.shape == x.shape
+    torch.testing.assert_close(y.double(), out, rtol=bound, atol=bound)
+    torch.testing.assert_close(dx.double(), want, rtol=bound, atol=bound)
+    torch.testing.assert_close(plain(y.double(), angle.double().cos(), -angle.double().sin()), x.double(), rtol=0, atol=2 * bound)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_hopeless_target_has_a_finite_loss(dtype):
+    """Logit distances of 400 nats: exp underflows, the loss is 400 all the same, its gradient one-hot against one-hot."""
+    h = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=dtype, requires_grad=True)
+    weight = torch.zeros(128, 2)
+    weight[3, 0], weight[5, 1] = 400.0, 400.0
+    weight.requires_grad_()
+    total, each = linear_cross_entropy(h, weight, torch.tensor([7, 5]), 100)
+    assert each.tolist() == pytest.approx([400.0, 0.0])
+    total.backward()
+    assert weight.grad[3].tolist() == [1.0, 0.0] and weight.grad[7].tolist() == [-1.0, 0.0] and weight.grad.abs().sum() == 2

@@ -149,7 +149,7 @@ def find_objective(cfg) -> Objective:
     if cfg.objective == "contrast":
         import contrast
 
-        return Objective(build, contrast.open_stream, contrast.counts, contrast.sums, contrast.prepare)
+        return Objective(contrast.build, contrast.open_stream, contrast.counts, contrast.sums, contrast.prepare)
     import latentwire
 
     return Objective(latentwire.build, latentwire.open_stream, latentwire.counts, latentwire.sums, weights=latentwire.weights(cfg))

@@ -1,0 +1,74 @@
+"""Texts per second against sentence-transformers: the same exported folder, texts, dtype, device and limit; strings in, arrays out.
+
+    python -m eval.encode --ckpt=FOLDER [--texts=10000] [--repeats=3] [--dtype=float32] [--best=False] [--out=result.json]
+
+Lengths are log-normal (median about 40 tokens, cut at 512), all texts distinct; both sides warm, interleaved, median of the repeats and the
+range of the ratio. sentence-transformers runs at its defaults; with --best also at batch sizes 64, 128 and 256, of which the best counts.
+`--clock=cpu` counts CPU seconds of this process, the honest figure on a machine that others are using. Read next: model.py (Embedder).
+"""
+
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import configurator
+from machine import find
+from model import Embedder
+
+WORDS = """time year people way day man thing woman life child world school state family student group country problem hand part
+    place case week company system program question work government number night point home water room mother area money story fact
+    month lot right study book eye job word business issue side kind head house service friend father power hour game line""".split()
+
+
+def texts_of(count: int, tok, limit: int) -> list[str]:
+    rng = np.random.default_rng(0)
+    per_word = len(tok.encode(" ".join(WORDS))) / len(WORDS)
+    words = (np.clip(np.exp(rng.normal(np.log(40), 0.8, count)), 2, limit) / per_word).astype(int) + 1
+    return [f"{i} " + " ".join(rng.choice(WORDS, n)) for i, n in enumerate(words)]
+
+
+def main(argv):
+    defaults = {"ckpt": str, "texts": 10_000, "repeats": 3, "dtype": "float32", "device": "auto", "best": False, "clock": "wall", "out": ""}
+    opt = configurator.args(defaults, argv, __doc__)
+    from sentence_transformers import SentenceTransformer
+
+    device, dtype = find(opt.device, "auto").device, getattr(torch, opt.dtype)
+    ours = Embedder.load(opt.ckpt, device=device, dtype=dtype)
+    theirs = SentenceTransformer(opt.ckpt, device=str(device), model_kwargs={"dtype": dtype})
+    texts = texts_of(opt.texts, ours.tok, ours.max_length)
+    now = time.process_time if opt.clock == "cpu" else time.perf_counter
+    sides = {"prism": lambda: ours.encode(texts), "sentence-transformers": lambda: theirs.encode(texts, show_progress_bar=False)}
+    if opt.best:
+        for size in (64, 128, 256):
+            sides[f"sentence-transformers, batch {size}"] = lambda size=size: theirs.encode(texts, batch_size=size, show_progress_bar=False)
+    seconds, vectors = {name: [] for name in sides}, {}
+    ours.encode(texts[:64]), theirs.encode(texts[:64], show_progress_bar=False)
+    for _ in range(opt.repeats):
+        for name, encode in sides.items():
+            start = now()
+            vectors[name] = np.asarray(encode(), np.float32)
+            seconds[name].append(now() - start)
+    length = [len(ours.ids(text)) for text in texts]
+    print(f"{opt.texts} texts, {np.median(length):.0f} tokens median, {max(length)} longest; {opt.dtype} on {device}, {opt.clock} seconds")
+    result = {}
+    for name in sides:
+        ratio = [b / a for a, b in zip(seconds["prism"], seconds[name], strict=True)]
+        same = float((vectors[name] * vectors["prism"]).sum(1).min())
+        result[name] = {
+            "texts/s": opt.texts / statistics.median(seconds[name]),
+            "seconds": seconds[name],
+            "ratio": statistics.median(ratio),
+        }
+        print(f"{name:34} {result[name]['texts/s']:9.1f} texts/s   {statistics.median(ratio):.2f}x [{min(ratio):.2f}, {max(ratio):.2f}]"
+              f"   smallest cosine with prism {same:.6f}")  # fmt: skip
+    if opt.out:
+        Path(opt.out).write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -142,7 +142,7 @@ def rows(task, count, columns=None):
         import pyarrow.parquet as pq
 
         start, stop, group = where
-        with pq.ParquetFile(path) as table:
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as table:  # page by page, whatever the row groups
             for batch in table.iter_batches(128, row_groups=[group], columns=columns):
                 yield from batch.slice(max(0, start), stop - max(0, start)).to_pylist() if start < len(batch) else []
                 start, stop = start - len(batch), stop - len(batch)

@@ -14,9 +14,10 @@ import torch
 import checkpoint
 import machine
 import tokenizer
+from configurator import die
 from model import build
 
-OPEN = {"ckpt": str, "device": "auto", "dtype": "float32", "tau": 0.0, "allow_noncausal": False, "out": ""}
+OPEN = {"ckpt": str, "device": "auto", "dtype": "float32", "tau": 0.0, "allow_noncausal": False, "gate_hard": False, "out": ""}
 
 
 def open_run(o):
@@ -29,10 +30,14 @@ def open_run(o):
     if o.tau:
         model.tau.fill_(o.tau)
     cfg = model.cfg
+    if o.gate_hard:  # a softmax at this temperature is the one-hot argmax to the last bit
+        if cfg.ffn != "polyglu":
+            die(f"--gate_hard: {o.ckpt} has ffn={cfg.ffn!r} and so no gate")
+        model.tau.fill_(1e-6)
     facts = {"ckpt": o.ckpt, "step": state.get("step"), "commit": machine.git_commit(), "torch": torch.__version__}
     facts |= {"device": found.why, "dtype": str(found.dtype)[6:], "causal": cfg.causal, "ffn": cfg.ffn}
     if cfg.ffn == "polyglu":
-        facts |= {"gate": cfg.gate, "tau": float(model.tau)}
+        facts |= {"gate": cfg.gate, "tau": float(model.tau), "gate_hard": o.gate_hard}
     return model, state, found.device, facts
 
 

@@ -5,6 +5,7 @@ import json
 import math
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ import hub
 import monitor
 import tokenizer
 import train
-from eval import bootstrap, perplexity, plots, routing
+from eval import OPEN, bootstrap, open_run, perplexity, plots, routing
+from kernels import ACTIVATIONS
 from model import ModelConfig, build
 from prepare import text as prepare_text
 
@@ -216,6 +218,22 @@ def test_freezing_what_is_already_frozen_costs_nothing(home):
     for table in result.values():
         assert table["a layer frozen"][0] == pytest.approx(0, abs=1e-6) and table["f one-hot"][0] == pytest.approx(0, abs=1e-6)
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items()) and model.noise is None
+
+
+def test_gate_hard_is_the_one_hot_argmax(home, capsys):
+    options = SimpleNamespace(**OPEN | {"ckpt": str(home / "run"), "gate_hard": True})
+    model, _, _, facts = open_run(options)
+    ffn, seen = model.decoder.blocks[1].ffn, []
+    ffn.register_forward_pre_hook(lambda module, args: seen.append((module.gate_up(args[0]), *module.route(*args))))
+    ffn.down.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        model.logits(torch.tensor([list(WORDS[:60].encode())]))
+    (au, alpha, s), y = seen
+    a, u = au.chunk(2, -1)
+    choice = (alpha[0] + s[:, None]).argmax(-1)  # (N, f)
+    values = torch.stack([ACTIVATIONS[name](a) for name in model.cfg.acts], -1)
+    torch.testing.assert_close(y, values.gather(-1, choice[..., None])[..., 0] * u)
+    assert facts["gate_hard"] and len(choice.unique()) > 1
 
 
 def test_benchmark_bars(tmp_path):

@@ -1,12 +1,13 @@
 """What is a published "15x" made of? Every factor alone, every factor missing, all and none, at equal bytes; bits per byte decide.
 
     python -m eval.ablation --out=out/ablation                      CPU size: tiny model, stdlib text, three repeats, minutes
-    python -m eval.ablation --size=gpu --data='{"super": {"web": "data/web_t80k"}, "plain": {"web": "data/web_bpe200k"}}' --out=out/ablation
+    python -m eval.ablation --out=data/three --prepare              its data alone, for config/superbpe_debug.py
+    python -m eval.ablation --size=gpu --data='{"super": {"web": "data/web_t80k"}, "plain": {"web": "data/web_bpe200k"}}' --domains=data/val
 
 T  SuperBPE instead of a plain BPE of the same size on the same text
 F  FP8 instead of bf16. On a CPU it is emulated: its losses mean something, its speed nothing
 C  the sequence-length curriculum instead of one length
-K  compiled instead of eager, M  large micro-batches instead of 4,096 tokens; both GPU only
+K  compiled instead of eager, M  large micro-batches instead of 6,144 tokens (4,096, as published, are no whole windows of 768); GPU only
 
 Bytes per step and steps are equal between arms, so tokens per step follow the tokenizer. Loss per token never crosses tokenizers. A
 finished run is kept in --out and not repeated: interrupt and go on at will. Read next: eval/perplexity.py; LOG.md has the verdicts."""
@@ -26,17 +27,17 @@ import data
 import train
 from configurator import die
 
-OPTIONS = {"out": str, "size": "cpu", "data": "", "seeds": 3, "bytes": 0.0, "lrs": (1.0,), "only": ""}
+OPTIONS = {"out": str, "prepare": False, "size": "cpu", "data": "", "domains": "", "seeds": 3, "bytes": 0.0, "lrs": (1.0,), "only": ""}
 SIZES = {  # argv of every arm; factors that exist; bytes seen
     "cpu": (
-        ["--n_layer=2", "--n_head=4", "--n_kv_head=2", "--d_model=64", "--d_ff=192", "--qk_norm=False", "--max_len=512", "--log_every=5"]
-        + ["--eval_tokens=16384", "--device=cpu", "--dtype=float32", "--fp8_emulate=True", "--weight_decay=0.1", "--keep=1"],
+        ["--n_layer=2", "--n_head=4", "--n_kv_head=2", "--d_model=64", "--d_ff=192", "--qk_norm=False", "--max_len=256", "--log_every=10"]
+        + ["--device=cpu", "--dtype=float32", "--fp8_emulate=True", "--weight_decay=0.1", "--keep=1"],
         "TFC",
-        1.2e6,
+        0.4e6,
     ),
     "gpu": (["config/superbpe_197m.py", "--save_every=0", "--keep=1"], "TFCKM", 3.5e9),
 }
-LONGEST = {"cpu": 512, "gpu": 2048}
+LONGEST = {"cpu": 256, "gpu": 2048}
 SHARES = (0.004, 0.006, 0.01, 0.02, 0.03, 0.04, 0.05, 0.18, 0.18, 0.48)  # of the run, per stage of the ten-stage table
 ULTRA = tuple(
     zip((8, 16, 32, 64, 128, 256, 512, 768, 1536, 2048), (0.3, 0.4, 0.5, 0.6, 0.75, 0.85, 0.95, 1.0, 1.0, 1.0), SHARES, strict=True)
@@ -68,12 +69,13 @@ def write_texts(folder):
     for kind, texts in kinds.items():
         texts = [t for t in texts if len(t) >= 100]
         rng.shuffle(texts)
-        lines, size = [], 0
-        for text in texts:
-            if size < 1.5e6:
-                lines.append(json.dumps({"text": text[:20000]}))
-                size += min(len(text), 20000)
-        (folder / f"{kind}.jsonl").write_text("\n".join(lines) + "\n")
+        for part, longest, most in ((folder / "val", 2000, 20e3), (folder, 5000, 1.5e6)):  # the first documents are never trained on
+            lines, size = [], 0
+            while texts and size < most:
+                lines.append(json.dumps({"text": texts.pop()[:longest]}))
+                size += len(lines[-1])
+            part.mkdir(exist_ok=True)
+            (part / f"{kind}.jsonl").write_text("\n".join(lines) + "\n")
     return {kind: str(folder / f"{kind}.jsonl") for kind in kinds}
 
 
@@ -81,7 +83,7 @@ def prepare(out, vocab=2048):
     """-> {"super": {kind: shards}, "plain": {...}}: one corpus under two tokenizers of the same size."""
     from prepare import superbpe, text
 
-    texts, made = write_texts(Path(out) / "text"), {}
+    texts, made = write_texts(Path(out) / "text"), {"domains": str(Path(out) / "text" / "val")}
     for name, transition in (("super", vocab * 5 // 8), ("plain", vocab)):
         where = Path(out) / name
         made[name] = {kind: str(where / kind) for kind in texts}
@@ -105,19 +107,20 @@ def arguments(arm, size, made, total, lr):
     """argv of one arm. Steps and bytes per step are the same for all; a SuperBPE step has fewer tokens."""
     base, _, _ = SIZES[size]
     longest, folders = LONGEST[size], made["super" if "T" in arm else "plain"]
-    unit, plain = (512, 4096) if size == "cpu" else (12288, 147456)
+    unit, plain = (256, 1024) if size == "cpu" else (12288, 147456)
     ratio = bytes_per_token(made["plain"]) / bytes_per_token(folders)
     tokens = round(plain * ratio / unit) * unit
     steps = round(total / (tokens * bytes_per_token(folders)))
-    micro = 0 if size == "cpu" else tokens if "M" in arm else 4096
+    micro = 0 if size == "cpu" else tokens if "M" in arm else 6144
     table = [(n, mult, s) for n, mult, s in ULTRA if n <= longest] if "C" in arm else [(longest, 1.0, 1.0)]
     whole = sum(s for *_, s in table)
     stages = [{"tokens": max(1, round(steps * s / whole)) * tokens, "seq_len": n, "mult": mult} for n, mult, s in table]
     stages[-1]["tokens"] += steps * tokens - sum(row["tokens"] for row in stages)
     vocab = data.read_manifest(Path(next(iter(folders.values()))))["tokenizer"]["vocab_size"]
     argv = [*base, f"--data={folders}", f"--vocab_size={vocab}", f"--tokens_per_step={tokens}", f"--micro_tokens={micro}", "--max_tokens=0"]
-    argv += [f"--stages={tuple(stages)}", f"--seq_len={longest}", f"--warmup={max(1, steps // 20)}", f"--eval_every={max(1, steps // 12)}"]
+    argv += [f"--stages={tuple(stages)}", f"--seq_len={longest}", f"--warmup={max(1, steps // 20)}", f"--eval_every={max(1, steps // 6)}"]
     argv += [f"--precision={'fp8' if 'F' in arm else 'bf16'}", "--fp8_filter=" + ("all" if size == "cpu" else "table")]
+    argv += [f"--domains={made['domains']}"] if made["domains"] else []
     argv += [f"--lr={lr * (3e-3 if size == 'cpu' else 6e-4)}", "--best_metric=val/mean/bpb"]
     return argv + ([f"--compile={'K' in arm}"] if size == "gpu" else [])
 
@@ -132,16 +135,17 @@ def run(arm, size, made, total, lr, seed, out):
     with contextlib.redirect_stdout(io.StringIO()) as said:
         train.main([*argv, f"--out={folder}", f"--seed={seed}", "--resume=auto", "--progress=False"])
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    per_token = bytes_per_token(made["super" if "T" in arm else "plain"])
     seconds, seen, curve, speeds, final = 0.0, 0, [], [], {}
     for row in rows:  # time of training alone: evaluation and saving are outside the clock of tokens per second
         if "train/tokens_per_sec" in row:
-            seconds += (row["tokens"] - seen) / row["train/tokens_per_sec"]
-            seen = row["tokens"]
+            seconds += (row["tokens"] - seen / per_token) / row["train/tokens_per_sec"]
+            seen = row["tokens"] * per_token
             speeds.append(row["train/tokens_per_sec"])
         if "val/mean/bpb" in row:
-            curve.append([seconds, row["val/mean/bpb"]])
+            curve.append([seen / 1e3 if size == "cpu" else seconds, row["val/mean/bpb"]])
             final = {k.split("/")[1]: v for k, v in row.items() if k.endswith("/bpb")}
-    speed, per_token = statistics.median(speeds), bytes_per_token(made["super" if "T" in arm else "plain"])
+    speed = statistics.median(speeds)
     result = {
         "arm": arm,
         "seed": seed,
@@ -151,17 +155,13 @@ def run(arm, size, made, total, lr, seed, out):
         "tokens_per_sec": speed,
         "bytes_per_sec": speed * per_token,
     }
-    result |= {
-        "bytes": seen * per_token,
-        "seconds": seconds,
-        "precision": next(x for x in said.getvalue().splitlines() if "precision:" in x),
-    }
+    result |= {"bytes": seen, "seconds": seconds, "precision": next(x for x in said.getvalue().splitlines() if "precision:" in x)}
     done.write_text(json.dumps(result))
     return result
 
 
 def time_to(curve, target):
-    """Seconds until the mean bits per byte first reach `target`, between evaluations by straight line; inf if never."""
+    """Seconds (CPU: kilobytes read) until bits per byte first reach `target`, between evaluations by straight line; inf if never."""
     before = None
     for seconds, value in curve:
         if value <= target:
@@ -190,17 +190,18 @@ def effect(with_, without):
 def account(results, factors):
     """{arm: [results]} -> the lines of the table and of the verdicts."""
     joint, last = "".join(factors), lambda runs: [r["final"]["mean"] for r in runs]  # noqa: E731
-    target = statistics.mean(last(results[""]))
     domains = [d for d in results[""][0]["final"] if d != "mean"]
-    lines = [f"{'arm':<10} {'bits/byte':>18} {' '.join(f'{d:>8}' for d in domains)} {'tok/s':>9} {'bytes/s':>9} {'s to target':>12}"]
+    lines = [f"{'arm':<10} {'bits/byte':>18} {' '.join(f'{d:>8}' for d in domains)} {'tok/s':>9} {'bytes/s':>9} {'to target':>12}"]
     for arm, runs in results.items():
         mean, sd = spread(last(runs))
         each = " ".join(f"{statistics.mean(r['final'][d] for r in runs):8.4f}" for d in domains)
-        times = [time_to(r["curve"], target) for r in runs]
+        times = [time_to(r["curve"], none["final"]["mean"]) for none, r in zip(results[""], runs, strict=True)]
         speed, rate = (statistics.median(r[k] for r in runs) for k in ("tokens_per_sec", "bytes_per_sec"))
         lines.append(f"{arm or 'none':<10} {mean:9.4f} +- {sd:6.4f} {each} {speed:9.0f} {rate:9.0f} {statistics.mean(times):12.1f}")
-    lines.append(f"target: {target:.4f} bits/byte, what the arm without any factor ends at")
-    ratio = lambda a, b: [time_to(x["curve"], target) / time_to(y["curve"], target) for x, y in zip(a, b, strict=True)]  # noqa: E731
+    lines.append(
+        "target: where the arm without any factor ended with the same seed; to it: seconds, on a CPU kilobytes of text; inf: never"
+    )
+    ratio = lambda a, b: [x["curve"][-1][0] / time_to(y["curve"], x["final"]["mean"]) for x, y in zip(a, b, strict=True)]  # noqa: E731
     product = 1.0
     for f in factors:
         rest = last(results[joint.replace(f, "")])
@@ -209,7 +210,7 @@ def account(results, factors):
         product *= speed
         lines += [
             f"{f}: alone {alone:+.4f} bits/byte (sd {sd1:.4f}): {verdict1}; in the full system {missing:+.4f} (sd {sd2:.4f}): {verdict2};",
-            f"   time to target alone {speed:.2f}x, claimed {CLAIMS[f]}x",
+            f"   way to target alone {speed:.2f}x, claimed {CLAIMS[f]}x",
         ]
     both, claimed = ratio(results[""], results[joint]), math.prod(CLAIMS[f] for f in factors)
     lines.append(f"product of single factors {product:.2f}x; claimed {claimed:.1f}x for these, 15x for all")
@@ -224,7 +225,9 @@ def main(argv):
     if o.size == "gpu" and not o.data:
         die('--size=gpu needs --data=\'{"super": {name: shards}, "plain": {name: shards}}\', the same text under both tokenizers')
     _, factors, total = SIZES[o.size]
-    total, made = o.bytes or total, ast.literal_eval(o.data) if o.data else prepare(o.out)
+    total, made = o.bytes or total, ast.literal_eval(o.data) | {"domains": o.domains} if o.data else prepare(o.out)
+    if o.prepare:
+        return
     joint = "".join(factors)
     arms = list(dict.fromkeys(["", *factors, *(joint.replace(f, "") for f in factors), joint]))
     if o.only:

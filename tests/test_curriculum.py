@@ -15,7 +15,9 @@ import monitor
 import optim
 import prepare.text
 import train
+from eval import ablation
 from model import build, rectangle
+from tests.test_data import make_docs, write_shards
 from train import Config
 
 BASE = "config/superbpe_197m.py"
@@ -448,3 +450,51 @@ def test_benchmark_prints_a_table_and_leaves_nothing(shards, tmp_path, capsys):
     rate = float(row["tok/s"].replace(",", ""))
     assert rate == pytest.approx(256 / float(row["ms"]) * 1e3, rel=0.01) and not (tmp_path / "out").exists()
     assert "precision: bf16 requested, fp32 used" in "\n".join(lines)
+
+
+# ---- the ablation -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_corpora(tmp_path):
+    """One text under two tokenizers: 3 bytes per token, and 4."""
+    made = {"domains": ""}
+    for name, per_token in (("plain", 3), ("super", 4)):
+        folder = write_shards(tmp_path / name, make_docs(1200), vocab=2051)
+        manifest = json.loads((folder / "manifest.json").read_text())
+        for shard in manifest["shards"]:
+            shard["bytes"] = per_token * shard["tokens"]
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        made[name] = {"web": str(folder)}
+    return made
+
+
+@pytest.mark.parametrize("size, factors", [("cpu", "TFC"), ("gpu", "TFCKM")])
+def test_arms_of_the_ablation_see_the_same_bytes(two_corpora, size, factors):
+    total, seen = (0.4e6, {}) if size == "cpu" else (3.5e9, {})
+    for arm in ("", *factors, factors):
+        cfg = load(*ablation.arguments(arm, size, two_corpora, total, 1.0))
+        plan = optim.make_plan(cfg, 1)
+        per_token = 4 if "T" in arm else 3
+        seen[arm] = (plan.steps, plan.total * per_token)
+        assert cfg.precision == ("fp8" if "F" in arm else "bf16") and (len(plan.stages) > 1) == ("C" in arm)
+        if size == "gpu":
+            assert cfg.compile == ("K" in arm) and plan.stages[0].micro_tokens == (cfg.tokens_per_step if "M" in arm else 6144)
+        assert plan.total * per_token == pytest.approx(total, rel=0.02)
+    assert len({steps for steps, _ in seen.values()}) == 1, seen
+
+
+def test_account_of_the_ablation():
+    """A factor that halves the time to the target without moving the end, one that does nothing."""
+
+    def runs(speed, end):
+        rates = {"tokens_per_sec": 1.0, "bytes_per_sec": 3.0}
+        ends = (end - 0.01, end, end + 0.01)
+        return [rates | {"final": {"web": e, "mean": e}, "curve": [[10 / speed, 4.0], [20 / speed, e]]} for e in ends]
+
+    assert ablation.time_to([[1, 4.0], [3, 2.0]], 3.0) == 2 and ablation.time_to([[1, 4.0]], 3.0) == math.inf
+    assert ablation.effect([1.0, 1.01], [1.2, 1.21])[2] == "better" and ablation.effect([1.2, 1.3], [1.25, 1.3])[2] == "no effect"
+    results = {"": runs(1, 2.0), "T": runs(2, 1.5), "F": runs(1, 2.0), "TF": runs(2, 1.5)}
+    text = "\n".join(ablation.account(results, "TF"))
+    assert "T: alone -0.5000 bits/byte" in text and "better" in text and "F: alone +0.0000" in text and "no effect" in text
+    assert "claimed 3.2x for these" in text and "together measured 2." in text

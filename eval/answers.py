@@ -1,11 +1,14 @@
-"""SQuAD's measures of an answer, and text cut to a budget: the small change of eval/latent.py.
+"""SQuAD's measures of an answer, intervals, and text cut to a budget: the small change of eval/latent.py.
 
 exact and f1 follow the official script: lower case, no punctuation, no articles, the best over all references, "" equals "".
 """
 
 import collections
+import importlib.util
 import re
 import string
+
+import numpy as np
 
 
 def normalise(text: str) -> str:
@@ -62,3 +65,19 @@ def budget_arms(side, row, n, cut, size):
         "question+head": (cut(side.tok, c, room), kept),
         "question+best": (cut(side.tok, best_first(c, q), room), kept),
     }
+
+
+def interval(a, b, resamples, seed):
+    """Mean of a - b and its paired bootstrap 95 % interval."""
+    d = np.array(a) - np.array(b)
+    means = d[np.random.default_rng(seed).integers(0, len(d), (resamples, len(d)))].mean(1)
+    return [float(d.mean()), *(float(x) for x in np.percentile(means, (2.5, 97.5)))]
+
+
+def zstd_size(raw: bytes):
+    """Bytes under zstd level 19, where pyarrow is installed; else None."""
+    if importlib.util.find_spec("pyarrow") is None:
+        return None
+    import pyarrow
+
+    return len(pyarrow.Codec("zstd", 19).compress(raw, asbytes=True))

@@ -15,7 +15,7 @@ import sample
 import tokenizer
 import train
 from eval import latent
-from eval.answers import best_first, budget_arms, cut_bytes, cut_tokens, exact, f1, normalise
+from eval.answers import best_first, budget_arms, cut_bytes, cut_tokens, exact, f1, interval, normalise
 from model import ModelConfig, build
 from prepare import factqa, squad
 
@@ -48,7 +48,7 @@ def test_budgets_are_kept_and_hold_the_question_where_it_is_carried():
 def test_interval_of_a_paired_difference():
     rng = np.random.default_rng(0)
     b = rng.random(400)
-    mean, low, high = latent.interval(b + 0.1 + 0.01 * rng.normal(size=400), b, 500, 1)
+    mean, low, high = interval(b + 0.1 + 0.01 * rng.normal(size=400), b, 500, 1)
     assert low < mean < high and abs(mean - 0.1) < 0.01 and high - low < 0.01  # paired: the spread of b cancels
 
 

@@ -265,15 +265,13 @@ def test_controls_train_resume_and_say_no_effect(home, capsys):
     assert "running against swiglu-iso" in capsys.readouterr().out
     table = controls.arms(28, 1024)
     assert table["swiglu-iso"]["d_ff"] == 4112 and table["fixed"]["act"] == ("silu",) * 3 + ("gelu",) * 7 + ("silu",) * 6 + ("tanh",) * 12
-    losses = {"swiglu": (2.0, 2.2), "swiglu-iso": (2.0, 2.2), "running": (1.0, 1.201)}
+    losses = {"swiglu": (2.0, 2.2), "swiglu-iso": (2.0, 2.2), "running": (1.0, 1.201), "token": (1.9, 2.4)}
     blank = {"parameters": 1, "cpu_seconds": 1}
     rows = [blank | {"arm": arm, "seed": seed, "loss": {"mean": v}} for arm, values in losses.items() for seed, v in enumerate(values)]
     text = controls.report(rows, table)
-    assert (
-        "running against swiglu-iso: -0.9995" in text
-        and "better" in text
-        and "swiglu against swiglu-iso: +0.0000 ± 0.0000 nats/token, no effect" in text
-    )
+    assert "running against swiglu-iso: -0.9995 ± 0.0064 nats/token, better" in text
+    assert "token against swiglu-iso: +0.0500 ± 1.9059 nats/token, no effect" in text
+    assert "swiglu against swiglu-iso: +0.0000 ± 0.0000 nats/token, no effect" in text
 
 
 # ---- the harness

@@ -26,11 +26,10 @@ import configurator
 import latent_data
 import tokenizer
 from configurator import die
-from latent_data import WIDTHS, LatentConfig, decode, encode
+from latent_data import WIDTHS, decode, encode
+from machine import to_device
 from model import Embedding, Linear, ModelConfig, Segments, Transformer, full
 from model import build as build_transformer
-
-__all__ = ["LatentConfig", "build", "counts", "open_stream", "sums", "weights"]  # what train.py asks for
 
 # ---- the encoder --------------------------------------------------------------------------------------------------------
 
@@ -117,8 +116,7 @@ class Adapter(nn.Module):
         with torch.no_grad():
             table = lm.embed_tokens(torch.arange(lm.cfg.vocab_size, device=lm.embed.weight.device)).float()  # (V, d_m)
             rms = float(table.square().mean().sqrt())  # once: a fresh sample every step would make the target wander
-        d_z, d_m, self.calibration = cfg.latent_dim, table.shape[1], cfg.calibration
-        hidden = 4 * d_z
+        d_z, d_m, hidden = cfg.latent_dim, table.shape[1], 4 * cfg.latent_dim
         if cfg.adapter == "mlp":
             self.net = nn.Sequential(nn.Linear(d_z, hidden), nn.GELU(), nn.Linear(hidden, d_m))
         else:
@@ -126,8 +124,8 @@ class Adapter(nn.Module):
         out = self.net[-1]
         nn.init.normal_(out.weight, std=float(table.std()) / math.sqrt(out.in_features / 4))
         out.bias.data.copy_(table.mean(0))
-        self.gain = nn.Parameter(torch.ones(())) if self.calibration != "none" else None
-        self.rms = cfg.prefix_rms if self.calibration == "fixed" else rms
+        self.gain = nn.Parameter(torch.ones(())) if cfg.calibration != "none" else None
+        self.rms = cfg.prefix_rms if cfg.calibration == "fixed" else rms
 
     def forward(self, z):
         x = self.net(z)
@@ -136,21 +134,12 @@ class Adapter(nn.Module):
         return x * (x.square().mean(-1, keepdim=True) + 1e-12).rsqrt() * (self.rms * self.gain)
 
 
-class FakeWire(torch.autograd.Function):
-    """encode then decode, packet by packet; the gradient passes straight through."""
-
-    @staticmethod
-    def forward(ctx, z, z_cu, bits):
-        packets = [decode(encode(part, bits)) for part in z.detach().split(z_cu.diff().tolist())]
-        return torch.cat(packets).to(z)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad, None, None
-
-
 def over_wire(z, z_cu, bits):
-    return FakeWire.apply(z, z_cu, bits) if bits else z
+    """encode then decode, packet by packet; the gradient passes straight through (z - z.detach() is zero)."""
+    if not bits:
+        return z
+    packets = [decode(encode(part, bits)) for part in z.split(z_cu.diff().tolist())]
+    return torch.cat(packets).to(z) + (z - z.detach())
 
 
 # ---- the losses ---------------------------------------------------------------------------------------------------------
@@ -199,8 +188,7 @@ class Interlingua(nn.Module):
             reader = reader_of(lm, cfg.latent_layers, causal=not trained and lm.encoder is None, blocks=cfg.latent_blocks)
             old = reader.cfg.n_layer - cfg.latent_blocks
             for name, p in reader.named_parameters():
-                own = trained and (not cfg.latent_frozen or block_number(name) >= old or "coder.norm." in name)
-                p.requires_grad_(own)
+                p.requires_grad_(trained and (not cfg.latent_frozen or block_number(name) >= old or "coder.norm." in name))
         slots = -(-(cfg.seq_len + 1) // cfg.latent_ratio) if cfg.latent_ratio else cfg.latent_len
         self.encoder = Encoder(cfg, reader, trained, slots)
         self.adapters = nn.ModuleList(Adapter(cfg, lm) for lm in self.lms)
@@ -283,13 +271,11 @@ class Interlingua(nn.Module):
     # -- answering
 
     @torch.no_grad()
-    def packets(self, sources, bits=0):
-        """Lists of source ids -> payloads (bits > 0) and the decoded packets, a list of (M, d_z)."""
-        device = self.device
-        batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in self.reader.collate(sources).items()}
-        parts = self.encoder(batch).split(batch["z_cu"].diff().tolist())
-        payloads = [encode(part, bits or 32) for part in parts]
-        return payloads, [decode(p).to(device) for p in payloads]
+    def packets(self, sources, bits):
+        """Lists of source ids -> the payloads, and what their decoder makes of them, a list of (M, d_z)."""
+        batch = to_device(self.reader.collate(sources), self.device)
+        payloads = [encode(part, bits) for part in self.encoder(batch).split(batch["z_cu"].diff().tolist())]
+        return payloads, [decode(p).to(self.device) for p in payloads]
 
     @torch.no_grad()
     def prompt_embeds(self, m, ids, packet=None):
@@ -401,13 +387,14 @@ def check(cfg):
     for key in ("latent_reader", "latent_layers", "latent_blocks", "latent_frozen"):
         if getattr(cfg, key) and own_blocks(cfg):
             die(f"{key} belongs to an encoder that starts from a model; latent_encoder={cfg.latent_encoder} has its own blocks")
+    if cfg.latent_encoder in ("query", "sent") and (cfg.latent_blocks or cfg.latent_frozen):
+        die(f"latent_encoder={cfg.latent_encoder} reads a model as it stands; drop latent_blocks and latent_frozen")
     for bits in cfg.wire_bits:
         if bits not in WIDTHS:
             die(f"wire_bits={bits}: the codec has {WIDTHS}")
 
 
-def build(cfg) -> Interlingua:
-    return Interlingua(cfg)
+build = Interlingua
 
 
 def open_stream(cfg, plan, rank, world):

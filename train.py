@@ -37,7 +37,7 @@ import optim
 from configurator import die
 from contrast import ContrastConfig
 from denoise import DenoiseConfig
-from latentwire import LatentConfig
+from latent_data import LatentConfig
 from machine import gather, to_device, total
 from model import ModelConfig, build
 from precision import PrecisionConfig

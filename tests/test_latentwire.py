@@ -354,6 +354,8 @@ def test_settings_that_contradict_each_other_stop(models):
         {"calibration": "fixed"},
         {"prefix_rms": 1.0},
         {"latent_encoder": "pool", "latent_layers": 1},
+        {"latent_encoder": "sent", "latent_blocks": 1},
+        {"parallel": "fsdp"},
         {"wire_bits": (5,)},
     ):
         with pytest.raises(SystemExit):

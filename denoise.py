@@ -6,9 +6,8 @@ Everything here is a pure function of (ids, rng) in vectorised numpy: no torch, 
     enc, targets = corrupt(ids, d, 0.15, rng, special_ids(152036, 100, eos=151645, start=151643))
     restore(enc, targets, special) == ids                           # always: nothing is ever cut off
 
-A denoiser is drawn first, then `longest` says how much text it can take so that both sides fit, then that much is cut
-from a document and corrupted. (Cutting after corruption, as others do, loses two thirds of the targets.)
-Read next: denoise_stream.py (documents -> examples -> packs), model.py (merged attention), tests/test_denoise.py.
+A denoiser is drawn first, then `longest` says how much text it can take so that both sides fit, then that much is cut from a document
+and corrupted. (Cutting after corruption, as others do, loses two thirds of the targets.) Read next: denoise_stream.py, model.py.
 """
 
 import functools
@@ -50,20 +49,17 @@ class Denoiser(NamedTuple):
 # fmt: off
 MIXTURES = {
     "recommended": (
-        ("span", 3, 0.15, "R", 0.10), ("span", 8, 0.25, "R", 0.10), ("middle", 12, 0.20, "X", 0.10),
-        ("suffix", 0, (0.2, 0.8), "S", 0.20), ("suffix", 0, (0.05, 0.15), "S", 0.15),
-        ("suffix", 0, (0.80, 0.95), "S", 0.15), ("infill", 0, 0.30, "I", 0.20)),
+        ("span", 3, 0.15, "R", 0.10), ("span", 8, 0.25, "R", 0.10), ("middle", 12, 0.20, "X", 0.10), ("suffix", 0, (0.2, 0.8), "S", 0.20),
+        ("suffix", 0, (0.05, 0.15), "S", 0.15), ("suffix", 0, (0.80, 0.95), "S", 0.15), ("infill", 0, 0.30, "I", 0.20)),
     "t5gemma2": (
         ("span", 3, 0.15, "R", 1), ("span", 12, 0.50, "R", 1), ("span", 32, 0.15, "X", 1), ("span", 32, 0.50, "X", 1),
         ("suffix", 0, 0.75, "S", 4)),
-    # The denoisers are the paper's table; its weights are not in it, these (R/S/X 33/34/33) are customary.
-    "ul2": (
-        ("span", 3, 0.15, "R", 0.165), ("span", 8, 0.15, "R", 0.165), ("suffix", 0, 0.25, "S", 0.34),
-        ("span", 3, 0.5, "X", 0.0825), ("span", 8, 0.5, "X", 0.0825), ("span", 64, 0.15, "X", 0.0825),
-        ("span", 64, 0.5, "X", 0.0825)),
+    "ul2": (  # the denoisers are the paper's table; its weights are not in it, these (R/S/X 33/34/33) are customary
+        ("span", 3, 0.15, "R", 0.165), ("span", 8, 0.15, "R", 0.165), ("suffix", 0, 0.25, "S", 0.34), ("span", 3, 0.5, "X", 0.0825),
+        ("span", 8, 0.5, "X", 0.0825), ("span", 64, 0.15, "X", 0.0825), ("span", 64, 0.5, "X", 0.0825)),
     "span_heavy": (
-        ("span", 3, 0.15, "R", 0.20), ("span", 8, 0.15, "R", 0.20), ("span", 3, 0.5, "X", 0.15),
-        ("span", 64, 0.15, "X", 0.15), ("suffix", 0, (0.2, 0.8), "S", 0.30)),
+        ("span", 3, 0.15, "R", 0.20), ("span", 8, 0.15, "R", 0.20), ("span", 3, 0.5, "X", 0.15), ("span", 64, 0.15, "X", 0.15),
+        ("suffix", 0, (0.2, 0.8), "S", 0.30)),
     "minimal": (("span", 3, 0.15, None, 0.5), ("suffix", 0, (0.2, 0.8), None, 0.5)),
     "t5": (("span", 3, 0.15, None, 1),),
 }
@@ -99,9 +95,6 @@ def sentinel_index(id: int, sp: Special) -> int:
     return id - sp.sentinel
 
 
-# Mixtures
-
-
 class Mixture(NamedTuple):
     denoisers: tuple[Denoiser, ...]
     first: np.ndarray  # (n,) weights at step 0, normalised
@@ -117,14 +110,11 @@ def mixture(rows: str | tuple, end: tuple[float, ...] | None = None, mode_tokens
         rows = MIXTURES[rows]
     denoisers = []
     for row in rows:
-        if len(row) != 5:
-            die(f"mixture row {row!r}: wants (kind, mean span, share, mode or None, weight)")
-        d = Denoiser(*row)
+        d = Denoiser(*row) if len(row) == 5 else Denoiser("", 0, 0, None, 0)
         lo, hi = d.r if isinstance(d.r, (tuple, list)) else (d.r, d.r)
-        if d.kind not in ("span", "middle", "suffix", "infill") or not 0 < lo <= hi < 1 or d.mode not in (None, *MODES):
-            die(f"mixture row {row!r}: kind is span|middle|suffix|infill, 0 < share < 1, mode one of R X S I or None")
-        if d.kind in ("span", "middle") and not d.mu >= 1:
-            die(f"mixture row {row!r}: the mean span must be at least 1 token")
+        one = d.kind in ("suffix", "infill")
+        if not (one or d.kind in ("span", "middle") and d.mu >= 1) or not 0 < lo <= hi < 1 or d.mode not in (None, *MODES):
+            die(f"mixture row {row!r}: wants (span|middle|suffix|infill, mean span >= 1, 0 < share < 1, one of R X S I or None, weight)")
         denoisers.append(d._replace(r=(lo, hi), mode=d.mode if mode_tokens else None))
 
     def weights(key, values):
@@ -149,9 +139,6 @@ def weights(mix: Mixture, progress: float, n: int = 0, length_adaptive: bool = F
 def name(d: Denoiser) -> str:
     share = f"{d.r[0]:g}" if d.r[0] == d.r[1] else "{:g}-{:g}".format(*d.r)  # no slash: metrics are named by it
     return f"{d.kind}{d.mu:g}@{share}" if d.mu else f"{d.kind}@{share}"
-
-
-# Lengths
 
 
 def counts(d: Denoiser, share: float, L: int, n_sentinels: int) -> tuple[int, int]:
@@ -233,8 +220,7 @@ def spans(d: Denoiser, share: float, L: int, rng, n_sentinels: int) -> tuple[np.
 
 def snap(ids: np.ndarray, starts: np.ndarray, ends: np.ndarray, word: np.ndarray, reach: int = 3):
     """Move each span forward, by at most `reach` tokens and as a whole (N and n stay exact), until it starts a word."""
-    starts, ends = starts.copy(), ends.copy()
-    room = len(ids)
+    starts, ends, room = starts.copy(), ends.copy(), len(ids)
     for i in range(len(starts) - 1, -1, -1):  # from the right: the next span has already moved
         for j in range(min(reach, room - int(ends[i])) + 1):
             if word[ids[starts[i] + j]]:
@@ -247,8 +233,7 @@ def snap(ids: np.ndarray, starts: np.ndarray, ends: np.ndarray, word: np.ndarray
 
 def word_starts(tokenizer) -> np.ndarray:
     """(vocab_size,) bool: tokens whose text begins a word."""
-    marks = (b" ", b"<", "\u0120".encode(), "\u2581".encode())
-    return np.array([tokenizer.token_bytes(i).startswith(marks) for i in range(tokenizer.vocab_size)])
+    return np.array([tokenizer.token_bytes(i).startswith((b" ", b"<", b"\xc4\xa0", b"\xe2\x96\x81")) for i in range(tokenizer.vocab_size)])
 
 
 # Layout and its inverse
@@ -274,10 +259,7 @@ def layout(ids, starts, ends, mode: str | None, sp: Special, closing: bool = Fal
     text = ids.astype(np.int64)
     text[starts] = sentinels
     text = text[keep]
-    enc = np.empty(p + len(text) + 1, np.int64)
-    if p:
-        enc[0] = sp.mode + MODES.index(mode)
-    enc[p:-1], enc[-1] = text, sp.eos
+    enc = np.concatenate([[sp.mode + MODES.index(mode)] if p else [], text, [sp.eos]]).astype(np.int64)
 
     N = int(sizes.sum())
     targets = np.empty(N + n + closing + 1, np.int64)

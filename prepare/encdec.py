@@ -9,6 +9,7 @@ is new, so both start from what the language model knows. The last four rows of 
 Read next: denoise.py (what is trained on it), train.py with config/encdec_ul2.py, prepare/sentence.py (its encoder for everybody).
 """
 
+import base64
 import json
 import sys
 from pathlib import Path
@@ -44,7 +45,26 @@ def tokenizer_json(files: dict) -> bytes:
         return files["tokenizer.json"]
     if "bytes.json" in files:  # bytes as a byte-level BPE without merges: the same ids, in the format that everybody reads
         return tokenizer.bpe(tokenizer.byte_alphabet(), [], tokenizer.GPT2, {tokenizer.EOS: 256})
+    ranked = next((name for name in files if name.endswith(".tiktoken")), None)
+    if ranked:
+        ranks = {base64.b64decode(t): int(r) for t, r in (line.split() for line in files[ranked].splitlines() if line)}
+        rule = json.loads(files[ranked.replace(".tiktoken", ".json")])
+        letters = {byte: letter for letter, byte in tokenizer.byte_alphabet().items()}
+        spell = lambda token: "".join(letters[b] for b in token)  # noqa: E731
+        merges = [tuple(map(spell, halves(token, ranks))) for token in sorted(ranks, key=ranks.get) if len(token) > 1]
+        return tokenizer.bpe({spell(t): r for t, r in ranks.items()}, merges, rule["pattern"], rule["special"], rule["nfc"])
     die(f"the source's tokenizer is {', '.join(files) or 'missing'}: put its tokenizer.json beside the weights")
+
+
+def halves(token: bytes, ranks: dict) -> list[bytes]:
+    """The two tokens whose merge made this one: its bytes merged by every rank below its own."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        rank, i = min((ranks.get(parts[i] + parts[i + 1], 1 << 40), i) for i in range(len(parts) - 1))
+        if rank >= ranks[token]:
+            die(f"rank file: {token!r} is no merge of two earlier tokens; bring the tokenizer's tokenizer.json")
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts
 
 
 def extend(raw: bytes, sp: denoise.Special, tok) -> bytes:
@@ -153,7 +173,7 @@ def main(argv):
     raw = tokenizer_json(info["tokenizer"])
     (run / "tokenizer").mkdir(parents=True, exist_ok=True)
     for name, content in (info["tokenizer"] | {"tokenizer.json": raw}).items():
-        if name != "bytes.json":
+        if name.startswith(("tokenizer", "special", "added", "chat", "generation")):  # what stands beside a tokenizer.json
             (run / "tokenizer" / name).write_bytes(content)
     tok = tokenizer.load(run)
     doubled, weights = double(fields, state, tok.vocab_size, opt.num_sentinels, opt.seed)

@@ -170,3 +170,26 @@ def test_crops_of_documents(tmp_path):
     model = contrast.build(config(tmp_path / "shards"))
     contrast.prepare(model, model, batches)
     assert all(torch.isfinite(b["value"]) for b in batches)
+
+
+def test_through_the_loop(tmp_path, capsys):
+    """train.py runs it, saves it, and leaves the decoder as it was, to the bit; the run can be embedded with."""
+    import checkpoint
+    from model import Embedder, build
+
+    cfg, data = config("none"), pairs_file(tmp_path)
+    shape = {k: getattr(cfg, k) for k in ModelConfig.__dataclass_fields__}
+    checkpoint.save(tmp_path / "init", 0, build(ModelConfig(**shape)), None, {"config": shape, "metrics": {}, "tokens": 0}, keep=1)
+    TOK.save(tmp_path / "init" / "tokenizer")
+    keys = {**shape, "contrast_pairs": 16, "contrast_micro": 4, "max_enc": 48, "max_steps": 3, "warmup": 1, "lr": 1e-2, "log_every": 1}
+    keys = {k: v for k, v in keys.items() if v is not None} | {"objective": "contrast", "init_from": str(tmp_path / "init")}
+    arguments = [f"--{k}={v}" for k, v in keys.items()] + [f"--data={data}", f"--out={tmp_path / 'run'}", "--dtype=float32"]
+    done = subprocess.run(
+        [sys.executable, "train.py", *arguments], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (before, _), (after, _) = checkpoint.load(tmp_path / "init"), checkpoint.load(tmp_path / "run")
+    old, new = before.state_dict(), after.state_dict()
+    assert all(torch.equal(old[k], new[k]) for k in old if k.startswith("decoder."))
+    assert any(not torch.equal(old[k], new[k]) for k in old if k.startswith("encoder."))
+    assert Embedder.load(tmp_path / "run").encode(["a"]).shape == (1, 32)

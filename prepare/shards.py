@@ -131,7 +131,7 @@ def build(out, tok, tasks, job, settings, shard_tokens, max_tokens=0, max_docume
     note = {"settings": settings, "tasks": 0, "rows": 0, "count": {}, "writers": [None, None]}
     if path := next((p for p in (manifest_path, note_path) if os.path.exists(p)), None):
         note = json.loads(tokenizer.read(path))
-        if other := [k for k in settings if note["settings"].get(k) != settings[k]]:
+        if other := [k for k in settings if note.get("settings", {}).get(k) != settings[k]]:
             die(f"{out} was written with another {', '.join(other)}: choose another --out, or remove it")
         if path == manifest_path:
             return note, 0, 0
@@ -167,7 +167,7 @@ def build(out, tok, tasks, job, settings, shard_tokens, max_tokens=0, max_docume
         seen, read = seen + int(docs[:fit, 0].sum()), read + size
         count.update(counted)
         note["tasks"], note["rows"] = number + 1, note["rows"] + (len(task[1]) if task[0] == "given" else 0)
-        if time.monotonic() - noted > NOTE_EVERY:
+        if fit == len(docs) and time.monotonic() - noted > NOTE_EVERY:  # never after a cut task: what follows must stay out
             write_json(note_path, note | {"count": count, "writers": [w.note() for w in writers]})
             noted = time.monotonic()
         bar.set_postfix_str(f"{seen / 1e6:.1f}M tokens", refresh=False)

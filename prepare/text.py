@@ -31,6 +31,7 @@ OPTIONS = {
     "config": "", "split": "train", "verify": False, "check": False,
 }  # fmt: skip
 NOTES = """
+
 --separator   text between documents of a plain text file ('\\n' a line each); without it a file is one document
 --val         share of documents for validation; --val_from=FILES makes those the validation split instead
 --exclude     files (as from prepare.val) whose texts must not be trained on: dropped and counted
@@ -38,7 +39,8 @@ NOTES = """
 --part        i/n: every n-th task of the input, so that n machines fill one --out
 --tokenizer   bytes, a rank file, a tokenizer.json, a folder, or bpe:N: N ids learnt from the first 32 MB of the training documents
 --workers     processes (0: all cores); the output is the same for any number
---source      math, stem or code: the published mixture, as dataset, config, split, text_field and max_tokens; all: three directories"""
+--source      math, stem or code: the published mixture, as dataset, config, split, text_field and max_tokens; all: three directories
+"""
 SOURCES = {  # what the published run really used
     "math": {"dataset": "nvidia/Nemotron-CC-Math-v1", "config": "4plus", "text_field": "text", "max_tokens": 7_000_000_000},
     "stem": {"dataset": "openbmb/Ultra-FineWeb", "split": "en", "text_field": "content", "max_tokens": 2_500_000_000},

@@ -45,13 +45,17 @@ _RULES = {
 }
 
 
+def _glu(au, act):
+    a, u = au.chunk(2, dim=-1)
+    return _RULES[act][0](a, out=torch.empty_like(a)).mul_(u)
+
+
 class _GLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, au, act):
         ctx.act = act
         ctx.save_for_backward(au)
-        a, u = au.chunk(2, dim=-1)
-        return _RULES[act][0](a, out=torch.empty_like(a)).mul_(u)
+        return _glu(au, act)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -68,7 +72,7 @@ class _GLU(torch.autograd.Function):
 
 def glu(au, act="silu"):
     """act(a) * u of au = [a | u]: keeps au alone and writes its gradient into one buffer, as polyglu_mix does."""
-    return _GLU.apply(au, act)
+    return _GLU.apply(au, act) if torch.is_grad_enabled() else _glu(au, act)  # a Function costs a decoded token 20 us a layer
 
 
 def polyglu_reference(au, al, s=None, acts=DEFAULT_ACTS):

@@ -267,8 +267,12 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.width, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
 
     def forward(self, x, ctx):
-        q, k, v = self.qkv(x).unflatten(-1, (-1, self.width)).split((self.n_head, self.n_kv, self.n_kv), dim=1)  # (N, heads, E)
-        q, k = rotate(self.q_norm(q), ctx.rope), rotate(self.k_norm(k), ctx.rope)
+        heads = (self.n_head, self.n_kv)
+        qk, v = self.qkv(x).unflatten(-1, (-1, self.width)).split((sum(heads), self.n_kv), dim=1)  # (N, heads, E)
+        if isinstance(self.q_norm, RMSNorm):  # queries and keys are normed and turned together: half the calls
+            weight = torch.cat([norm.weight.expand(n, -1) for norm, n in zip((self.q_norm, self.k_norm), heads, strict=True)])
+            qk = rms_norm(qk, weight, self.q_norm.eps)
+        q, k = rotate(qk, ctx.rope).split(heads, dim=1)
         return self.out(ctx.attend(self, q, k, v).flatten(1))
 
     def encoder_keys(self, hidden, rope):
@@ -515,8 +519,8 @@ class Transformer(nn.Module):
 
     def rope(self, pos):
         angle = pos.to(self.inv_freq.dtype)[:, None, None] * self.inv_freq  # (N, 1, E/2)
-        cos, sin = angle.cos(), angle.sin()
-        return (cos.bfloat16().to(cos.dtype), sin.bfloat16().to(sin.dtype)) if self.cfg.rope_bf16 else (cos, sin)
+        tables = torch.cat((angle.cos(), angle.cos()), dim=-1), torch.cat((-angle.sin(), angle.sin()), dim=-1)
+        return tuple(t.bfloat16().to(t.dtype) for t in tables) if self.cfg.rope_bf16 else tables
 
     def embed_tokens(self, ids):
         return self.embed(ids, self.dtype)

@@ -29,16 +29,20 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, scale = ctx.saved_tensors
         unit, g = x * scale, dy.to(scale.dtype, copy=True)
         product = g * unit
-        dw = product.flatten(0, -2).sum(0).to(weight.dtype)
-        along = (product @ weight.to(scale.dtype) / x.shape[-1]).unsqueeze(-1)
+        dw = product.flatten(0, -weight.dim() - 1).sum(0).to(weight.dtype)
+        along = product.mul_(weight).sum(-1, keepdim=True).div_(x.shape[-1])
         return g.mul_(weight).addcmul_(unit, along, value=-1).mul_(scale).to(dy.dtype), dw, None
 
 
 def rms_norm(x, weight, eps):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, statistics in fp32. On a CPU torch's own backward is slow (LOG.md)."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, statistics in fp32; weight (D,), or (H, D) of its own for every head.
+
+    On a CPU torch's own backward is slow (LOG.md)."""
     if x.device.type == "cpu" and torch.is_grad_enabled():
         return _RMSNorm.apply(x, weight, eps)
-    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
+    if weight.dim() == 1:
+        return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
+    return (F.rms_norm(full(x), x.shape[-1:], None, eps) * weight).to(x.dtype)
 
 
 class _Rotate(torch.autograd.Function):
@@ -58,16 +62,16 @@ def turn(x, cos, sin):
     wide = torch.promote_types(x.dtype, cos.dtype)
     a, b = x.chunk(2, dim=-1)
     other = torch.cat((b, a), dim=-1).to(wide)
-    return x.to(wide, copy=True).mul_(torch.cat((cos, cos), -1)).addcmul_(other, torch.cat((-sin, sin), -1)).to(x.dtype)
+    return x.to(wide, copy=True).mul_(cos).addcmul_(other, sin).to(x.dtype)
 
 
 def rotate(x, rope):
-    """Rotary position, half-split, in fp32: x (N, H, E), tables (N, 1, E/2)."""
-    if not x.is_cuda:
-        return _Rotate.apply(x, *rope)
+    """Rotary position, half-split, in fp32: x (N, H, E), tables (N, 1, E) of [cos, cos] and [-sin, sin]."""
     cos, sin = rope
-    a, b = x.to(cos.dtype).chunk(2, dim=-1)  # plain, for torch.compile to fuse
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
+    if x.device.type == "cpu":
+        return _Rotate.apply(x, cos, sin) if torch.is_grad_enabled() else turn(x, cos, sin)
+    wide = x.to(torch.promote_types(x.dtype, cos.dtype))  # plain, for torch.compile to fuse
+    return (wide * cos + wide.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
 
 
 class Thin(torch.autograd.Function):

@@ -113,7 +113,7 @@ def test_the_three_geometries_differ_and_fp32_is_close():
     outs = [model_of(cross_rope=cross)(pack) for cross in CROSS]
     assert all((a - b).abs().max() > 1e-3 for a, b in zip(outs, [*outs[1:], outs[0]], strict=True))
     for cross, out in zip(CROSS, outs, strict=True):
-        assert (model_of(double=False, cross_rope=cross)(pack) - out).abs().max() < 3e-6
+        assert (model_of(double=False, cross_rope=cross)(pack) - out).abs().max() < 5e-6
 
 
 @pytest.mark.parametrize("cross", CROSS)

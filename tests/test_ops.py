@@ -16,7 +16,10 @@ def test_rotation_and_its_gradient(dtype):
     torch.manual_seed(0)
     x = torch.randn(7, 9, 8, dtype=dtype)[:, 2:5].requires_grad_()  # a slice, as queries are one of qkv
     angle = 6 * torch.rand(7, 1, 4, dtype=torch.promote_types(dtype, torch.float32))
-    y = rotate(x, (angle.cos(), angle.sin()))
+    tables = torch.cat((angle.cos(), angle.cos()), -1), torch.cat((-angle.sin(), angle.sin()), -1)
+    y = rotate(x, tables)
+    with torch.no_grad():
+        assert torch.equal(rotate(x, tables), y)
     grad = torch.randn(y.shape, dtype=dtype)
     (dx,) = torch.autograd.grad(y, x, grad)
     truth = x.detach().double().requires_grad_()

@@ -1,0 +1,140 @@
+"""eval/report.py: one file, no network, every metric drawn; looked at in a real browser where there is one."""
+
+import json
+import re
+import shutil
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+
+from eval import report
+
+pytest.importorskip("matplotlib", reason="pip install prism[plot]: matplotlib draws the pictures")
+OPTIONS = SimpleNamespace(samples=0, prompts="", max_new_tokens=8, temperature=0.8, seed=1)
+
+
+def fake_run(folder, shift=0.0, noncausal=False, lr=1e-3):
+    """A run as train.py leaves it: metrics.jsonl and config.json."""
+    folder.mkdir()
+    suffix = "_noncausal" if noncausal else ""
+    lines = []
+    for step in range(1, 61):
+        row = {
+            "step": step,
+            f"train/loss{suffix}": 5 - step / 20 + shift,
+            "train/lr": lr,
+            "train/tokens_per_sec": 1000.0,
+            "tokens": step * 64,
+        }
+        row |= {"train/seq_len": 32 if step < 30 else 64, "train/stage": int(step >= 30), "train/grad_norm": 1.0 + step % 3}
+        row |= {"train/peak_mem": 2e9, "train/wait": 0.01, "train/math/loss": 4.0, "train/code/loss": 3.0, "odd/thing": step**0.5}
+        lines.append(row)
+        if step % 20 == 0:
+            lines.append(
+                {
+                    "step": step,
+                    f"val/math/bpb{suffix}": 2.0 + shift,
+                    f"val/math/loss{suffix}": 3.0,
+                    f"val/mean/loss{suffix}": 3.5 - step / 60,
+                }
+            )
+            lines[-1] |= {"gate_entropy/layer_0": 1.0, "gate_entropy/layer_1": 0.5}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    about = {"config": {"lr": lr, "data": "<script>alert(1)</script>", "n_layer": 2}, "commit": "abc", "torch": "2", "machine": "CPU <b>"}
+    (folder / "config.json").write_text(json.dumps(about))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    base = tmp_path_factory.mktemp("report")
+    a, b = fake_run(base / "first"), fake_run(base / "second", 0.3, noncausal=True, lr=2e-3)
+    report.main([f"--run={a}", "--samples=0"])
+    report.main([f"--run={a},{b}", f"--out={base / 'both.html'}", "--samples=0"])
+    return (a / "report.html"), base / "both.html"
+
+
+def titles(page):
+    return re.findall(r'<img alt="([^"]*)" src="data:image/svg\+xml;base64,[A-Za-z0-9+/=]+">', page.read_text())
+
+
+def test_every_metric_is_drawn_once(pages):
+    wanted = """Training loss|Training loss by tokens seen|Training loss by source|Held-out bits per byte|Held-out loss|Learning rate|\
+Sequence length|Stage|Gradient norm before clipping|Throughput|Peak memory|Waiting for data|odd|gate_entropy""".split("|")
+    for page in pages:
+        found = titles(page)
+        assert sorted(found) == sorted(wanted)
+
+
+def test_nothing_comes_from_elsewhere_and_nothing_is_executed(pages):
+    for page in pages:
+        text = page.read_text()
+        assert not re.search(r"https?://|<script|<link|@import|url\(", re.sub(r"base64,[^\"]*", "", text))
+        assert "&lt;script&gt;" in text and "CPU &lt;b&gt;" in text
+
+
+def test_numbers_and_differences(pages):
+    first, both = (page.read_text() for page in pages)
+    assert "2.1250 ± 0.0854 (6 values)" in first and "2.5000 at step 60" in first and "2.00 GB" in first and "3,840" in first
+    assert "not next-token likelihoods" in both and "not next-token likelihoods" not in first
+    differing = both[both.index("<h2>Settings</h2>") : both.index("<details>")]
+    assert "0.001" in differing and "0.002" in differing and "n_layer" not in differing and "n_layer" in both
+
+
+def test_samples_of_a_real_checkpoint(tmp_path):
+    import checkpoint
+    import configurator
+    import tokenizer
+    from model import ModelConfig, build
+
+    folder = fake_run(tmp_path / "run")
+    cfg = ModelConfig(n_layer=1, n_head=2, d_model=16, max_len=32)
+    checkpoint.save(folder, 60, build(cfg), None, {"config": configurator.to_dict(cfg)}, keep=1)
+    tokenizer.load("bytes").save(folder / "tokenizer")
+    report.main([f"--run={folder}", "--prompts=a<b|def", "--samples=2", "--max_new_tokens=5"])
+    text = (folder / "report.html").read_text()
+    assert text.count("<b class=drawn>") == 4 and text.count("<pre>a&lt;b<b") == 2
+
+
+def test_mistakes_end_in_one_line(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "metrics.jsonl").write_text("")
+    for args, word in (([f"--run={tmp_path / 'gone'}"], "metrics.jsonl"), ([f"--run={tmp_path / 'empty'}"], "is empty"), ([], "--run")):
+        with pytest.raises(SystemExit) as end:
+            report.main(args)
+        err = capsys.readouterr().err
+        assert end.value.code == 2 and word in err and err.count("\n") == 1
+
+
+def browser():
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    return found or pytest.skip("no chromium on this machine: apt-get install chromium")
+
+
+MEASURE = """<script>addEventListener("load", () => {
+  const broken = [...document.images].filter(i => !i.complete || i.naturalWidth < 50 || i.getBoundingClientRect().width < 250).length;
+  document.body.innerHTML = "MEASURED " + [innerWidth, document.documentElement.scrollWidth, document.images.length, broken].join(" ");
+})</script>"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1300, 390])
+def test_a_browser_shows_every_picture_and_needs_no_sideways_scrolling(pages, width, tmp_path):
+    command = [
+        browser(),
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ]
+    page = tmp_path / "page.html"
+    page.write_text(pages[1].read_text().replace("</body>", MEASURE + "</body>"))
+    command += [f"--window-size={width},900", "--virtual-time-budget=5000", "--dump-dom", page.as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    inner, scroll, images, broken = map(int, re.search(r"MEASURED (\d+) (\d+) (\d+) (\d+)", dom).groups())
+    assert inner == width and scroll <= inner and images == len(titles(pages[1])) and broken == 0
+    shot = tmp_path / "shot.png"
+    subprocess.run([*command[:-2], f"--screenshot={shot}", pages[1].as_uri()], capture_output=True, timeout=120)
+    assert shot.stat().st_size > 20_000

@@ -16,8 +16,13 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 
+import checkpoint
 import configurator
+import hub
+import model as M
+import tokenizer
 from configurator import die
 from machine import find
 
@@ -43,14 +48,8 @@ class Encoder:
     """texts -> float32 (n, d), whatever holds the weights."""
 
     def __init__(self, path, device, batch_size=64, pooling="", causal=None, prefixes=("", ""), dtype="float32"):
-        import torch
-
-        import checkpoint
-        import model as M
-
         path = Path(path)
-        self.path, self.batch_size, self.prefixes, self.causal = path, batch_size, prefixes, causal
-        self.ours = None
+        self.path, self.batch_size, self.prefixes, self.ours = path, batch_size, prefixes, None
         if (path / "modules.json").is_file() and not pooling:
             from sentence_transformers import SentenceTransformer
 
@@ -61,9 +60,6 @@ class Encoder:
         if checkpoint.steps(path) or (path / "state.json").is_file() or (path / "modules.json").is_file():
             self.ours = M.Embedder.load(path, device=device, dtype=getattr(torch, dtype), **settings)
         else:  # a plain folder of transformers: a baseline
-            import hub
-            import tokenizer
-
             fields, state, _ = hub.read_model(path)
             model = hub.load_anyway(M.ModelConfig(**fields))
             model.load_state_dict(state, assign=True)
@@ -210,13 +206,9 @@ def later_token(encoder) -> float:
         from prepare import later_token as test
 
         return min(v for k, v in test.later_token(encoder.path).items() if not k.startswith("causal") and "position" not in k)
-    import torch
-
-    from model import flat
-
     rows = [[*range(40, 51), last] for last in (60, 61)]
     with torch.no_grad():
-        a, b = (encoder.ours(flat([row], encoder.ours.model.embed.weight.device))[0] for row in rows)
+        a, b = (encoder.ours(M.flat([row], encoder.ours.model.embed.weight.device))[0] for row in rows)
     return float((a - b)[:-1].abs().max())
 
 

@@ -114,27 +114,20 @@ def browser():
 
 MEASURE = """<script>addEventListener("load", () => {
   const broken = [...document.images].filter(i => !i.complete || i.naturalWidth < 50 || i.getBoundingClientRect().width < 250).length;
-  document.body.innerHTML = "MEASURED " + [innerWidth, document.documentElement.scrollWidth, document.images.length, broken].join(" ");
+  parent.postMessage("MEASURED " + [innerWidth, document.documentElement.scrollWidth, document.images.length, broken].join(" "), "*");
 })</script>"""
+FRAME = """<iframe src="page.html" style="width: %dpx; height: 900px; border: 0"></iframe>
+<script>addEventListener("message", e => document.body.textContent = e.data)</script>"""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [1300, 390])
 def test_a_browser_shows_every_picture_and_needs_no_sideways_scrolling(pages, width, tmp_path):
-    command = [
-        browser(),
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-dev-shm-usage",
-        f"--user-data-dir={tmp_path / 'profile'}",
-    ]
-    page = tmp_path / "page.html"
-    page.write_text(pages[1].read_text().replace("</body>", MEASURE + "</body>"))
-    command += [f"--window-size={width},900", "--virtual-time-budget=5000", "--dump-dom", page.as_uri()]
+    (tmp_path / "page.html").write_text(pages[1].read_text().replace("</body>", MEASURE + "</body>"))
+    frame = tmp_path / "frame.html"  # a frame, since a headless window is at least 500 wide
+    frame.write_text(FRAME % width)
+    command = [browser(), "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1400,900"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000", "--dump-dom", frame.as_uri()]
     dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
     inner, scroll, images, broken = map(int, re.search(r"MEASURED (\d+) (\d+) (\d+) (\d+)", dom).groups())
     assert inner == width and scroll <= inner and images == len(titles(pages[1])) and broken == 0
-    shot = tmp_path / "shot.png"
-    subprocess.run([*command[:-2], f"--screenshot={shot}", pages[1].as_uri()], capture_output=True, timeout=120)
-    assert shot.stat().st_size > 20_000

@@ -10,6 +10,7 @@ quickstart: .venv/.train ## train a small model on Python's own source, measure 
 	$(PY) train.py config/quickstart.py --resume=auto
 	$(PY) -m eval.plots --run=out/quickstart
 	$(PY) -m eval.perplexity --ckpt=out/quickstart --data=data/stdlib
+	$(PY) -m eval.routing --ckpt=out/quickstart --windows=8 --draws=1
 	$(PY) sample.py --ckpt=out/quickstart --prompt="def read_lines(path):" --max_new_tokens=200 --temperature=0.7 --seed=1
 
 test: .venv/.test ## every test; two at a time, one thread each
@@ -22,10 +23,22 @@ lint: .venv/.test
 bench: .venv/.test ## speed against named peers, as ratios
 	$(PY) bench.py --suite=cpu
 
+latent: .venv/.train ## two small readers, one packet between them, and everything that could refute it
+	$(PY) -m prepare.factqa --out=data/factqa --bpe=512 --shards=data/facts_a
+	$(PY) -m prepare.factqa --out=data/factqa --bpe=2048 --shards=data/facts_b
+	OMP_NUM_THREADS=1 $(PY) train.py config/latent_lm_a.py --resume=auto & \
+	OMP_NUM_THREADS=1 $(PY) train.py config/latent_lm_a.py config/latent_lm_b.py --resume=auto && wait $$!
+	$(PY) -m eval.latent --lms="('out/latent_lm_a', 'out/latent_lm_b')" --data=data/factqa/dev.jsonl --require=0.95
+	$(PY) train.py config/latent_toy.py --resume=auto
+	$(PY) -m eval.latent --ckpt=out/latent_toy --data=data/factqa/test.jsonl --bytes="(40, 55, 70, 88, 106)"
+
+faults: .venv/.test ## a hundred kills, half of them inside saves; every one must resume to the bit
+	KILLS=100 OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_faults.py -k kill_9
+
 .venv/.train: pyproject.toml
 	test -x $(PY) || python3 -m venv .venv
 	$(PY) -m pip install -q torch==2.13.0
-	$(PY) -m pip install -q torch==2.13.0 -e .[plot]
+	$(PY) -m pip install -q torch==2.13.0 -e .[plot,data]
 	touch $@
 
 .venv/.test: .venv/.train

@@ -3,7 +3,7 @@ PY := .venv/bin/python
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart test lint bench latent faults clean
+.PHONY: quickstart test lint bench latent faults
 
 quickstart: .venv/.train ## train a small model on Python's own source, measure it and let it write
 	$(PY) -m prepare.text --from=stdlib --out=data/stdlib --tokenizer=bpe:4096 --val=0.02
@@ -38,12 +38,9 @@ faults: .venv/.test ## a hundred kills, half of them inside saves; every one mus
 .venv/.train: pyproject.toml
 	test -x $(PY) || python3 -m venv .venv
 	$(PY) -m pip install -q torch==2.13.0
-	$(PY) -m pip install -q torch==2.13.0 -e .[plot,data]
+	$(PY) -m pip install -q torch==2.13.0 -e .[plot]
 	touch $@
 
 .venv/.test: .venv/.train
 	$(PY) -m pip install -q torch==2.13.0 -e .[test]
 	touch $@
-
-clean: ## forget runs and prepared data, keep .venv
-	rm -rf out data

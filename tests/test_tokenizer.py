@@ -9,6 +9,7 @@ import unicodedata
 import pytest
 
 import tokenizer
+from prepare import tokenizer as converter
 
 PARTS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), ".parts")
 MARKED = "a <|im_start|>system <|endoftext|><think> b <|im_end|>\n"
@@ -125,6 +126,20 @@ def test_long_texts_are_cut_where_no_token_moves(tmp_path, monkeypatch):
     assert "".join(tokenizer.pieces(text)) == text and max(map(len, tokenizer.pieces(text))) <= 256
     assert [tok.encode(text) for tok in toks] == whole
     assert tokenizer.load("bytes").decode(tokenizer.load("bytes").encode("é" * 1000)) == "é" * 1000
+
+
+def test_rank_files_and_bytes_become_the_same_tokenizer_json(tmp_path, capsys):
+    for source in "bytes", ranks(tmp_path / "mine.tiktoken"):
+        converter.main([f"--from={source}", f"--out={tmp_path}/json", "--max_docs=5"])
+        ours, theirs = tokenizer.load(source), tokenizer.load(tmp_path / "json")
+        assert theirs.kind == "hf" and ours.fingerprint == theirs.fingerprint and "the same" in capsys.readouterr().out
+        assert all(ours.encode(t) == theirs.encode(t) for t in [*unicode_strings(), MARKED, "hello world, telling"])
+    ours.save(tmp_path / "run" / "tokenizer")
+    converter.main([f"--from={tmp_path}/run", "--max_docs=1"])  # beside what a run already has
+    assert {"mine.tiktoken", "tokenizer.json"} <= set(os.listdir(tmp_path / "run" / "tokenizer"))
+    with pytest.raises(SystemExit):  # no two earlier tokens make this one
+        converter.main([f"--from={ranks(tmp_path / 'odd.tiktoken', ['he', 'xyz'])}", f"--out={tmp_path}/no"])
+    assert not (tmp_path / "no").exists()
 
 
 def test_qwen_rank_file_is_the_official_tokenizer():

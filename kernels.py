@@ -4,8 +4,8 @@
 Written naively it materialises ten tensors of [N, f, 4]; here one pass reads a and u and writes y, the backward reads
 dy, a, u once more and writes da|du, and only (a, u, al, s) wait in between: what SwiGLU keeps, plus 16 bytes a token.
 On a GPU it is a Triton kernel, on a CPU blocks of rows small enough to stay in cache; both sit behind one custom
-operator, which torch.compile takes whole, without a graph break. The Triton path has run in Triton's interpreter on a
-CPU (tests/test_kernels.py under TRITON_INTERPRET=1); its speed on a real GPU has not been measured yet.
+operator, which torch.compile takes whole, without a graph break. The Triton path has never run on a GPU: it is right in Triton's
+interpreter (tests/test_kernels.py under TRITON_INTERPRET=1) and compiles for an H100 without spills (LOG.md); its speed is unknown.
 
 Used by model.py (PolyGLU, SwiGLU). Read tests/test_kernels.py for the accuracy that is promised.
 """
@@ -175,21 +175,32 @@ if HAS_TRITON:
     import triton
     import triton.language as tl
 
+    PLAIN = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+    @triton.jit
+    def _exp(x):  # one instruction here and below; the full-range forms spend four to six, a quarter of the whole kernel
+        return (
+            tl.exp(x) if PLAIN else tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * 1.44269504], tl.float32, True, 1)
+        )
+
+    @triton.jit
+    def _inverse(x):
+        return 1.0 / x if PLAIN else tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+
     @triton.jit
     def _activations(a):
-        """relu, tanh, sigmoid, Phi, phi of a: two exponentials for all of them."""
-        e = tl.exp(-tl.abs(a))
-        sig = tl.where(a >= 0, 1.0, e) / (1.0 + e)
+        """relu, tanh, sigmoid, Phi, phi of a: two exponentials and two reciprocals for all of them; 1.5e-7 off at most."""
+        b = tl.abs(a)
+        e = _exp(-b)
         e2 = e * e
-        tanh = tl.where(a >= 0, 1.0, -1.0) * (1.0 - e2) / (1.0 + e2)
-        a2 = a * a
-        # 1 - e2 loses every digit of a small a; the series is good to 5e-8 below 0.1
-        tanh = tl.where(a2 < 0.01, a * (1.0 - a2 * (0.33333333 - 0.13333333 * a2)), tanh)
-        gauss = tl.exp(-0.5 * a2)
-        t = 1.0 / (1.0 + 0.3275911 * 0.70710678 * tl.abs(a))  # Abramowitz and Stegun 7.1.26: erf to 1.5e-7
-        poly = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
-        tail = 0.5 * poly * gauss  # Phi(-|a|)
-        return tl.maximum(a, 0.0), tanh, sig, tl.where(a >= 0, 1.0 - tail, tail), gauss * 0.3989422804
+        r = _inverse((1.0 + e) * (1.0 + e2))
+        half = (1.0 + e2) * r  # sigmoid(|a|)
+        sig = tl.where(a >= 0, half, e * half)
+        tanh = (1.0 - e2) * (1.0 + e) * r
+        gauss = _exp(-0.5 * a * a)
+        t = _inverse(1.0 + 0.23164189 * b)  # Abramowitz and Stegun 7.1.26
+        tail = t * (0.127414796 + t * (-0.142248368 + t * (0.7107068705 + t * (-0.7265760135 + t * 0.5307027145)))) * gauss  # Phi(-|a|)
+        return tl.maximum(a, 0.0), tl.where(a >= 0, tanh, -tanh), sig, tl.where(a >= 0, 1.0 - tail, tail), gauss * 0.3989422804
 
     @triton.jit
     def _load4(ptr, index, ok):
@@ -205,89 +216,111 @@ if HAS_TRITON:
         tl.store(ptr + index * 4 + 3, d, mask=ok)
 
     @triton.jit
-    def _gates(al_ptr, s_ptr, cols, col_ok, toks, tok_ok, HAS_S: tl.constexpr):
-        """softmax over 4 of al (BF) + s (BN), as four (BN, BF) tiles; padded lanes hold a uniform gate."""
-        al0, al1, al2, al3 = _load4(al_ptr, cols, col_ok)
-        s0, s1, s2, s3 = _load4(s_ptr, toks, tok_ok & HAS_S)
-        top = tl.maximum(tl.maximum(al0, al1), tl.maximum(al2, al3))
-        most = tl.maximum(tl.maximum(s0, s1), tl.maximum(s2, s3))
-        p0, p1 = tl.exp(s0 - most)[:, None] * tl.exp(al0 - top)[None, :], tl.exp(s1 - most)[:, None] * tl.exp(al1 - top)[None, :]
-        p2, p3 = tl.exp(s2 - most)[:, None] * tl.exp(al2 - top)[None, :], tl.exp(s3 - most)[:, None] * tl.exp(al3 - top)[None, :]
-        total = p0 + p1 + p2 + p3
-        if tl.min(total) < 1e-20:  # somewhere in this tile the two maxima disagree too far: an exponential per gate
-            p0, p1 = s0[:, None] + al0[None, :], s1[:, None] + al1[None, :]
-            p2, p3 = s2[:, None] + al2[None, :], s3[:, None] + al3[None, :]
-            high = tl.maximum(tl.maximum(p0, p1), tl.maximum(p2, p3))
-            p0, p1, p2, p3 = tl.exp(p0 - high), tl.exp(p1 - high), tl.exp(p2 - high), tl.exp(p3 - high)
-            total = p0 + p1 + p2 + p3
-        r = 1.0 / total
-        return p0 * r, p1 * r, p2 * r, p3 * r
+    def _top(a, b, c, d):
+        """The largest of four, and how far the smallest lies below it."""
+        top = tl.maximum(tl.maximum(a, b), tl.maximum(c, d))
+        return top, tl.minimum(tl.minimum(a, b), tl.minimum(c, d)) - top
 
     @triton.jit
-    def _forward_kernel(au_ptr, al_ptr, s_ptr, y_ptr, stride, per_row, f, HAS_S: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr):
-        blocks = tl.cdiv(per_row, BN)  # tiles never straddle two rows: each has its own noise
-        row = tl.program_id(0) // blocks
-        local = (tl.program_id(0) % blocks) * BN + tl.arange(0, BN)
-        cols = tl.program_id(1) * BF + tl.arange(0, BF)
-        tok_ok, col_ok = local < per_row, cols < f
-        toks = row.to(tl.int64) * per_row + local
-        ok = tok_ok[:, None] & col_ok[None, :]
-        at = toks[:, None] * stride + cols[None, :]
-        a = tl.load(au_ptr + at, mask=ok, other=0.0).to(tl.float32)
-        u = tl.load(au_ptr + at + f, mask=ok, other=0.0).to(tl.float32)
-        g0, g1, g2, g3 = _gates(al_ptr + row.to(tl.int64) * f * 4, s_ptr, cols, col_ok, toks, tok_ok, HAS_S)
-        relu, tanh, sig, cdf, pdf = _activations(a)
-        y = (g0 * relu + g1 * tanh + (g2 * sig + g3 * cdf) * a) * u
-        tl.store(y_ptr + toks[:, None] * f + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=ok)
+    def _columns(al_ptr, s_ptr, cols, col_ok, toks, tok_ok, HAS_S: tl.constexpr):
+        """exp(al - max) per neuron, and whether exp(al) exp(s) may stand for exp(al + s) in all of this block: the sum over k is at least
+        exp(-spread) of the neuron, and of the token, so one of the two being small everywhere is enough."""
+        a0, a1, a2, a3 = _load4(al_ptr, cols, col_ok)
+        top, spread = _top(a0, a1, a2, a3)
+        safe = True
+        if HAS_S:
+            s0, s1, s2, s3 = _load4(s_ptr, toks, tok_ok)
+            _, wide = _top(s0, s1, s2, s3)
+            safe = tl.maximum(tl.min(spread, 0), tl.min(wide, 0)) > -46.0
+        return _exp(a0 - top), _exp(a1 - top), _exp(a2 - top), _exp(a3 - top), safe
+
+    @triton.jit
+    def _gates(A0, A1, A2, A3, safe, al_ptr, s_ptr, cols, col_ok, toks, tok_ok, HAS_S: tl.constexpr):
+        """Unnormalised gates, four (BN, BF) tiles, and 1 / their sum; padded lanes hold a uniform gate."""
+        s0, s1, s2, s3 = _load4(s_ptr, toks, tok_ok & HAS_S)
+        if HAS_S:
+            top, _ = _top(s0, s1, s2, s3)
+            p0, p1 = _exp(s0 - top)[:, None] * A0[None, :], _exp(s1 - top)[:, None] * A1[None, :]
+            p2, p3 = _exp(s2 - top)[:, None] * A2[None, :], _exp(s3 - top)[:, None] * A3[None, :]
+            if not safe:  # an exponential per gate
+                a0, a1, a2, a3 = _load4(al_ptr, cols, col_ok)
+                p0, p1 = s0[:, None] + a0[None, :], s1[:, None] + a1[None, :]
+                p2, p3 = s2[:, None] + a2[None, :], s3[:, None] + a3[None, :]
+                high, far = _top(p0, p1, p2, p3)
+                p0, p1, p2, p3 = _exp(p0 - high), _exp(p1 - high), _exp(p2 - high), _exp(p3 - high)
+        else:
+            one = s0[:, None] + 1.0
+            p0, p1, p2, p3 = one * A0[None, :], one * A1[None, :], one * A2[None, :], one * A3[None, :]
+        return p0, p1, p2, p3, _inverse(p0 + p1 + p2 + p3)
+
+    @triton.jit
+    def _forward_kernel(
+        au_ptr, al_ptr, s_ptr, y_ptr, stride, per_row, f,
+        HAS_S: tl.constexpr, CHUNK: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr,
+    ):  # fmt: skip
+        """CHUNK tokens x BF neurons; blocks never straddle two rows, because each has its own noise."""
+        chunks = tl.cdiv(per_row, CHUNK)
+        row, first = (tl.program_id(0) // chunks).to(tl.int64), (tl.program_id(0) % chunks) * CHUNK
+        cols, every = tl.program_id(1) * BF + tl.arange(0, BF), first + tl.arange(0, CHUNK)
+        col_ok, al_ptr = cols < f, al_ptr + row * f * 4
+        A0, A1, A2, A3, safe = _columns(al_ptr, s_ptr, cols, col_ok, row * per_row + every, every < per_row, HAS_S)
+        for start in range(0, CHUNK, BN):
+            local = first + start + tl.arange(0, BN)
+            tok_ok, toks = local < per_row, row * per_row + local
+            ok, at = tok_ok[:, None] & col_ok[None, :], toks[:, None] * stride + cols[None, :]
+            a = tl.load(au_ptr + at, mask=ok, other=0.0).to(tl.float32)
+            u = tl.load(au_ptr + at + f, mask=ok, other=0.0).to(tl.float32)
+            p0, p1, p2, p3, r = _gates(A0, A1, A2, A3, safe, al_ptr, s_ptr, cols, col_ok, toks, tok_ok, HAS_S)
+            relu, tanh, sig, cdf, pdf = _activations(a)
+            y = (p0 * relu + p1 * tanh + (p2 * sig + p3 * cdf) * a) * (r * u)
+            tl.store(y_ptr + toks[:, None] * f + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=ok)
 
     @triton.jit
     def _backward_kernel(
         dy_ptr, au_ptr, al_ptr, s_ptr, dau_ptr, dal_ptr, ds_ptr, stride, n, per_row, f,
         HAS_S: tl.constexpr, CHUNK: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr,
     ):  # fmt: skip
-        """CHUNK tokens x BF neurons: writes da|du and partial sums of dal (BF, 4), ds (CHUNK, 4). No atomics."""
+        """As forward; also leaves partial sums of dal (BF, 4) and ds (CHUNK, 4). No atomics: repeats are bitwise equal."""
         chunks = tl.cdiv(per_row, CHUNK)
-        row = tl.program_id(0) // chunks
-        cols = tl.program_id(1) * BF + tl.arange(0, BF)
-        col_ok = cols < f
-        acc0, acc1 = tl.zeros([BF], tl.float32), tl.zeros([BF], tl.float32)
-        acc2, acc3 = tl.zeros([BF], tl.float32), tl.zeros([BF], tl.float32)
+        row, first = (tl.program_id(0) // chunks).to(tl.int64), (tl.program_id(0) % chunks) * CHUNK
+        cols, every = tl.program_id(1) * BF + tl.arange(0, BF), first + tl.arange(0, CHUNK)
+        col_ok, al_ptr = cols < f, al_ptr + row * f * 4
+        A0, A1, A2, A3, safe = _columns(al_ptr, s_ptr, cols, col_ok, row * per_row + every, every < per_row, HAS_S)
+        # dz sums to zero over k, so dz_0 follows from the others; summed over tokens in registers, across warps only at the end
+        sum1, sum2, sum3 = tl.zeros([BN, BF], tl.float32), tl.zeros([BN, BF], tl.float32), tl.zeros([BN, BF], tl.float32)
         for start in range(0, CHUNK, BN):
-            local = (tl.program_id(0) % chunks) * CHUNK + start + tl.arange(0, BN)
-            tok_ok = local < per_row
-            toks = row.to(tl.int64) * per_row + local
-            ok = tok_ok[:, None] & col_ok[None, :]
-            at = toks[:, None] * stride + cols[None, :]
+            local = first + start + tl.arange(0, BN)
+            tok_ok, toks = local < per_row, row * per_row + local
+            ok, at = tok_ok[:, None] & col_ok[None, :], toks[:, None] * stride + cols[None, :]
             a = tl.load(au_ptr + at, mask=ok, other=0.0).to(tl.float32)
             u = tl.load(au_ptr + at + f, mask=ok, other=0.0).to(tl.float32)
             dy = tl.load(dy_ptr + toks[:, None] * f + cols[None, :], mask=ok, other=0.0).to(tl.float32)
-            g0, g1, g2, g3 = _gates(al_ptr + row.to(tl.int64) * f * 4, s_ptr, cols, col_ok, toks, tok_ok, HAS_S)
+            p0, p1, p2, p3, r = _gates(A0, A1, A2, A3, safe, al_ptr, s_ptr, cols, col_ok, toks, tok_ok, HAS_S)
             relu, tanh, sig, cdf, pdf = _activations(a)
-            m = g0 * relu + g1 * tanh + (g2 * sig + g3 * cdf) * a
-            dm = dy * u
-            slope = g0 * tl.where(a > 0, 1.0, 0.0) + g1 * (1.0 - tanh * tanh)
-            slope += g2 * sig * (1.0 + a * (1.0 - sig)) + g3 * (cdf + a * pdf)
+            silu, gelu = a * sig, a * cdf
+            m = (p0 * relu + p1 * tanh + p2 * silu + p3 * gelu) * r
+            dm = dy * u * r  # the gates' normalisation rides on dm
+            slope = tl.where(a > 0, p0, 0.0) + p1 * (1.0 - tanh * tanh) + p2 * (sig + silu * (1.0 - sig)) + p3 * (cdf + a * pdf)
             to = toks[:, None] * (2 * f) + cols[None, :]
             tl.store(dau_ptr + to, (dm * slope).to(dau_ptr.dtype.element_ty), mask=ok)
             tl.store(dau_ptr + to + f, (dy * m).to(dau_ptr.dtype.element_ty), mask=ok)
-            dz0, dz1 = g0 * dm * (relu - m), g1 * dm * (tanh - m)
-            dz2, dz3 = g2 * dm * (a * sig - m), g3 * dm * (a * cdf - m)
-            acc0 += tl.sum(dz0, 0)
-            acc1 += tl.sum(dz1, 0)
-            acc2 += tl.sum(dz2, 0)
-            acc3 += tl.sum(dz3, 0)
+            dz1, dz2, dz3 = p1 * dm * (tanh - m), p2 * dm * (silu - m), p3 * dm * (gelu - m)
+            sum1 += dz1
+            sum2 += dz2
+            sum3 += dz3
             if HAS_S:
-                to_ds = tl.program_id(1).to(tl.int64) * n + toks
-                _store4(ds_ptr, to_ds, tl.sum(dz0, 1), tl.sum(dz1, 1), tl.sum(dz2, 1), tl.sum(dz3, 1), tok_ok)
-        _store4(dal_ptr, tl.program_id(0).to(tl.int64) * f + cols, acc0, acc1, acc2, acc3, col_ok)
+                d1, d2, d3 = tl.sum(dz1, 1), tl.sum(dz2, 1), tl.sum(dz3, 1)
+                _store4(ds_ptr, tl.program_id(1).to(tl.int64) * n + toks, -(d1 + d2 + d3), d1, d2, d3, tok_ok)
+        d1, d2, d3 = tl.sum(sum1, 0), tl.sum(sum2, 0), tl.sum(sum3, 0)
+        _store4(dal_ptr, tl.program_id(0).to(tl.int64) * f + cols, -(d1 + d2 + d3), d1, d2, d3, col_ok)
 
 
 def _forward_triton(au, al, s):
     n, f, rows = au.shape[0], au.shape[1] // 2, len(al)
     y, has = au.new_empty(n, f), s is not None
-    grid = (rows * triton.cdiv(n // rows, 16), triton.cdiv(f, 128))
+    grid = (rows * triton.cdiv(n // rows, 64), triton.cdiv(f, 128))
     s = s if has else al  # a pointer that is never read
-    _forward_kernel[grid](au, al, s, y, au.stride(0), n // rows, f, HAS_S=has, BN=16, BF=128, num_warps=4)
+    _forward_kernel[grid](au, al, s, y, au.stride(0), n // rows, f, HAS_S=has, CHUNK=64, BN=8, BF=128, num_warps=8)
     return y
 
 
@@ -298,7 +331,7 @@ def _backward_triton(dy, au, al, s):
     has, s = s is not None, al if s is None else s
     ds = al.new_empty(grid[1] if has else 0, n, 4)
     args = (dy, au, al, s, dau, dal, ds, au.stride(0), n, n // rows, f)
-    _backward_kernel[grid](*args, HAS_S=has, CHUNK=256, BN=16, BF=128, num_warps=4)
+    _backward_kernel[grid](*args, HAS_S=has, CHUNK=256, BN=8, BF=128, num_warps=8)
     return dau, dal.sum(1), ds.sum(0) if has else al.new_empty(0)
 
 

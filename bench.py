@@ -140,15 +140,21 @@ def report(name, what, seconds, unit, amount, higher=True):
     return row
 
 
+# Linux carries the peak of a parent over fork and exec into its child: a small process in between measures, not this big one
+RELAY = """import resource, subprocess, sys, time
+start = time.perf_counter()
+child = subprocess.run([sys.executable, *sys.argv[1:]], stdout=subprocess.DEVNULL)
+print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(child.returncode)"""
+
+
 def child_cost(argv):
-    """Wall seconds and peak memory in bytes of a child process, by the kernel's account of it."""
-    start = time.perf_counter()
-    child = subprocess.Popen([sys.executable, *argv], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    errors = child.stderr.read()  # ends when the child does; wait4 then has its own resource usage
-    _, status, usage = os.wait4(child.pid, 0)
-    if status:
-        die(f"bench: {' '.join(argv)[:80]} failed: {errors.decode()[-300:]}")
-    return time.perf_counter() - start, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    """Wall seconds and peak memory in bytes of a Python process."""
+    done = subprocess.run([sys.executable, "-c", RELAY, *argv], capture_output=True, text=True)
+    if done.returncode:
+        die(f"bench: {' '.join(argv)[:80]} failed: {done.stderr[-300:]}")
+    seconds, peak = done.stdout.split()
+    return float(seconds), int(peak) * (1 if sys.platform == "darwin" else 1024)
 
 
 # ---- rows ---------------------------------------------------------------------------------------------------------------
@@ -204,7 +210,7 @@ def polyglu(opt, where):
 def decode(opt, where, batch):
     """Greedy, no end token, after a prompt; both sides hold their weights in the activation dtype."""
     keys, prompt, new = SHAPES[opt.suite]["decode"]
-    model = sample.lean(build(Config(**keys, max_steps=1)).set_dtype(where.dtype).to(where.device).eval())
+    model = sample.lean(build(Config(**keys, max_steps=1)).set_dtype(where.dtype).to(where.device).eval(), batch)
     peer = qwen3(keys, where).to(where.dtype).eval()
     ids = torch.randint(keys["vocab_size"], (batch, prompt), generator=torch.Generator().manual_seed(1))
     mask, rows, ids = torch.ones_like(ids).to(where.device), ids.tolist(), ids.to(where.device)

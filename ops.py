@@ -194,12 +194,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return dh.mul_(grad), dw, None, None, None, None, None
 
 
-@torch.compiler.disable  # a Python loop over chunks: nothing in it for a compiler
 def linear_cross_entropy(h, weight, targets, vocab, token_weight=None, chunk=2048):
     """(sum of nll, nll per token detached) of softmax(h @ weight[:vocab].T) against targets (-100: ignored, nll 0).
 
     The gradients are computed here, chunk by chunk, so that logits of [chunk, V] are all that ever exists.
-    h (N, d) in the activation dtype, weight (Vpad, d); token_weight (N,) scales the sum, not the nll that is returned.
+    h (N, d) in the activation dtype, weight (Vpad, d); token_weight (N,) scales the sum, not the nll that is returned. Call it outside
+    torch.compile, as train.py does: a loop over chunks holds nothing for a compiler (to say so in a decorator costs 1.2 s of imports).
     """
     grads = torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)
     chunk = chunk if h.is_cuda else min(chunk, 1024)  # a CPU gains nothing from more

@@ -70,6 +70,25 @@ def test_gemms_against_fp64(m, keys):
     assert layer.weight.grad.dtype == torch.float32 and y.shape == (m, 192)
 
 
+def test_every_product_is_one_that_hopper_takes(monkeypatch):
+    """A CPU multiplies anything; a GPU wants row-major by column-major, sixteens everywhere and one fp32 scale each."""
+    real, seen = torch._scaled_mm, []
+
+    def strict(a, b, scale_a, scale_b, out_dtype, use_fast_accum):
+        assert a.stride() == (a.shape[1], 1) and b.stride() == (1, b.shape[0])
+        assert not any(n % 16 for n in (*a.shape, *b.shape))
+        assert all(s.dtype == torch.float32 and s.numel() == 1 for s in (scale_a, scale_b))
+        assert not (a.dtype == b.dtype == E5M2)
+        seen.append(use_fast_accum)
+        return real(a, b, scale_a=scale_a, scale_b=scale_b, out_dtype=out_dtype, use_fast_accum=use_fast_accum)
+
+    monkeypatch.setattr(torch, "_scaled_mm", strict)
+    model, _, _ = model_of()
+    x = torch.randn(37, 64, requires_grad=True)
+    linear(model)(x).sum().backward()  # the gradient arrives expanded, stride 0
+    assert seen == [True, False, False] and x.grad.shape == (37, 64)
+
+
 def test_gradients_in_hybrid_are_e5m2():
     """One gradient spans 2^-13 of its largest: E5M2 keeps it, E4M3 (2^-9 subnormal / 448) flushes it."""
     dy = torch.zeros(16, 192)
@@ -362,6 +381,14 @@ def test_filter(monkeypatch):
     assert pick(table, "gate_up", k=768, n=4096) == yes  # not measured: the static rule
     assert precision.choose(table, "down", 98304, 2048, 768, "NVIDIA H100") == no  # measured on another device
     assert pick(config(fp8_filter="table", fp8_mode="forward"), "down", k=2048, n=768) == (True, False, False)
+
+
+def test_the_smallest_micro_batch_of_the_table_decides():
+    cfg = config(d_model=256, d_ff=1024, fp8_filter="static", n_layer=1)
+    for tokens, picked in ((98304, 1), (4096, 0)):
+        model = build(cfg)
+        fp8.apply(model, cfg, "cpu", [(8, tokens), (2048, 98304)])
+        assert len(model.fp8.ones) == picked
 
 
 def test_mixed_directions_of_one_linear(monkeypatch):

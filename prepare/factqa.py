@@ -4,14 +4,13 @@
     python -m prepare.factqa --out=data/factqa --bpe=512 --shards=data/facts_a   # ... and uint32 shards under a fresh BPE of 512 ids
     python -m prepare.factqa --out=data/factqa --bpe=0 --shards=data/facts_b     # the same for a language model on bytes
 
-A passage states `facts` facts about one person (six by default: about 143 bytes, of which facts * log2(values) = 30 bits are news);
+A passage states `facts` facts about one person (six by default: about 136 bytes, of which facts * log2(values) = 30 bits are news);
 `distractors` adds facts about somebody else. Every (person, attribute, value) combination belongs to one split, by hash: no fact of dev
 or test is ever true in train, so a model that remembers people instead of reading scores nothing.
 
 `lm.jsonl` is what the frozen language models are pretrained on: a passage, then its questions and answers, each answer closed by EOS.
 In the shards every answer is trained, the passage only in one document of `passage_every` (its values are noise: all of their gradient
-tells the model to guess). `natural.jsonl` holds short paragraphs of English (docstrings of the standard library, or --natural=FILE).
-Next to read: latentwire.py, eval/latent.py.
+tells the model to guess). `natural.jsonl` holds short English paragraphs (docstrings, or --natural=FILE). Read next: latentwire.py.
 """
 
 import ast
@@ -165,8 +164,7 @@ def settings_of(cfg) -> dict:
 
 
 def generate(cfg) -> None:
-    out = Path(cfg.out)
-    out.mkdir(parents=True, exist_ok=True)
+    (out := Path(cfg.out)).mkdir(parents=True, exist_ok=True)
     for split, count in (("train", cfg.train), ("dev", cfg.dev), ("test", cfg.test)):
         rng, rows = random.Random(f"{cfg.seed}-{split}"), []
         for i in range(count):

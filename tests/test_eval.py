@@ -193,6 +193,18 @@ def test_routing_report_and_its_pictures(home, capsys):
     )
 
 
+def test_golden_losses_of_a_routed_model(home):
+    """What 30 steps gave on the day they were written; a change of meaning anywhere between text and optimizer moves them."""
+    rows = [json.loads(line) for line in (home / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = {r["step"]: r["train/loss"] for r in rows if "train/loss" in r}
+    assert (
+        losses[1] == pytest.approx(5.8749, abs=2e-3)
+        and losses[10] == pytest.approx(2.637, abs=0.02)
+        and losses[30] == pytest.approx(1.125, abs=0.03)
+    )
+    assert rows[-1]["val/mean/loss"] == pytest.approx(0.969, abs=0.03)
+
+
 def test_the_loop_logs_what_routing_does(home):
     last = json.loads((home / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert (

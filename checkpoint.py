@@ -44,12 +44,11 @@ def sync(path):
 
 
 def write_text(path, text):
-    path = Path(path)
-    new = path.with_name(f".tmp-{path.name}")
+    new = Path(path).with_name(f".tmp-{Path(path).name}")
     new.write_text(text, encoding="utf-8")
     sync(new)
     os.replace(new, path)
-    sync(path.parent)
+    sync(new.parent)
 
 
 def point(link: Path, target: str):
@@ -71,9 +70,6 @@ def digest_json(body):
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-# ---- a run directory ----------------------------------------------------------------------------------------------------
-
-
 def steps(run) -> dict[int, Path]:
     """Checkpoints of a run by step number, ascending: names count, times do not."""
     found = {int(p.name[5:]): p for p in Path(run).glob("step-*") if p.name[5:].isdigit() and (p / "state.json").is_file()}
@@ -90,8 +86,7 @@ def lock(run):
         handle.seek(0)
         die(f"{run}: process {handle.read().strip() or 'another'} is training here; wait for it or choose another --out")
     handle.truncate(0)
-    handle.write(str(os.getpid()))
-    handle.flush()
+    print(os.getpid(), end="", file=handle, flush=True)
     return handle
 
 
@@ -190,9 +185,8 @@ def save(run, step, model, optimizer, state: dict, keep, metric=None, is_best=Fa
         save_file(moments, new / FILES[1], metadata={"rng": random_state()})
         for file in FILES:
             sync(new / file)
-        kind = type(optimizer).__name__ if optimizer else "no optimizer"
-        body = state | {"format": 1, "step": step, "optimizer": kind, "sha256": {f: digest(new / f) for f in FILES}}
-        body = json.loads(json.dumps(body))
+        body = {"format": 1, "step": step, "optimizer": type(optimizer).__name__ if optimizer else "no optimizer"}
+        body = json.loads(json.dumps(state | body | {"sha256": {f: digest(new / f) for f in FILES}}))
         write_text(new / "state.json", json.dumps(body | {"sha256_state": digest_json(body)}, indent=1) + "\n")
         size = sum(p.stat().st_size for p in new.iterdir())
         history = json.loads((run / "history.json").read_text()) if (run / "history.json").exists() else []
@@ -200,10 +194,9 @@ def save(run, step, model, optimizer, state: dict, keep, metric=None, is_best=Fa
         write_text(run / "history.json", json.dumps([h for h in history if h["step"] < step] + [entry], indent=1) + "\n")
         # Moving `latest` is the last act: killed before it, the run goes on from the older step and does all of this once more. Only the
         # first save has no older step, so its links are there before the folder is.
-        if not (run / "latest").is_symlink():
-            point(run / "latest", name)
-        if is_best and not (run / "best").is_symlink():
-            point(run / "best", name)
+        for link in ("latest", "best")[: 1 + is_best]:
+            if not (run / link).is_symlink():
+                point(run / link, name)
         if final.exists():
             os.replace(final, run / f".tmp-{name}-old")
         os.replace(new, final)
@@ -215,8 +208,8 @@ def save(run, step, model, optimizer, state: dict, keep, metric=None, is_best=Fa
         sync(run)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(new, ignore_errors=True)
-        size = sum(t.nbytes for t in (*weights.values(), *moments.values())) / 1e9
-        die(f"{final}: could not be saved ({error}); it needs {size:.2f} GB; earlier checkpoints are untouched, --resume goes on")
+        need = f"{sum(t.nbytes for t in (*weights.values(), *moments.values())) / 1e9:.2f} GB"
+        die(f"{final}: could not be saved ({error}); it needs {need}; earlier checkpoints are untouched, --resume goes on")
     return size
 
 

@@ -26,7 +26,7 @@ import tokenizer
 from configurator import die
 from model import Gate, ModelConfig, Transformer
 from prepare.prompts import stop_ids
-from prepare.released import ACTS, TOKENIZER_FILES, hf_fields, load_tensors, read_gguf, read_published
+from prepare.released import ACTS, TOKENIZER_FILES, hf_fields, load_tensors, read, read_gguf, read_published
 
 HF = {  # transformers' names: Qwen3, Qwen2 and Llama share them
     "embed": "model.embed_tokens.weight", "head": "lm_head.weight", "norm": "model.norm.weight", "layer": "model.layers.",
@@ -126,7 +126,7 @@ def read_model(path, gate=None, dtype=torch.float32):
     path = Path(path)
     if not path.exists():
         die(f"--from={path}: no such file or folder")
-    source = json.loads((path / "config.json").read_text()) if (path / "config.json").is_file() else None
+    source = read(path / "config.json") if (path / "config.json").is_file() else None
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     gguf = [file for file in files if file.suffix == ".gguf"]
     if not source and len(gguf) == 1:

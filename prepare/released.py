@@ -7,8 +7,10 @@ field that would change what the model computes and that we do not have is refus
 import json
 import math
 import re
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from configurator import die
@@ -23,6 +25,9 @@ GGUF = {  # GGUF -> transformers
 # Fields of config.json. A key that stands nowhere below may change the model, so it is refused by name.
 USED = """model_type vocab_size num_hidden_layers num_attention_heads num_key_value_heads hidden_size head_dim intermediate_size hidden_act
     max_position_embeddings rms_norm_eps rope_theta rope_scaling rope_parameters tie_word_embeddings is_causal layer_types""".split()
+SIZES = "vocab_size num_hidden_layers num_attention_heads hidden_size intermediate_size".split()
+KINDS = dict.fromkeys([*SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings"], int) | {"rope_theta": (int, float)}
+KINDS |= {"rope_parameters": dict, "rope_scaling": dict, "layer_types": list, "hidden_act": str, "tie_word_embeddings": bool}
 FIXED = {"attention_bias": False, "mlp_bias": False, "attention_dropout": 0, "use_sliding_window": False, "use_mrope": False}
 FIXED |= {"rope_interleaved": False, "pretraining_tp": 1, "partial_rotary_factor": 1}
 HARMLESS = """architectures transformers_version torch_dtype dtype use_cache initializer_range bos_token_id eos_token_id pad_token_id
@@ -32,13 +37,23 @@ TOKENIZER_FILES = """tokenizer.json tokenizer_config.json special_tokens_map.jso
     merges.txt generation_config.json""".split()
 
 
+def read(path) -> dict:
+    """The tensors of a safetensors file or the object of a json file, or one line about what it holds instead."""
+    try:
+        value = load_file(path) if path.suffix == ".safetensors" else json.loads(path.read_bytes())
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        die(f"{path}: cannot be read ({str(error)[:200]}); copy it again")
+    return value if isinstance(value, dict) else die(f"{path}: holds no object but {str(value)[:40]}")
+
+
 def load_tensors(path):
     index = path / "model.safetensors.index.json"
-    names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    listed = read(index).get("weight_map") if index.is_file() else {"": "model.safetensors"}
+    names = {str(name) for name in listed.values()} if isinstance(listed, dict) else die(f"{index}: has no weight_map")
     for name in names:
-        if not (path / name).is_file():
-            die(f"{path / name}: not there; import reads safetensors, one file or an index")
-    return {key: tensor for name in sorted(names) for key, tensor in load_file(path / name).items()}
+        if Path(name).name != name or not (path / name).is_file():
+            die(f"{path / name}: not there; import reads safetensors, one file or an index beside its files")
+    return {key: tensor for name in sorted(names) for key, tensor in read(path / name).items()}
 
 
 def hf_fields(source, where):
@@ -46,6 +61,11 @@ def hf_fields(source, where):
     kind = source.get("model_type")
     if kind not in ("qwen3", "qwen2", "llama"):
         die(f"{where}: model_type = {kind!r}; supported: qwen3, qwen2, llama (SmolLM2 and TinyLlama are llama)")
+    for key, kind_of in KINDS.items():
+        value = source.get(key)
+        sound = isinstance(value, kind_of) and (kind_of is not int or (0 < value < 1 << 31 and value is not True))
+        if not sound and (value is not None or key in SIZES):
+            die(f"{where}: {key} = {value!r} cannot be right")
     for key, value in source.items():
         if key in FIXED and value is not None and value != FIXED[key]:
             die(f"{where}: {key} = {value!r} is not supported, only {FIXED[key]!r}")
@@ -57,31 +77,24 @@ def hf_fields(source, where):
     if act not in ACTS:
         die(f"{where}: hidden_act = {act!r} is not supported, only {', '.join(sorted(ACTS))}")
     rope = dict(source.get("rope_parameters") or source.get("rope_scaling") or {})
-    theta = float(rope.pop("rope_theta", source.get("rope_theta", 10000.0)))
     rope_type = rope.pop("rope_type", rope.pop("type", "default"))
     rope.pop("type", None)
+    if not all(isinstance(value, (int, float)) for value in rope.values()):
+        die(f"{where}: the rope parameters {rope} are not all numbers")
+    theta = float(rope.pop("rope_theta", source.get("rope_theta", 10000.0)))
     if rope_type not in ("default", "llama3"):
         die(f"{where}: rope_type = {rope_type!r} is not supported, only default and llama3")
     heads, d = source["num_attention_heads"], source["hidden_size"]
     return {
-        "arch": "decoder" if source.get("is_causal", True) else "encoder",
-        "vocab_size": source["vocab_size"],
-        "n_layer": source["num_hidden_layers"],
-        "n_head": heads,
-        "n_kv_head": source.get("num_key_value_heads") or heads,
-        "d_model": d,
+        "arch": "decoder" if source.get("is_causal", True) else "encoder", "ffn": "swiglu", "act": ACTS[act],
+        "vocab_size": source["vocab_size"], "tie": source.get("tie_word_embeddings", False),
+        "n_layer": source["num_hidden_layers"], "d_model": d, "d_ff": source["intermediate_size"],
+        "n_head": heads, "n_kv_head": source.get("num_key_value_heads") or heads,
         "head_dim": source.get("head_dim") or (128 if kind == "qwen3" else d // heads),
-        "d_ff": source["intermediate_size"],
         "max_len": source.get("max_position_embeddings", 2048 if kind == "llama" else 32768),
-        "norm_eps": source.get("rms_norm_eps", 1e-6),
-        "qk_norm": kind == "qwen3",
-        "qkv_bias": kind == "qwen2",
-        "rope_theta": theta,
+        "norm_eps": source.get("rms_norm_eps", 1e-6), "qk_norm": kind == "qwen3", "qkv_bias": kind == "qwen2", "rope_theta": theta,
         "rope_scaling": {key: float(value) for key, value in rope.items()} if rope_type == "llama3" else None,
-        "tie": source.get("tie_word_embeddings", False),
-        "ffn": "swiglu",
-        "act": ACTS[act],
-    }
+    }  # fmt: skip
 
 
 def read_published(path, source):
@@ -98,7 +111,7 @@ def read_published(path, source):
         key = next((key for key in ("model", "model_state_dict") if key in saved), None)
         tensors = saved[key] if key else die(f"{files[0]}: neither 'model' nor 'model_state_dict' inside")
     else:
-        tensors = load_file(files[0])
+        tensors = read(files[0])
     info = {"family": "polyglu", "step": int(saved.get("step", 0)), "tau": float(saved.get("tau", 0.1)), "epoch": saved.get("epoch")}
     tables = [tensors.pop(name, None) for name in ("rope.cosines", "rope.sins")]
     if source:  # ours: the whole config is there
@@ -162,19 +175,12 @@ def read_gguf(path):
         tensors[f"{name}{GGUF.get(match[2], match[2])}.{match[3]}"] = values
     factors = tensors.pop("rope_freqs.weight", None)
     source = {
-        "model_type": arch,
-        "vocab_size": len(tensors["model.embed_tokens.weight"]),
-        "num_hidden_layers": get["block_count"],
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv,
-        "hidden_size": get["embedding_length"],
-        "head_dim": head_dim,
-        "intermediate_size": get["feed_forward_length"],
-        "max_position_embeddings": get["context_length"],
+        "model_type": arch, "vocab_size": len(tensors["model.embed_tokens.weight"]), "num_hidden_layers": get["block_count"],
+        "num_attention_heads": heads, "num_key_value_heads": kv, "head_dim": head_dim, "hidden_size": get["embedding_length"],
+        "intermediate_size": get["feed_forward_length"], "max_position_embeddings": get["context_length"],
         "rms_norm_eps": float(f"{get['attention.layer_norm_rms_epsilon']:.6g}"),  # stored as fp32: 9.99999975e-06
-        "rope_theta": get.get("rope.freq_base", 10000.0),
-        "tie_word_embeddings": "lm_head.weight" not in tensors,
-    }
+        "rope_theta": get.get("rope.freq_base", 10000.0), "tie_word_embeddings": "lm_head.weight" not in tensors,
+    }  # fmt: skip
     if factors is not None:  # Llama 3: the file holds the factors, we need the rule; every 3.x has these three constants
         rope = {"factor": factors.max().item(), "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192.0}
         turns = 8192 * source["rope_theta"] ** (-torch.arange(head_dim // 2) * 2 / head_dim) / (2 * math.pi)

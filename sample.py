@@ -107,6 +107,7 @@ def generate(model, tokenizer, prompt, max_new_tokens=128, temperature=0.0, top_
     """
     single = isinstance(prompt, str) or (chat and isinstance(prompt[0], dict))
     prompts, enc, vocab = [prompt] if single else list(prompt), None, model.cfg.vocab_size
+    may = [range(min(vocab, tokenizer.vocab_size))] * len(prompts)  # a model may have rows that no text ever used
     if model.cfg.arch == "encoder":
         die("an encoder writes no text; use eval.embedding, or sample from a decoder")
     if model.cfg.arch == "encdec":
@@ -117,8 +118,6 @@ def generate(model, tokenizer, prompt, max_new_tokens=128, temperature=0.0, top_
         ids = [chat_ids(tokenizer, [{"role": "user", "content": p}] if isinstance(p, str) else p) for p in prompts]
     else:
         ids = [prefix_ids(tokenizer) + tokenizer.encode(p) or [tokenizer.eos_id] for p in prompts]
-    if enc is None:
-        may = [range(min(vocab, tokenizer.vocab_size))] * len(ids)  # a model may have rows that no text ever used
     allowed = torch.zeros(len(ids), vocab, dtype=torch.bool)
     for mask, some in zip(allowed, may, strict=True):
         mask[torch.tensor(some)] = True
@@ -155,14 +154,13 @@ def lean(model, rows=1):
     Matmuls then read weights in the activation dtype (a fp32 master cast at every token costs most of the time), and on a CPU in the
     order its vector units want: one row in fp32 streams a transposed matrix twice as fast, everything else takes oneDNN's blocked form.
     """
+    fast = model.dtype != torch.float64 and model.embed.weight.device.type == "cpu" and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
     for module in model.modules():
         if isinstance(module, (Linear, Embedding)):
             module.weight.data = module.weight.data.to(model.dtype)
-    weight = model.embed.weight
-    if weight.device.type == "cpu" and weight.dtype != torch.float64 and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
-        for module in model.modules():
-            if isinstance(module, Linear):
-                module.matmul = laid_out(module.weight, rows)
+        if fast and isinstance(module, Linear):
+            module.matmul = laid_out(module.weight, rows)
+    if fast:
         head = laid_out(model.head_weight, rows)
         model.predict = lambda hidden: head(model.head_input(hidden), model.head_weight, None)[..., : model.cfg.vocab_size].float()
     return model
@@ -173,9 +171,8 @@ def laid_out(weight, rows):
         if weight.shape[0] >= weight.shape[1]:
             weight.data = weight.data.t().contiguous().t()
         return F.linear
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
-    cast = lambda bias, x: None if bias is None else bias.to(x.dtype)  # noqa: E731
-    return lambda x, _, bias: torch.ops.mkldnn._linear_pointwise(x, packed, cast(bias, x), "none", [], "")
+    packed, run = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows), torch.ops.mkldnn._linear_pointwise
+    return lambda x, _, bias: run(x, packed, None if bias is None else bias.to(x.dtype), "none", [], "")
 
 
 # ---------------------------------------------------------------------------------------------------------------- command line
@@ -186,9 +183,8 @@ def write(row, piece):
     sys.stdout.flush()
 
 
-def converse(model, tok, system, options):
+def converse(model, tok, messages, options):
     """Turn after turn, until the input ends (Ctrl-D)."""
-    messages = [{"role": "system", "content": system}] if system else []
     write(0, "> ")
     for line in iter(sys.stdin.readline, ""):
         if line.strip():
@@ -217,15 +213,14 @@ def main(argv):
     options = {key: getattr(opt, key) for key in ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "mode")}
     if opt.mode is None and not state["config"].get("mode_tokens", True):
         options["mode"] = ""
-    prompt = sys.stdin.read() if opt.prompt == "-" else opt.prompt
+    prompt, start = sys.stdin.read() if opt.prompt == "-" else opt.prompt, [{"role": "system", "content": opt.system}] if opt.system else []
     if opt.chat and not prompt:
-        return converse(lean(model.set_dtype(where.dtype)), tok, opt.system, options)
+        return converse(lean(model.set_dtype(where.dtype)), tok, start, options)
     prompts = prompt.splitlines() if opt.lines else [prompt]
     if not prompts:
         die("--lines: the prompt has no line")
     texts, alone = prompts, len(prompts) * opt.num_samples == 1 and "<extra_id_" not in prompt
     if opt.chat:
-        start = [{"role": "system", "content": opt.system}] if opt.system else []
         prompts = [start + [{"role": "user", "content": p}] for p in prompts]
     lean(model.set_dtype(where.dtype), len(prompts) * opt.num_samples)
     if alone and not opt.chat:

@@ -3,6 +3,7 @@
     python bench.py --suite=cpu [--only=train,decode1] [--out=results.json] [--rounds=20] [--clock=cpu]
     python bench.py --suite=gpu                      the same rows at GPU shapes
     python bench.py --info                           the machine and its libraries
+    python bench.py --fp8_table                      on a GPU: measure which FP8 products pay, rewrite config/fp8_table.py
 
 Peers are transformers' Qwen3ForCausalLM of the same shape (its own `generate` for decoding) with the same fused AdamW, clipping and
 dtype: fp32 masters and bf16 matmuls, which is torch.autocast there. A missing peer stops the bench. `--clock=cpu` counts the
@@ -25,6 +26,7 @@ import time
 import torch
 
 import configurator
+import fp8
 import machine
 import optim
 import precision
@@ -265,10 +267,22 @@ def cpu_name():
 
 
 def main(argv):
-    keys = {"suite": "cpu", "only": "", "out": "", "rounds": 20, "clock": "wall", "threads": 0, "compile": False, "info": False}
+    keys = {
+        "suite": "cpu",
+        "only": "",
+        "out": "",
+        "rounds": 20,
+        "clock": "wall",
+        "threads": 0,
+        "compile": False,
+        "info": False,
+        "fp8_table": False,
+    }
     opt = configurator.args(keys, argv, __doc__)
     if opt.info:
         return print(precision.info())
+    if opt.fp8_table:
+        return print(fp8.write_table(device=machine.find("cuda").device))
     chosen = opt.only.split(",") if opt.only else list(ROWS)
     if opt.suite not in SHAPES or opt.clock not in ("wall", "cpu") or not set(chosen) <= set(ROWS) or opt.rounds < 1:
         die(f"bench: --suite is cpu or gpu, --clock wall or cpu, --rounds positive, --only some of {','.join(ROWS)}; got {' '.join(argv)}")

@@ -391,6 +391,16 @@ def test_the_smallest_micro_batch_of_the_table_decides():
         assert len(model.fp8.ones) == picked
 
 
+def test_the_table_that_is_written_is_the_table_that_is_read(tmp_path):
+    """Its keys are those `choose` asks for; the figures of a CPU mean nothing."""
+    path = tmp_path / "fp8_table.py"
+    fp8.write_table(path, "cpu", tokens=64, widths=(48,), repeats=1, backend="eager")
+    space = {}
+    exec(path.read_text(), space)
+    assert {(48, 64), (48, 48), (48, 256), (128, 48)} == {key[2:4] for key in space["SPEEDUP"]} and len(space["SPEEDUP"]) == 12
+    assert {key[4] for key in space["SPEEDUP"]} == set(precision.GEMMS) and space["DEVICE"] == "CPU" and space["TORCH"] == torch.__version__
+
+
 def test_mixed_directions_of_one_linear(monkeypatch):
     """forward and wgrad in FP8, dgrad not: each direction takes its own operands."""
     monkeypatch.setattr(fp8, "choose", lambda *a: (False, True, True))

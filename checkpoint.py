@@ -177,13 +177,11 @@ def save(run, step, model, optimizer, state: dict, keep, metric=None, is_best=Fa
     run, name = Path(run), f"step-{step:06d}"
     new, final = run / f".tmp-{name}", run / name
     try:
-        run.mkdir(parents=True, exist_ok=True)
         for stale in run.glob(".tmp-step-*"):  # of a run killed while saving
             shutil.rmtree(stale)
-        new.mkdir()
-        save_file(weights, new / FILES[0])
-        save_file(moments, new / FILES[1], metadata={"rng": random_state()})
-        for file in FILES:
+        new.mkdir(parents=True)
+        for file, tensors, about in zip(FILES, (weights, moments), (None, {"rng": random_state()}), strict=True):
+            save_file(tensors, new / file, metadata=about)
             sync(new / file)
         body = {"format": 1, "step": step, "optimizer": type(optimizer).__name__ if optimizer else "no optimizer"}
         body = json.loads(json.dumps(state | body | {"sha256": {f: digest(new / f) for f in FILES}}))
@@ -239,12 +237,9 @@ def fit(model, weights, where):
     """Names and shapes must agree exactly; the first difference is named."""
     own = model.state_dict()
     for name in [*own, *weights]:
-        if name not in weights:
-            die(f"{where}: has no {name}, which the model needs; is it a checkpoint of another architecture?")
-        if name not in own:
-            die(f"{where}: holds {name}, which the model has not; is it a checkpoint of another architecture?")
-        if own[name].shape != weights[name].shape:
-            die(f"{where}: {name} is {tuple(weights[name].shape)}, the model's is {tuple(own[name].shape)}; compare the two configs")
+        theirs, ours = (tuple(side[name].shape) if name in side else "absent" for side in (weights, own))
+        if theirs != ours:
+            die(f"{where}: {name} is {theirs} there, {ours} in the model; is it a checkpoint of another architecture?")
     return own
 
 

@@ -11,6 +11,7 @@ import bisect
 import math
 import os
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 
@@ -47,21 +48,6 @@ class Row:
     eta: float  # step / steps
 
 
-@dataclass(frozen=True)
-class Stage:
-    first: int  # step
-    start: int  # tokens before it
-    seq_len: int
-    tokens: int  # per step
-    micro_tokens: int
-    accum: int
-    mult: float
-    clip: float
-    warmup: int
-    mix: dict | None
-    note: str
-
-
 def shares(mix, cfg, where):
     """A dict of non-negative weights of the configured sources, normalised."""
     names = cfg.data if isinstance(cfg.data, dict) else ()
@@ -95,7 +81,9 @@ def batch_shape(cfg, world, row, where):
 
 
 class Plan:
-    """Holds the resolved stages; calling it computes a row from nothing but the step."""
+    """Holds the resolved stages; calling it computes a row from nothing but the step.
+
+    `epoch_tokens`: tokens of one pass over the data, needed only when the config counts `epochs`."""
 
     def __init__(self, cfg, world=1, epoch_tokens=0):
         self.cfg, table = cfg, cfg.stages or ({"start": 0},)
@@ -115,10 +103,10 @@ class Plan:
             border += row.get("tokens", 0)
             if (i == 0 and first) or (i and first <= self.stages[-1].first):
                 die(f"{where}: begins at step {first}; the first stage begins at 0 and every stage lasts at least one step")
-            mix = shares(row["mix"], cfg, f"{where}.mix") if "mix" in row else None
-            shape = row.get("seq_len", cfg.seq_len), *batch_shape(cfg, world, row, where)
-            self.stages.append(Stage(first, start, *shape, row.get("mult", 1.0), row.get("clip", cfg.clip),
-                                     row.get("warmup", 0), mix, row.get("note", "")))  # fmt: skip
+            stage = {"seq_len": cfg.seq_len, "mult": 1.0, "clip": cfg.clip, "warmup": 0, "mix": None, "note": ""} | row
+            stage["tokens"], stage["micro_tokens"], stage["accum"] = batch_shape(cfg, world, row, where)
+            stage["mix"] = stage["mix"] and shares(stage["mix"], cfg, f"{where}.mix")
+            self.stages.append(SimpleNamespace(**stage | {"first": first, "start": start}))  # its first step, the tokens before it
         if cfg.epochs and not epoch_tokens:
             die(f"epochs = {cfg.epochs}: the data's length is unknown here; set --max_steps or --max_tokens")
         total = border if closed else cfg.max_tokens or math.ceil(cfg.epochs * epoch_tokens)
@@ -145,12 +133,12 @@ class Plan:
 
     def _lr(self, step):
         cfg, x = self.cfg, self._seen(step)
-        rise = cfg.warmup_from + (1 - cfg.warmup_from) * step / max(cfg.warmup, 1) if cfg.warmup_from else (step + 1) / max(cfg.warmup, 1)
+        done = (step if cfg.warmup_from else step + 1) / max(cfg.warmup, 1)
         warm = self._seen(min(cfg.warmup, self.steps))
         past = min(max((x - warm) / (1 - warm), 0.0), 1.0) if warm < 1 else 0.0  # share of the run after warm-up
         fall = {"cosine": (1 + math.cos(math.pi * past)) / 2, "linear": 1 - past, "constant": 1.0,
                 "wsd": min(1.0, (1 - x) / cfg.decay_share)}[cfg.schedule]  # fmt: skip
-        return cfg.lr * min(1.0, rise) * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * fall)
+        return cfg.lr * min(1.0, cfg.warmup_from + (1 - cfg.warmup_from) * done) * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * fall)
 
     def __call__(self, step):
         if not 0 <= step <= self.steps:
@@ -176,9 +164,7 @@ class Plan:
         return "\n".join([*lines, f"total {self.steps:,} steps, {self.total:,} tokens"])
 
 
-def make_plan(cfg, world=1, epoch_tokens=0):
-    """`epoch_tokens`: tokens of one pass over the data, needed only when the config counts `epochs`."""
-    return Plan(cfg, world, epoch_tokens)
+make_plan = Plan
 
 
 # ---- the optimizer ------------------------------------------------------------------------------------------------------
@@ -227,12 +213,8 @@ class Muon(torch.optim.AdamW):
 def role(name, p):
     """What a parameter is, from its own name and place: the optimizer treats a kind alike, never a matching substring."""
     last = name.rpartition(".")[2]
-    if p.ndim < 2:
-        return "vector"  # norms, biases, beta
-    if name == "embed.weight":
-        return "embedding"
-    if last == "alpha":
-        return "alpha"  # per-neuron routing logits: a matrix in shape only
+    if p.ndim < 2 or last == "alpha" or name == "embed.weight":  # alpha, per-neuron routing logits, is a matrix in shape only
+        return "vector" if p.ndim < 2 else "alpha" if last == "alpha" else "embedding"
     return "hidden" if ".blocks." in name and ".gate_net." not in name else "other matrix"
 
 
@@ -262,8 +244,7 @@ def build_optimizer(model, cfg):
     return (Muon if muon else torch.optim.AdamW)(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
 
 
-def fused_parts(name, p, cfg):
-    """Row counts of the separate matrices that a fused weight holds."""
+def fused_parts(name, p, cfg):  # row counts of the separate matrices that a fused weight holds
     if name.endswith(".attn.qkv.weight"):
         return [cfg.n_head * cfg.width_head] + 2 * [cfg.kv_heads * cfg.width_head]
     return [len(p) // 2] * 2 if name.endswith(".ffn.gate_up.weight") else [len(p)]

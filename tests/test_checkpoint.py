@@ -191,9 +191,9 @@ def test_damage_is_one_line(tmp_path, capsys, file, harm):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"n_layer": 3}, ["decoder.blocks.2", "another architecture"]),
-        ({"n_layer": 1}, ["decoder.blocks.1", "has not"]),
-        ({"d_ff": 64}, ["decoder.blocks.0.ffn.alpha is (48, 4), the model's is (64, 4)"]),
+        ({"n_layer": 3}, ["decoder.blocks.2", "absent there", "another architecture"]),
+        ({"n_layer": 1}, ["decoder.blocks.1", "absent in the model"]),
+        ({"d_ff": 64}, ["decoder.blocks.0.ffn.alpha is (48, 4) there, (64, 4) in the model"]),
         ({"arch": "encoder"}, ["encoder."]),
         ({"optimizer": "muon"}, ["AdamW", "--optimizer"]),
     ],

@@ -17,18 +17,10 @@ import torch
 
 from configurator import assign, die
 
-STAGE = {
-    "tokens": int,  # how long this stage is ...
-    "start": int,  # ... or the step it begins at; one of the two throughout a table
-    "seq_len": int,
-    "mult": float,  # of the scheduled lr
-    "clip": float,
-    "rows": int,  # rows of seq_len per micro-batch, over all ranks; without it tokens_per_step is constant
-    "accum": int,
-    "warmup": int,  # steps over which mult moves from the previous stage's
-    "mix": dict[str, float],
-    "note": str,
-}
+# tokens: how long a stage is, or start: the step it begins at, one of the two throughout a table. mult: of the scheduled lr, reached over
+# `warmup` steps from the previous stage's. rows: of seq_len, per micro-batch, over all ranks; without it tokens_per_step is constant.
+STAGE = {"tokens": int, "start": int, "seq_len": int, "mult": float, "clip": float, "rows": int, "accum": int, "warmup": int}
+STAGE |= {"mix": dict[str, float], "note": str}
 
 
 @dataclass(frozen=True)
@@ -199,7 +191,9 @@ class Muon(torch.optim.AdamW):
         for p, parts in zip(group["params"], group["parts"], strict=True):
             if p.grad is None:
                 continue
-            buf = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            buf = self.state[p]["momentum_buffer"]
             buf.lerp_(p.grad, 1 - group["momentum"])
             p.mul_(1 - lr * group["weight_decay"])
             for w, u in zip(p.split(parts), p.grad.lerp(buf, group["momentum"]).split(parts), strict=True):

@@ -84,8 +84,7 @@ def polyglu_reference(au, al, s=None, acts=DEFAULT_ACTS):
     return (g * values).sum(-1) * u
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# torch: blocks of rows
+# ---- torch: blocks of rows ----------------------------------------------------------------------------------------
 
 
 def _blocks(al, s, n, f, buffers):
@@ -167,8 +166,7 @@ def _backward_torch(dy, au, al, s, acts):
     return dau, dal.transpose(1, 2).contiguous(), ds
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Triton: K = 4, the default activations. Imported only where it can run (or be interpreted).
+# ---- Triton: K = 4, the default activations. Imported only where it can run (or be interpreted). ------------------
 
 HAS_TRITON = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
 if HAS_TRITON:
@@ -305,9 +303,7 @@ if HAS_TRITON:
             tl.store(dau_ptr + to, (dm * slope).to(dau_ptr.dtype.element_ty), mask=ok)
             tl.store(dau_ptr + to + f, (dy * m).to(dau_ptr.dtype.element_ty), mask=ok)
             dz1, dz2, dz3 = p1 * dm * (tanh - m), p2 * dm * (silu - m), p3 * dm * (gelu - m)
-            sum1 += dz1
-            sum2 += dz2
-            sum3 += dz3
+            sum1, sum2, sum3 = sum1 + dz1, sum2 + dz2, sum3 + dz3
             if HAS_S:
                 d1, d2, d3 = tl.sum(dz1, 1), tl.sum(dz2, 1), tl.sum(dz3, 1)
                 _store4(ds_ptr, tl.program_id(1).to(tl.int64) * n + toks, -(d1 + d2 + d3), d1, d2, d3, tok_ok)
@@ -317,9 +313,8 @@ if HAS_TRITON:
 
 def _forward_triton(au, al, s):
     n, f, rows = au.shape[0], au.shape[1] // 2, len(al)
-    y, has = au.new_empty(n, f), s is not None
+    y, has, s = au.new_empty(n, f), s is not None, al if s is None else s  # without s, a pointer that is never read
     grid = (rows * triton.cdiv(n // rows, 64), triton.cdiv(f, 128))
-    s = s if has else al  # a pointer that is never read
     _forward_kernel[grid](au, al, s, y, au.stride(0), n // rows, f, HAS_S=has, CHUNK=64, BN=8, BF=128, num_warps=8)
     return y
 
@@ -335,57 +330,58 @@ def _backward_triton(dy, au, al, s):
     return dau, dal.sum(1), ds.sum(0) if has else al.new_empty(0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The operator
+# ---- The operator -------------------------------------------------------------------------------------------------
 
 
 def polyglu_backend(device, acts=DEFAULT_ACTS, dtype=torch.bfloat16):
     """(name, reason) of what polyglu_mix will run, for the run's banner."""
-    if torch.device(device).type != "cuda":
-        return "torch", "row blocks in cache: no GPU"
-    if tuple(acts) != DEFAULT_ACTS or dtype == torch.float64:
-        return "torch", "row blocks: the fused kernel is for relu, tanh, silu, gelu in bf16 or fp32"
-    return "triton", "fused kernel: one pass forward, one backward"
+    cuda, known = torch.device(device).type == "cuda", tuple(acts) == DEFAULT_ACTS and dtype != torch.float64
+    why = "it fuses relu, tanh, silu and gelu in bf16 or fp32, nothing else" if cuda else "no GPU"
+    return ("triton", "one pass forward, one backward") if cuda and known else ("torch", f"row blocks in cache: {why}")
 
 
-@torch.library.custom_op("prism::polyglu", mutates_args=())
-def _polyglu(au: torch.Tensor, al: torch.Tensor, s: torch.Tensor | None, acts: str) -> torch.Tensor:
+def _run(au, al, s, acts):
     names = tuple(acts.split(","))
     fused = polyglu_backend(au.device, names, au.dtype)[0] == "triton"
     return _forward_triton(au, al, s) if fused else _forward_torch(au, al, s, names)
 
 
-@torch.library.custom_op("prism::polyglu_backward", mutates_args=())
-def _polyglu_backward(
-    dy: torch.Tensor, au: torch.Tensor, al: torch.Tensor, s: torch.Tensor | None, acts: str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _run_backward(dy, au, al, s, acts):
     names = tuple(acts.split(","))
     fused = polyglu_backend(au.device, names, au.dtype)[0] == "triton"
     return _backward_triton(dy, au, al, s) if fused else _backward_torch(dy, au, al, s, names)
 
 
-@_polyglu.register_fake
-def _(au, al, s, acts):
-    return au.new_empty(au.shape[0], au.shape[1] // 2)
-
-
-@_polyglu_backward.register_fake
-def _(dy, au, al, s, acts):
-    return au.new_empty(au.shape), torch.empty_like(al), au.new_empty(0) if s is None else torch.empty_like(s)
-
-
-def _setup(ctx, inputs, output):
+def _save(ctx, inputs, output):
     au, al, s, ctx.acts = inputs
     ctx.save_for_backward(au, al, s)
 
 
-def _backward(ctx, dy):
+def _backward(ctx, dy, run=None):
     au, al, s = ctx.saved_tensors
-    dau, dal, ds = torch.ops.prism.polyglu_backward(dy.contiguous(), au, al, s, ctx.acts)
+    dau, dal, ds = (run or torch.ops.prism.polyglu_backward)(dy.contiguous(), au, al, s, ctx.acts)
     return dau, dal, None if s is None else ds, None
 
 
-_polyglu.register_autograd(_backward, setup_context=_setup)
+_ARGS = "Tensor au, Tensor al, Tensor? s, str acts"
+_op = torch.library.custom_op("prism::polyglu", _run, mutates_args=(), schema=f"({_ARGS}) -> Tensor")
+_op.register_fake(lambda au, al, s, acts: au.new_empty(au.shape[0], au.shape[1] // 2))
+_op.register_autograd(_backward, setup_context=_save)
+_back = torch.library.custom_op(
+    "prism::polyglu_backward", _run_backward, mutates_args=(), schema=f"(Tensor dy, {_ARGS}) -> (Tensor, Tensor, Tensor)"
+)
+_back.register_fake(lambda dy, au, al, s, acts: (au.new_empty(au.shape), torch.empty_like(al), al.new_empty(0 if s is None else s.shape)))
+
+
+class _Eager(torch.autograd.Function):
+    """On an uncompiled CPU, where the operator costs 0.1 ms a call and, at the first, a second of imports."""
+
+    forward, setup_context = staticmethod(_run), staticmethod(_save)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        return _backward(ctx, dy, _run_backward)
 
 
 def polyglu_mix(au, al, s=None, acts=DEFAULT_ACTS):
@@ -395,11 +391,13 @@ def polyglu_mix(au, al, s=None, acts=DEFAULT_ACTS):
     """
     if au.stride(-1) != 1:
         au = au.contiguous()
-    return torch.ops.prism.polyglu(au, al.contiguous(), s if s is None else s.contiguous(), ",".join(acts))
+    args = au, al.contiguous(), s if s is None else s.contiguous(), ",".join(acts)
+    if au.device.type != "cpu" or torch.compiler.is_compiling():
+        return torch.ops.prism.polyglu(*args)
+    return _Eager.apply(*args) if torch.is_grad_enabled() else _run(*args)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Gumbel noise without a generator
+# ---- Gumbel noise without a generator -----------------------------------------------------------------------------
 
 
 def _mix32(x):

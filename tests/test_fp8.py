@@ -281,6 +281,18 @@ def test_composes_with_polyglu_and_merged_attention():
     assert torch.equal(qkv.matmul(x, qkv.weight[rows], None), x @ qkv.weight[rows].t())
 
 
+def test_recomputed_blocks_give_the_same_gradients_and_histories():
+    grads, memories = [], []
+    for every in (0, 1):
+        model, _, _ = model_of(remat=every, fp8_recipe="delayed")
+        for _ in range(2):
+            loss(model, batch()).backward()
+            fp8.refresh(model)
+        grads.append([p.grad for p in model.parameters()])
+        memories.append(fp8.memory(model))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True)) and memories[0] == memories[1]
+
+
 def test_bias_is_added_once():
     model, cfg, _ = model_of(qkv_bias=True)
     qkv, x = model.decoder.blocks[0].attn.qkv, torch.zeros(16, 64)

@@ -1,0 +1,61 @@
+"""bench.py: its arithmetic, its refusals and its account of a child's memory; the speeds themselves are no test."""
+
+import importlib.util
+from types import SimpleNamespace
+
+import pytest
+
+import bench
+import machine
+
+
+def dies(capsys, call, *words):
+    with pytest.raises(SystemExit) as stop:
+        call()
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and message.count("\n") == 1 and all(w in message for w in words), message
+
+
+def test_ratios_and_spread(capsys):
+    seconds = {"prism": [1.0, 1.0, 2.0, 1.0, 1.0], "peer": [2.0, 3.0, 4.0, 2.0, 2.0]}
+    row = bench.report("x", "what", seconds, "tokens/s", 100)
+    assert (row["prism"], row["peer"], row["ratio"], row["rounds"]) == (100.0, 50.0, 2.0, 5) and row["low"] <= 2 <= row["high"]
+    assert bench.report("x", "what", seconds, "tokens/s", 100, higher=False)["ratio"] == 0.5
+    assert "ratio 2.00" in capsys.readouterr().out
+
+
+def test_a_missing_peer_stops_the_bench(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    dies(capsys, lambda: bench.qwen3({}, None), "peer is missing", "transformers")
+
+
+@pytest.mark.parametrize("arg", ["--suite=tpu", "--only=nothing", "--clock=sun", "--rounds=0", "--round=3"])
+def test_refusals(capsys, arg):
+    dies(capsys, lambda: bench.main([arg]), arg[2:].split("=")[0])
+
+
+def test_a_childs_memory_is_its_own(capsys):
+    here = bytearray(400 << 20)  # this process is big; its child must not look it
+    here[::4096] = b"x" * len(here[::4096])
+    small, big = (bench.child_cost(["-c", f"b = bytearray({n} << 20); b[::4096] = b'x' * len(b[::4096])"])[1] for n in (1, 200))
+    assert small < 100 << 20 and 180 << 20 < big - small < 220 << 20
+    dies(capsys, lambda: bench.child_cost(["-c", "raise ValueError('sick')"]), "sick")
+
+
+def test_both_sides_are_the_same_model(monkeypatch):
+    pytest.importorskip("transformers")
+    keys = {"vocab_size": 128, "n_layer": 2, "n_head": 2, "d_model": 32, "d_ff": 64}
+    where = machine.find("cpu")
+    peer = bench.qwen3(keys, where)
+    from model import ModelConfig, build
+
+    assert sum(p.numel() for p in peer.parameters()) == build(ModelConfig(**keys)).num_params()
+    sides = {"prism": bench.our_step(keys, 2, 16, where), "transformers": bench.peer_step(keys, 2, 16, where)}
+    seconds = bench.race(sides, SimpleNamespace(clock="cpu", rounds=2), where, warm=0)
+    assert all(len(s) == 2 and min(s) > 0 for s in seconds.values())
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        bench.main(["--help"])
+    assert stop.value.code == 0 and "--suite=cpu" in capsys.readouterr().out

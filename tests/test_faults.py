@@ -1,7 +1,7 @@
 """Nothing is ever lost: kill -9 anywhere, signals, full disks, damaged files, numbers that are not finite. Every promise has its test.
 
     python -m pytest tests/test_faults.py                            about a minute
-    KILLS=100 python -m pytest tests/test_faults.py -k kill_9        the long loop: 100 kills, half of them inside saves
+    KILLS=100 python -m pytest -s tests/test_faults.py               the long loop: 100 kills, one at every file operation, 10,000 steps
 
 Runs are real runs of train.py on a tiny model, in processes forked from one that has imported torch already.
 """

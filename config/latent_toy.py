@@ -10,7 +10,7 @@ out = "out/latent_toy"
 data = {"qa": "data/factqa/train.jsonl", "text": "data/factqa/natural.jsonl"}
 seq_len = 96  # longest source in tokens of the encoder; a row is one source
 tokens_per_step = 24 * seq_len
-max_steps = 1000
+max_steps = 1500
 stages = (
     {"start": 0, "mix": {"text": 1.0}, "note": "reconstruction, continuation"},
     {"start": 40, "mix": {"qa": 1.0}, "note": "questions"},

@@ -155,7 +155,7 @@ def run(arm, size, made, total, lr, seed, out):
         "tokens_per_sec": speed,
         "bytes_per_sec": speed * per_token,
     }
-    result |= {"bytes": seen, "seconds": seconds, "precision": next(x for x in said.getvalue().splitlines() if "precision:" in x)}
+    result |= {"bytes": seen, "seconds": seconds, "precision": next((x for x in said.getvalue().splitlines() if "precision:" in x), "bf16")}
     done.write_text(json.dumps(result))
     return result
 

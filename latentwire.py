@@ -198,9 +198,7 @@ class Interlingua(nn.Module):
             self.encoder.load_state_dict({k.removeprefix(part): v for k, v in theirs.items() if k.startswith(part)})
             self.encoder.requires_grad_(False)
 
-    # -- the frozen models follow, unregistered
-
-    def others(self):
+    def others(self):  # the frozen models: unregistered, they follow by hand
         return [*self.lms, *(r for r in self.encoder.readers if r is not getattr(self.encoder, "reader", None))]
 
     def _apply(self, fn, *args, **kwargs):

@@ -185,7 +185,7 @@ def test_routing_report_and_its_pictures(home, capsys):
     assert {k[0] for k in table} == set("abcdef") and all(low <= mean <= high for mean, low, high in table.values())
     for name in ("routing.png", "routing.csv"):
         assert (home / "run" / name).stat().st_size > 100
-    assert "verdict" in capsys.readouterr().out
+    assert report["verdict"] in capsys.readouterr().out
     plots.main([f"--run={home / 'run'}", "--events=10:ten"])
     assert (home / "run" / "loss.png").stat().st_size > 5000
     assert (home / "run" / "loss.csv").read_text().count("\n") == 1 + sum(

@@ -172,7 +172,9 @@ def routing_figure(report, path):
         axis.set_xticks(x[:: max(1, len(x) // 14)])
     for axis in (*axes[0, :2], hist):
         axis.set_yticks(x[:: max(1, len(x) // 14)])
-    axes[0, 0].set_title(f"{report['ckpt']}, step {report['step']}, gate {report['gate']}, tau {report['tau']:.3g}\n" + titles["map"])
+    axes[0, 0].set_title(
+        f"{Path(report['ckpt']).name}, step {report['step']}, gate {report['gate']}, tau {report['tau']:.3g}\n" + titles["map"]
+    )
     columns = ("activation", "H1", "H2", "H3", "context", "identity", "gap", "variance_from_alpha", "mi domain", "mi token class")
     finish(figure, Path(path), ("layer", *columns), [(i, *(r[c] for c in columns)) for i, r in enumerate(layers)])
     return Path(path)

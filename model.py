@@ -208,12 +208,12 @@ def attention(q, k, v, mask, causal):
     if not (q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad and k.shape[2] <= 1024):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
     shape, share = q.shape, q.shape[1] // k.shape[1]  # the queries of one key head lie behind one another: no key is repeated
-    scores = (q.unflatten(1, (-1, share)).flatten(2, 3) * shape[-1] ** -0.5) @ k.transpose(-1, -2)
-    if causal:
-        mask = torch.ones(shape[2], k.shape[2], dtype=torch.bool).tril()
+    q, k, v = (t.flatten(0, 1) for t in (q.unflatten(1, (-1, share)).flatten(2, 3), k, v))  # (S G, share n or m, E)
+    later = q.new_full((shape[2], k.shape[1]), -math.inf).triu_(1).repeat(share, 1) if causal else q.new_zeros(1, 1)
+    scores = torch.baddbmm(later, q, k.mT, alpha=shape[-1] ** -0.5)  # an added mask needs no backward: p is 0 there
     if mask is not None:
-        scores.unflatten(2, (share, -1)).masked_fill_(~mask.unsqueeze(-3), -math.inf)  # (S, G, share, n, m)
-    return (scores.softmax(-1) @ v).unflatten(2, (share, -1)).flatten(1, 2)
+        scores.view(shape[0], -1, share, shape[2], k.shape[1]).masked_fill_(~mask.unsqueeze(-3), -math.inf)  # (S, G, share, n, m)
+    return torch.bmm(scores.softmax(-1), v).view(shape[0], -1, share, *shape[2:]).flatten(1, 2)
 
 
 @functools.cache

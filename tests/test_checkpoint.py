@@ -180,7 +180,7 @@ def test_damage_is_one_line(tmp_path, capsys, file, harm):
     folder = tmp_path / "step-000001"
     data = bytearray((folder / file).read_bytes())
     if harm == "flip":
-        at = data.index(b'"tau": 0.25') + 8 if file == "state.json" else len(data) - 5
+        at = data.index(b'"tau": 0.25') + 7 if file == "state.json" else len(data) - 5
         data[at] ^= 1
     (folder / file).write_bytes(data if harm == "flip" else data[: len(data) // 2])
     if harm == "remove":

@@ -131,6 +131,21 @@ def test_a_model_of_ours_with_its_tokenizer(tmp_path):
     assert sample.generate(model, tok, text, max_new_tokens=24) == theirs_tok.decode(out, skip_special_tokens=True)
 
 
+def test_an_encoder_goes_out_without_its_mask_and_comes_back(tmp_path):
+    cfg = ModelConfig(arch="encoder", vocab_size=90, n_layer=2, n_head=4, n_kv_head=2, d_model=32, head_dim=16, max_len=64, init_std=0.2)
+    model = build(cfg).eval()
+    checkpoint.save(tmp_path / "run", 1, model, None, {"config": configurator.to_dict(cfg)}, keep=1)
+    for n, source in ((1, "run"), (2, "run2")):
+        assert run("export", f"--ckpt={tmp_path / source}", "--to=transformers", f"--out={tmp_path / f'out{n}'}") == 0
+        if n == 1:
+            run("import", f"--from={tmp_path / 'out1'}", f"--out={tmp_path / 'run2'}")
+    assert bytes_of(tmp_path / "out1") == bytes_of(tmp_path / "out2")
+    their = transformers.AutoModel.from_pretrained(tmp_path / "out1").eval()
+    ids = torch.randint(90, (2, 30))
+    with torch.no_grad():
+        close(their(ids).last_hidden_state.flatten(0, 1), model.encode(rectangle(ids)))
+
+
 # ---- refusals
 
 

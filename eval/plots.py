@@ -117,7 +117,8 @@ def entropy_figure(run):
             values = {int(k.rpartition("_")[2]): v for k, v in row.items() if k.startswith(f"{kind}/layer_")}
             axis.plot(sorted(values), [values[i] for i in sorted(values)], "o-", ms=4, color=color, label=f"{label}, step {row['step']}")
             table += [(kind, row["step"], i, v) for i, v in sorted(values.items())]
-        axis.set(xlabel="layer", ylabel="nats", title=kind.replace("_", " "), ylim=(0, None))
+        axis.set(xlabel="layer", ylabel="nats", title=kind.replace("_", " "), ylim=(0, 1.15 * max(v for _, _, _, v in table)))
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend(fontsize=8)
     finish(figure, Path(run, "entropy.png"), ("kind", "step", "layer", "nats"), table)
     return Path(run, "entropy.png")

@@ -8,7 +8,8 @@
 
 gsm8k_train.jsonl: lines of {"question", "answer"}; any file that prepare.chat reads will do. Whole conversations are packed into rows of
 512 and never cut; only the answers are trained. 8 rows x 512 = 4,096 packed tokens a step, about 20 conversations.
-LOG.md has the measured run. Read next: prepare/chat.py, then config/polyglu_sft.py for the same at 600M.
+LOG.md has a run of 11 steps of 1,024 tokens: held-out loss 1.697 to 1.103. The 60 steps below have not been run.
+Read next: prepare/chat.py, then config/polyglu_sft.py for the same at 600M.
 """
 
 out = "out/sft_smollm2"

@@ -30,8 +30,8 @@ from configurator import die
 OPTIONS = {"out": str, "prepare": False, "size": "cpu", "data": "", "domains": "", "seeds": 3, "bytes": 0.0, "lrs": (1.0,), "only": ""}
 SIZES = {  # argv of every arm; factors that exist; bytes seen
     "cpu": (
-        ["--n_layer=2", "--n_head=4", "--n_kv_head=2", "--d_model=64", "--d_ff=192", "--qk_norm=False", "--max_len=256", "--log_every=10"]
-        + ["--device=cpu", "--dtype=float32", "--fp8_emulate=True", "--weight_decay=0.1", "--keep=1"],
+        ["--n_layer=2", "--n_head=4", "--n_kv_head=2", "--d_model=64", "--d_ff=192", "--qk_norm=False", "--max_len=256", "--keep=1"]
+        + ["--device=cpu", "--dtype=float32", "--fp8_emulate=True", "--weight_decay=0.1"],
         "TFC",
         0.4e6,
     ),
@@ -117,8 +117,22 @@ def arguments(arm, size, made, total, lr):
     stages = [{"tokens": max(1, round(steps * s / whole)) * tokens, "seq_len": n, "mult": mult} for n, mult, s in table]
     stages[-1]["tokens"] += steps * tokens - sum(row["tokens"] for row in stages)
     vocab = data.read_manifest(Path(next(iter(folders.values()))))["tokenizer"]["vocab_size"]
-    argv = [*base, f"--data={folders}", f"--vocab_size={vocab}", f"--tokens_per_step={tokens}", f"--micro_tokens={micro}", "--max_tokens=0"]
-    argv += [f"--stages={tuple(stages)}", f"--seq_len={longest}", f"--warmup={max(1, steps // 20)}", f"--eval_every={max(1, steps // 6)}"]
+    beat = max(1, steps // 60)  # every evaluation falls on a logged step, whose clock it takes
+    argv = [
+        *base,
+        f"--log_every={beat}",
+        f"--data={folders}",
+        f"--vocab_size={vocab}",
+        f"--tokens_per_step={tokens}",
+        f"--micro_tokens={micro}",
+        "--max_tokens=0",
+    ]
+    argv += [
+        f"--stages={tuple(stages)}",
+        f"--seq_len={longest}",
+        f"--warmup={max(1, steps // 20)}",
+        f"--eval_every={beat * max(1, round(steps / 6 / beat))}",
+    ]
     argv += [f"--precision={'fp8' if 'F' in arm else 'bf16'}", "--fp8_filter=" + ("all" if size == "cpu" else "table")]
     argv += [f"--domains={made['domains']}"] if made["domains"] else []
     argv += [f"--lr={lr * (3e-3 if size == 'cpu' else 6e-4)}", "--best_metric=val/mean/bpb"]

@@ -52,7 +52,7 @@ def find(device: str = "auto", dtype: str = "auto") -> Machine:
 
 
 def keep_freed_memory() -> None:
-    """Ask glibc to reuse blocks of up to 32 MB. Given back to the system, every new activation is paged in again: 12 % of a step (LOG.md)."""
+    """Ask glibc to reuse blocks of up to 32 MB: given back, every new activation would be paged in again, 12 % of a step (LOG.md)."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
         libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD

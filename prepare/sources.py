@@ -37,7 +37,8 @@ def find(spec):
         if pattern == "stdlib":
             root = sysconfig.get_path("stdlib")
             files = glob.glob(f"{root}/**/*.py", recursive=True)
-            files = [f for f in files if not re.search(r"/(site-packages|dist-packages|tests?|idle_test|__pycache__)/", f[len(root) :])]
+            left_out = r"/(site-packages|dist-packages|tests?|idle_test|__pycache__|encodings)/"  # encodings: megabytes of code tables
+            files = [f for f in files if not re.search(left_out, f[len(root) :])]
         elif os.path.isdir(pattern):
             files = [os.path.join(d, f) for d, _, names in os.walk(pattern) for f in names if f[0] != "." and not f.endswith(".json")]
         else:

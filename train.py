@@ -327,6 +327,8 @@ def main(argv):
     machine = hardware.find(cfg.device, cfg.dtype)
     hardware.join(machine)
     lead, objective = machine.rank == 0, find_objective(cfg)
+    if cfg.stats_every and (cfg.objective == "latent" or (cfg.parallel == "fsdp" and machine.world > 1)):
+        die("stats_every reads one whole Transformer on rank 0: not for objective=latent, nor with --parallel=fsdp; leave it at 0")
     out = Path(tempfile.mkdtemp(prefix="benchmark-") if cfg.benchmark else cfg.out)
     checkpoint.find_resume(out, cfg.resume)  # says no before the folder is touched
     lock = checkpoint.lock(out) if lead else None  # held until the process ends: two runs in one folder would destroy each other
@@ -354,6 +356,8 @@ def main(argv):
     fp8.load_memory(raw, state.pop("fp8", {}))
     if cfg.auto_mix:
         plan.state = state.pop("auto_mix", None) or plan.state
+    if cfg.compile:  # a shape for each stage and power of two of documents; past torch's limit of 8 it would go on uncompiled
+        torch._dynamo.config.recompile_limit = 64
     call = torch.compile(model, dynamic=False) if cfg.compile else model
     stream, val, tune = data.prefetch(stream, cfg.prefetch), held_out(cfg), domains(cfg, 0) if cfg.auto_mix else {}
 

@@ -26,8 +26,9 @@ class Machine(NamedTuple):
     peak: float  # dense bf16 FLOP/s of the device, 0 when unknown
 
 
-# dense, without sparsity, from the vendor's data sheets
-PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "RTX 4090": 165e12, "RTX 5090": 209e12, "L4": 121e12}
+# dense, without sparsity, from the vendor's data sheets; the first name found in the device's counts, so longer ones come first
+PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "L40S": 362e12, "L40": 181e12}
+PEAKS |= {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "RTX 4090": 165e12, "RTX 5090": 209e12, "L4": 121e12}
 
 
 def find(device: str = "auto", dtype: str = "auto") -> Machine:
@@ -80,7 +81,8 @@ def wrap(model, parallel: str, machine: Machine):
         return model
     if parallel == "ddp":
         ids = [machine.device.index] if machine.device.type == "cuda" else None
-        return torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+        keys = {"gradient_as_bucket_view": True, "broadcast_buffers": False}  # buffers are the same on every rank anyway
+        return torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, **keys)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 

@@ -12,7 +12,7 @@ document sees another. `model(batch)` gives hidden states (N, D); `model.nll` th
     model = build(ModelConfig(vocab_size=257, n_layer=4))
     model.logits(torch.tensor([[1, 2, 3]])).shape            # (1, 3, 257)
 
-Read next: kernels.py (the fused PolyGLU and the chunked loss), data.py (where batches come from), train.py (the loop).
+Read next: ops.py (the chunked loss), kernels.py (the fused PolyGLU), data.py (where batches come from), train.py (the loop).
 """
 
 import functools

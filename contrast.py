@@ -41,6 +41,8 @@ def build(cfg):
     if model.encoder is None:
         die(f"objective=contrast trains an encoder; arch={cfg.arch} has none, use encoder or encdec")
     model.contrast = cfg
+    if cfg.compile:
+        die("compile wants batches of one shape, and pairs have every length: objective=contrast runs with --compile=False")
     for name, p in model.named_parameters():
         p.requires_grad_(name.startswith(("encoder.", "embed.")))  # a decoder waits unchanged
     return model
@@ -64,8 +66,12 @@ class PairStream:
             shutil.copytree(home / "tokenizer", Path(cfg.out) / "tokenizer")
         self.rows = self.shards = None
         if cfg.data.endswith(".jsonl"):
+            if not Path(cfg.data).is_file():
+                die(f"data: {cfg.data} is no file; give rows {{query, positive}}, one a line")
             with open(cfg.data, encoding="utf-8") as file:
                 self.rows = [json.loads(line) for line in file if line.strip()]
+            if not self.rows or any(not {"query", "positive"} <= set(row) for row in self.rows):
+                die(f"{cfg.data}: every row needs a query and a positive, and there must be one")
         else:
             self.shards = data.Shards(cfg.data, "train")
         self.size, self.state = len(self.rows) if self.rows else self.shards.n_documents, {"step": 0}

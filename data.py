@@ -449,7 +449,7 @@ class Prefetch:
 
     def __next__(self):
         if self.thread is None:
-            self.ready, self.stop, self.error = queue.Queue(self.depth), threading.Event(), None
+            self.ready, self.stop, self.error = queue.Queue(max(1, self.depth)), threading.Event(), None
             self.thread = threading.Thread(target=self.work, args=(self.ready, self.stop), name="prefetch", daemon=True)
             self.thread.start()
         began = time.perf_counter()

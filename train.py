@@ -60,7 +60,7 @@ class Config(ModelConfig, DenoiseConfig, ContrastConfig, PrecisionConfig, Latent
     packing: Literal["windows", "documents"] = "windows"  # documents: whole conversations packed into rows, never cut
     doc_mask: bool = True  # a document never sees its neighbours in the row
     chunk: int = 0  # shuffle unit in tokens; 0: the stages' least common multiple, else seq_len
-    prefetch: int = 2  # steps built ahead of time
+    prefetch: int = 2  # steps built ahead of time, at least one
     # the arithmetic of a step
     seq_len: int = 256
     tokens_per_step: int = 2048  # over all ranks and accumulations
@@ -90,13 +90,13 @@ class Config(ModelConfig, DenoiseConfig, ContrastConfig, PrecisionConfig, Latent
     # reports
     stats_every: int = 0  # gradients, weights, activations, dead neurons (monitor.py); 0: never
     analyze_batch: int = 0  # objective=denoise: print this many examples and exit
-    log_every: int = 10
+    log_every: int = 10  # 0: only the first step and the last
     eval_every: int = 0  # 0: only at the end
     eval_tokens: int = 65536  # per source
     domains: str = ""  # a folder of NAME.jsonl (prepare.val) whose documents are scored at each evaluation too
     benchmark: int = 0  # time so many steps after five of warm-up, print a line of a table, save nothing
     save_every: int = 0  # 0: only at the end
-    keep: int = 2  # newest checkpoints kept, besides the best
+    keep: int = 2  # newest checkpoints kept, besides the best; 0: all
     best_metric: str = "val/mean/loss"  # lower is better
     wandb: bool = False
     tensorboard: bool = False
@@ -471,7 +471,7 @@ def main(argv):
 
         # reports, evaluation, checkpoint
         end = step == plan.steps
-        if end or step % cfg.log_every == 0 or step == first + 1:
+        if end or step == first + 1 or (cfg.log_every and step % cfg.log_every == 0):
             record, line = meter.read(row, terms, sums, count, objective.weights)
             if lead:
                 record |= {"train/skipped": state["skipped"]} if state["skipped"] else {}

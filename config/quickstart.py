@@ -1,8 +1,9 @@
-"""`make quickstart`: a 3M-parameter PolyGLU decoder learns Python from Python's own standard library, two minutes on two CPU cores.
+"""`make quickstart`: a 2.4M-parameter PolyGLU decoder learns Python from Python's own standard library.
 
 python train.py config/quickstart.py
 
-Batch: 16 rows x 256 tokens = 4,096 tokens a step, 800 steps = 3.3M tokens, about one pass over the corpus (3.5M tokens).
+Batch: 8 rows x 256 tokens = 2,048 tokens a step, 600 steps = 1.2M tokens, less than half a pass over the corpus (2.9M).
+Two and a half minutes on two CPU cores with bf16; expect 1.67 bits per held-out byte (seeds 1337, 1, 2: 1.6695, 1.6721, 1.6612).
 """
 
 out = "out/quickstart"

@@ -72,6 +72,8 @@ class _GLU(torch.autograd.Function):
 
 def glu(au, act="silu"):
     """act(a) * u of au = [a | u]: keeps au alone and writes its gradient into one buffer, as polyglu_mix does."""
+    if torch.compiler.is_compiling():  # it fuses the plain form, and cannot trace writes into the halves of a buffer
+        return ACTIVATIONS[act](au.chunk(2, -1)[0]) * au.chunk(2, -1)[1]
     return _GLU.apply(au, act) if torch.is_grad_enabled() else _glu(au, act)  # a Function costs a decoded token 20 us a layer
 
 

@@ -177,7 +177,7 @@ class Segments:
 
     def attend(self, q, k, v):
         """q (Nq, H, E), k and v (Nk, G, E) -> (Nq, H, E)"""
-        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        if q.device.type != "cpu" and q.dtype in (torch.bfloat16, torch.float16):  # `meta` too: tests trace it as a GPU would run it
             window = (-1, 0) if self.causal else (-1, -1)
             return varlen_kernel()(q, k, v, self.cu_q, self.cu_k, self.max_q, self.max_k, window_size=window)
         if self.calls is None:
@@ -389,7 +389,7 @@ class Packed:
         start = here - self.pos
         stop = self.cu.long()[torch.searchsorted(self.cu, here.to(self.cu.dtype), right=True)]  # of the document
         if ffn.gate == "sequence":
-            return WindowMean.apply(p, start, stop, start, stop)
+            return WindowMean.apply(p, start, stop, None, None)
         if ffn.gate == "running":
             return WindowMean.apply(p, start, here + 1, here, stop)
         block = start + self.pos // ffn.gate_block * ffn.gate_block  # lagged: up to where this token's block begins

@@ -98,7 +98,8 @@ class Thin(torch.autograd.Function):
 
 class WindowMean(torch.autograd.Function):
     """Mean of p over the tokens start:end of each token. Sums in fp64; `first`:`last` are the tokens whose window holds this one, so
-    that the way back is a difference of cumulative sums too, and nothing is scattered."""
+    that the way back is a difference of cumulative sums too, and nothing is scattered. None, None: the window itself, for torch.compile
+    does not trace a Function that is given one tensor twice."""
 
     @staticmethod
     def forward(ctx, p, start, end, first, last):
@@ -108,6 +109,7 @@ class WindowMean(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         start, end, first, last = ctx.saved_tensors
+        first, last = (start, end) if first is None else (first, last)
         return WindowMean.sums(grad.double() / (end - start).clamp(min=1)[:, None], first, last).to(grad.dtype), None, None, None, None
 
     @staticmethod

@@ -210,10 +210,13 @@ def copy_tokenizer(run, out):
         print(f"{run} has no tokenizer folder: none is exported", file=sys.stderr)
         return {}
     tok = tokenizer.load(run)
+    if not (run / "tokenizer" / "tokenizer.json").is_file():  # a rank file or bytes, which transformers could not read
+        from prepare import tokenizer as converter
+
+        converter.main([f"--from={run}", f"--out={out}"])  # stops before it writes if the ids would not be the same
     for file in sorted((run / "tokenizer").iterdir()):
-        shutil.copyfile(file, out / file.name)
-    if not (out / "tokenizer.json").is_file():
-        die(f"{run}/tokenizer: no tokenizer.json, so transformers could not read it; python -m prepare.tokenizer converts rank files")
+        if not (out / file.name).exists():
+            shutil.copyfile(file, out / file.name)
     if not (out / "tokenizer_config.json").is_file():
         eos = {i: name for name, i in tok.special.items()}[tok.eos_id]
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos, "pad_token": eos, "clean_up_tokenization_spaces": False}

@@ -8,6 +8,7 @@ import os
 import resource
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,6 +82,7 @@ def wrap(model, parallel: str, machine: Machine):
         return model
     if parallel == "ddp":
         ids = [machine.device.index] if machine.device.type == "cuda" else None
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # its successor is too young to ask of every torch
         keys = {"gradient_as_bucket_view": True, "broadcast_buffers": False}  # buffers are the same on every rank anyway
         return torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, **keys)
     from torch.distributed.device_mesh import init_device_mesh

@@ -1,7 +1,7 @@
 """A rank file or the byte tokenizer as a tokenizer.json, which transformers and other tools read. The ids stay the same.
 
     python -m prepare.tokenizer --from=qwen.tiktoken --out=DIR
-    python -m prepare.tokenizer --from=out/RUN                 writes it beside the run's own; `hub export` then finds it
+    python -m prepare.tokenizer --from=out/RUN                 writes it beside the run's own (`hub export` converts by itself)
 
 A rank file names tokens in the order they were learnt; the merge that made a token is what BPE of its bytes leaves with earlier tokens
 alone. The result is loaded and compared on the standard library before anything is written. Read next: tokenizer.py, hub.py."""

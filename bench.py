@@ -26,12 +26,12 @@ import time
 import torch
 
 import configurator
-import fp8
 import machine
 import optim
 import precision
 import sample
 from configurator import die
+from eval import fp8_table
 from model import build
 from train import Config
 
@@ -282,7 +282,7 @@ def main(argv):
     if opt.info:
         return print(precision.info())
     if opt.fp8_table:
-        return print(fp8.write_table(device=machine.find("cuda").device))
+        return print(fp8_table.write_table(device=machine.find("cuda").device))
     chosen = opt.only.split(",") if opt.only else list(ROWS)
     if opt.suite not in SHAPES or opt.clock not in ("wall", "cpu") or not set(chosen) <= set(ROWS) or opt.rounds < 1:
         die(f"bench: --suite is cpu or gpu, --clock wall or cpu, --rounds positive, --only some of {','.join(ROWS)}; got {' '.join(argv)}")

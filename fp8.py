@@ -12,17 +12,13 @@ Read next: `Linear` in model.py, then precision.py.
 
 import contextlib
 import functools
-import statistics
-import time
 from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from config import fp8_table
 from configurator import die
-from machine import wait
 from precision import choose, hardware, linears, report, resolve, te_apply, te_load, te_scope, te_tensors
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -230,57 +226,3 @@ def load_memory(model, saved):
                 getattr(state, key).copy_(value)
             state.warm = True
     refresh(model, step=False)
-
-
-# ---- the table: which GEMMs are worth it here ---------------------------------------------------------------------------
-
-
-def measure_table(device, tokens=98304, widths=(768, 1536, 2048), repeats=20, backend="inductor"):
-    """{(role, M, K, N, gemm): speed-up over bf16}, casts and transposed copies included, compiled. M, K, N as in `choose`."""
-    device, state, found = torch.device(device), SimpleNamespace(margin=0, delayed=False), {}
-
-    def clock(f, *args):
-        f, times = torch.compile(f, dynamic=False, backend=backend), []
-        for _ in range(repeats + 3):
-            wait(device)
-            start = time.perf_counter()
-            f(*args)
-            wait(device)
-            times.append(time.perf_counter() - start)
-        return statistics.median(times[3:])
-
-    for width in widths:
-        inner = width * 8 // 3 // 128 * 128
-        for role, k, n in (("qkv", width, width * 4 // 3), ("o", width, width), ("gate_up", width, 2 * inner), ("down", inner, width)):
-            x, g, w = (torch.randn(*s, device=device, dtype=torch.bfloat16) for s in ((tokens, k), (tokens, n), (n, k)))
-            (xq, xi), (gq, gi), (wq, wi) = operand(x, E4M3, state, 0), operand(g, E5M2, state, 0), operand(w, E4M3, state, 0)
-            wqt = wq.t().contiguous()
-
-            def forward(x):
-                xq, xi = operand(x, E4M3, state, 0)
-                return gemm(xq, wq.t(), xi, wi, torch.bfloat16, fast=True)
-
-            def dgrad(g):
-                gq, gi = operand(g, E5M2, state, 0)
-                return gemm(gq, wqt.t(), gi, wi, torch.bfloat16)
-
-            def wgrad(gq, xq):  # the casts were paid for by the other two, the transposes are its own
-                return gemm(gq.t().contiguous(), xq.t().contiguous().t(), gi, xi, torch.float32)
-
-            pairs = {
-                "forward": ((lambda x: x @ w.t(), x), (forward, x)),
-                "dgrad": ((lambda g: g @ w, g), (dgrad, g)),
-                "wgrad": ((lambda g, x: g.t() @ x, g, x), (wgrad, gq, xq)),
-            }
-            for name, (plain, ours) in pairs.items():
-                found[role, tokens, k, n, name] = round(clock(*plain) / clock(*ours), 3)
-    return found
-
-
-def write_table(path=fp8_table.__file__, device="cuda", **keys):
-    """`python bench.py --fp8_table`: measure, and rewrite config/fp8_table.py."""
-    rows = "".join(f"    {key!r}: {value},\n" for key, value in measure_table(device, **keys).items())
-    name = torch.cuda.get_device_name() if torch.device(device).type == "cuda" else "CPU"
-    with open(path, "w") as file:
-        file.write(f'"""{fp8_table.__doc__}"""\n\nDEVICE = {name!r}\nTORCH = {torch.__version__!r}\nSPEEDUP = {{\n{rows}}}\n')
-    return rows

@@ -14,6 +14,7 @@ import os
 
 import torch
 import torch.nn.functional as F
+from torch import library
 
 aten = torch.ops.aten
 
@@ -366,10 +367,10 @@ def _backward(ctx, dy, run=None):
 
 
 _ARGS = "Tensor au, Tensor al, Tensor? s, str acts"
-_op = torch.library.custom_op("prism::polyglu", _run, mutates_args=(), schema=f"({_ARGS}) -> Tensor")
+_op = library.custom_op("prism::polyglu", _run, mutates_args=(), schema=f"({_ARGS}) -> Tensor")
 _op.register_fake(lambda au, al, s, acts: au.new_empty(au.shape[0], au.shape[1] // 2))
 _op.register_autograd(_backward, setup_context=_save)
-_back = torch.library.custom_op(
+_back = library.custom_op(
     "prism::polyglu_backward", _run_backward, mutates_args=(), schema=f"(Tensor dy, {_ARGS}) -> (Tensor, Tensor, Tensor)"
 )
 _back.register_fake(lambda dy, au, al, s, acts: (au.new_empty(au.shape), torch.empty_like(al), al.new_empty(0 if s is None else s.shape)))

@@ -15,6 +15,7 @@ import torch
 import fp8
 import monitor
 import precision
+from eval import fp8_table as measured
 from fp8 import E4M3, E5M2, MAX
 from model import build, merged_rectangle, rectangle
 from train import Config
@@ -406,7 +407,7 @@ def test_the_smallest_micro_batch_of_the_table_decides():
 def test_the_table_that_is_written_is_the_table_that_is_read(tmp_path):
     """Its keys are those `choose` asks for; the figures of a CPU mean nothing."""
     path = tmp_path / "fp8_table.py"
-    fp8.write_table(path, "cpu", tokens=64, widths=(48,), repeats=1, backend="eager")
+    measured.write_table(path, "cpu", tokens=64, widths=(48,), repeats=1, backend="eager")
     space = {}
     exec(path.read_text(), space)
     assert {(48, 64), (48, 48), (48, 256), (128, 48)} == {key[2:4] for key in space["SPEEDUP"]} and len(space["SPEEDUP"]) == 12

@@ -1,0 +1,68 @@
+"""Which FP8 products pay on this card: measured in the form that the filter of fp8.py reads.
+
+    python bench.py --fp8_table          # rewrites config/fp8_table.py; needs a GPU
+
+Each product of each role is timed compiled, with the casts and transposed copies it needs, against the same one in bf16.
+Read next: fp8.py.
+"""
+
+import statistics
+import time
+from types import SimpleNamespace
+
+import torch
+
+from config import fp8_table
+from fp8 import E4M3, E5M2, gemm, operand
+from machine import wait
+
+
+def measure_table(device, tokens=98304, widths=(768, 1536, 2048), repeats=20, backend="inductor"):
+    """{(role, M, K, N, gemm): speed-up over bf16}, casts and transposed copies included, compiled. M, K, N as in `choose`."""
+    device, state, found = torch.device(device), SimpleNamespace(margin=0, delayed=False), {}
+
+    def clock(f, *args):
+        f, times = torch.compile(f, dynamic=False, backend=backend), []
+        for _ in range(repeats + 3):
+            wait(device)
+            start = time.perf_counter()
+            f(*args)
+            wait(device)
+            times.append(time.perf_counter() - start)
+        return statistics.median(times[3:])
+
+    for width in widths:
+        inner = width * 8 // 3 // 128 * 128
+        for role, k, n in (("qkv", width, width * 4 // 3), ("o", width, width), ("gate_up", width, 2 * inner), ("down", inner, width)):
+            x, g, w = (torch.randn(*s, device=device, dtype=torch.bfloat16) for s in ((tokens, k), (tokens, n), (n, k)))
+            (xq, xi), (gq, gi), (wq, wi) = operand(x, E4M3, state, 0), operand(g, E5M2, state, 0), operand(w, E4M3, state, 0)
+            wqt = wq.t().contiguous()
+
+            def forward(x):
+                xq, xi = operand(x, E4M3, state, 0)
+                return gemm(xq, wq.t(), xi, wi, torch.bfloat16, fast=True)
+
+            def dgrad(g):
+                gq, gi = operand(g, E5M2, state, 0)
+                return gemm(gq, wqt.t(), gi, wi, torch.bfloat16)
+
+            def wgrad(gq, xq):  # the casts were paid for by the other two, the transposes are its own
+                return gemm(gq.t().contiguous(), xq.t().contiguous().t(), gi, xi, torch.float32)
+
+            pairs = {
+                "forward": ((lambda x: x @ w.t(), x), (forward, x)),
+                "dgrad": ((lambda g: g @ w, g), (dgrad, g)),
+                "wgrad": ((lambda g, x: g.t() @ x, g, x), (wgrad, gq, xq)),
+            }
+            for name, (plain, ours) in pairs.items():
+                found[role, tokens, k, n, name] = round(clock(*plain) / clock(*ours), 3)
+    return found
+
+
+def write_table(path=fp8_table.__file__, device="cuda", **keys):
+    """`python bench.py --fp8_table`: measure, and rewrite config/fp8_table.py."""
+    rows = "".join(f"    {key!r}: {value},\n" for key, value in measure_table(device, **keys).items())
+    name = torch.cuda.get_device_name() if torch.device(device).type == "cuda" else "CPU"
+    with open(path, "w") as file:
+        file.write(f'"""{fp8_table.__doc__}"""\n\nDEVICE = {name!r}\nTORCH = {torch.__version__!r}\nSPEEDUP = {{\n{rows}}}\n')
+    return rows

@@ -6,8 +6,7 @@ dy, a, u once more and writes da|du, and only (a, u, al, s) wait in between: wha
 On a GPU it is a Triton kernel, on a CPU blocks of rows small enough to stay in cache; both sit behind one custom
 operator, which torch.compile takes whole, without a graph break. The Triton path has never run on a GPU: it is right in Triton's
 interpreter (tests/test_kernels.py under TRITON_INTERPRET=1) and compiles for an H100 without spills (LOG.md); its speed is unknown.
-
-Used by model.py (PolyGLU, SwiGLU). Read tests/test_kernels.py for the accuracy that is promised.
+Read next: model.py (PolyGLU, SwiGLU), which calls it; tests/test_kernels.py for the accuracy that is promised.
 """
 
 import os

@@ -229,16 +229,13 @@ def build_optimizer(model, cfg):
                 die("optimizer=muon needs whole matrices; use --parallel=ddp, or --optimizer=adamw with fsdp")
             group |= {"muon": cfg.muon_lr / cfg.lr, "momentum": cfg.muon_momentum, "parts": [fused_parts(n, params[n], cfg) for n in names]}
         groups.append(group)
-        elements = sum(params[n].numel() for n in names)
-        lines.append(f"{kind:<14} {len(names):7} {elements:14,} {decay:6g}  {'muon' if by_muon else 'adamw'}")
-    held = [n for g in groups for n in g["names"]]
-    assert sorted(held) == sorted(params) and len({id(p) for p in params.values()}) == len(held), "groups must partition the parameters"
+        lines.append(f"{kind:<14} {len(names):7} {sum(params[n].numel() for n in names):14,} {decay:6g}  {'muon' if by_muon else 'adamw'}")
+    assert sorted(n for g in groups for n in g["names"]) == sorted(params), "groups must partition the parameters"
     if int(os.environ.get("RANK", 0)) == 0:
         print("\n".join(lines), flush=True)
     return (Muon if muon else torch.optim.AdamW)(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
 
 
 def fused_parts(name, p, cfg):  # row counts of the separate matrices that a fused weight holds
-    if name.endswith(".attn.qkv.weight"):
-        return [cfg.n_head * cfg.width_head] + 2 * [cfg.kv_heads * cfg.width_head]
-    return [len(p) // 2] * 2 if name.endswith(".ffn.gate_up.weight") else [len(p)]
+    qkv = [cfg.n_head * cfg.width_head] + 2 * [cfg.kv_heads * cfg.width_head]
+    return qkv if name.endswith(".attn.qkv.weight") else [len(p) // 2] * 2 if name.endswith(".ffn.gate_up.weight") else [len(p)]

@@ -218,11 +218,10 @@ def build_optimizer(model, cfg):
     roles = {}
     for name, p in params.items():
         roles.setdefault(role(name, p), []).append(name)
-    muon = cfg.optimizer == "muon"
     groups, lines = [], [f"{'parameters':<14} {'tensors':>7} {'elements':>14} {'decay':>6}  by"]
     for kind, names in roles.items():
         decay = 0.0 if kind in ("vector", "alpha") or (kind == "embedding" and not cfg.decay_embed) else cfg.weight_decay
-        by_muon = muon and kind == "hidden"
+        by_muon = cfg.optimizer == "muon" and kind == "hidden"
         group = {"params": [params[n] for n in names], "names": names, "role": kind, "weight_decay": decay, "muon": 0.0}
         if by_muon:
             if any(hasattr(params[n], "full_tensor") for n in names):
@@ -233,7 +232,7 @@ def build_optimizer(model, cfg):
     assert sorted(n for g in groups for n in g["names"]) == sorted(params), "groups must partition the parameters"
     if int(os.environ.get("RANK", 0)) == 0:
         print("\n".join(lines), flush=True)
-    return (Muon if muon else torch.optim.AdamW)(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
+    return (Muon if cfg.optimizer == "muon" else torch.optim.AdamW)(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
 
 
 def fused_parts(name, p, cfg):  # row counts of the separate matrices that a fused weight holds

@@ -93,10 +93,10 @@ def load(cls, argv, usage=""):
             assign(values, kinds, key, [space[key]], path)
 
     def describe():  # every key with its default and the comment beside it in the source
-        source = "\n".join(inspect.getsource(c) for c in reversed(cls.__mro__) if dataclasses.is_dataclass(c))
+        source = "\n".join(inspect.getsource(c) for c in cls.__mro__ if dataclasses.is_dataclass(c))
         rows = re.findall(r"^    (\w+): .*?(?:  # (.*))?$|^    # (.*)$", source, re.MULTILINE)
-        keys = [f"  --{k}={getattr(cls, k, '')}".ljust(40) + note if k else f"\n# {head}" for k, note, head in rows]
-        return "\n".join([usage, *keys])
+        keys = [f"  --{k}={getattr(cls, k, '')}".ljust(40) + note if k else f"# {head}" for k, note, head in rows]
+        return re.sub(r"(?m)^(  --.*\n)(?=# )", r"\1\n", "\n".join([usage, *keys]))  # a blank line above each heading
 
     parse(values, kinds, [arg for arg in argv if arg not in files], describe)
     return cls(**values), files

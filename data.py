@@ -76,7 +76,8 @@ class Shards:
         infos = [shard for shard in manifest["shards"] if shard["split"] == split]
         if not infos:
             have = ", ".join(sorted({shard["split"] for shard in manifest["shards"]}))
-            die(f"{self.dir} holds no split '{split}' (only: {have or 'nothing'}): prepare it again, with documents for both")
+            how = "prepare it again with more documents, --separator='\\n\\n' or --val_from=FILES"
+            die(f"{self.dir} holds no split '{split}' (only: {have or 'nothing'}): {how}")
         self.bytes = sum(shard["bytes"] for shard in infos)
         self.id = hashlib.sha256(json.dumps([[s["sha256_bin"], s["sha256_idx"]] for s in infos]).encode()).hexdigest()[:16]
         self.infos = [shard for shard in infos if shard["tokens"]]  # an empty file cannot be mapped

@@ -36,6 +36,7 @@ Gate = Literal["running", "lagged", "token", "static", "sequence"]
 
 @dataclass(frozen=True)
 class ModelConfig:
+    # the model (model.py)
     arch: Literal["decoder", "encoder", "encdec"] = "decoder"
     vocab_size: int = 257  # logical ids; rows are padded in memory to a multiple of 128
     n_layer: int = 6  # per stack

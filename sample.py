@@ -5,6 +5,9 @@
     git log -3 | python sample.py --ckpt=out/RUN --prompt=- --num_samples=3
     python sample.py --ckpt=out/ENCDEC --prompt="It was <extra_id_0> in Paris."
 
+--prompt=- reads the standard input, --lines makes each of its lines a prompt, --system=TEXT opens a chat, --mode=R|X|S|I names the
+denoising mode of an encoder-decoder, --allow_noncausal lets a decoder write whose gate hears later tokens.
+
 Decoding reads each token once through a KV cache. A row of a batch draws from its own random stream, so what a prompt yields does not
 depend on its neighbours. Only whole characters are printed. In Python: `sample.generate(model, tokenizer, prompt)`.
 Read next: Cache and step in model.py.

@@ -166,7 +166,7 @@ def test_help_lists_every_key_with_default_and_comment(capsys):
     assert stop.value.code == 0 and text.startswith("usage: train")
     for line in ("--n_layer=6 ", "how deep", "# shape", "--betas=(0.9, 0.95)", 'peak, "quoted = sign"', "--arch=decoder"):
         assert line in text
-    assert text.index("--n_layer") < text.index("--arch")
+    assert text.index("--arch") < text.index("--n_layer")  # what is a run's own comes before what it builds on
 
 
 def test_args(capsys):

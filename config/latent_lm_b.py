@@ -3,7 +3,7 @@
 #     python -m prepare.factqa --out=data/factqa --bpe=2048 --shards=data/facts_b
 #     python train.py config/latent_lm_a.py config/latent_lm_b.py
 #
-# Not good enough yet: it answers .87 of the questions from text, `make latent` wants .95 and stops here (LOG.md has what was tried).
+# Not good enough yet: it answers .87 of the questions from text, a fair trial wants .95 (LOG.md has what was tried).
 out = "out/latent_lm_b"
 data = {"facts": "data/facts_b/facts", "text": "data/facts_b/text"}
 vocab_size = 2048

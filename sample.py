@@ -7,7 +7,6 @@
 
 --prompt=- reads the standard input, --lines makes each of its lines a prompt, --system=TEXT opens a chat, --mode=R|X|S|I names the
 denoising mode of an encoder-decoder, --allow_noncausal lets a decoder write whose gate hears later tokens.
-
 Decoding reads each token once through a KV cache. A row of a batch draws from its own random stream, so what a prompt yields does not
 depend on its neighbours. Only whole characters are printed. In Python: `sample.generate(model, tokenizer, prompt)`.
 Read next: Cache and step in model.py.
@@ -219,9 +218,7 @@ def main(argv):
     prompt, start = sys.stdin.read() if opt.prompt == "-" else opt.prompt, [{"role": "system", "content": opt.system}] if opt.system else []
     if opt.chat and not prompt:
         return converse(lean(model.set_dtype(where.dtype)), tok, start, options)
-    prompts = prompt.splitlines() if opt.lines else [prompt]
-    if not prompts:
-        die("--lines: the prompt has no line")
+    prompts = (prompt.splitlines() if opt.lines else [prompt]) or die("--lines: the prompt has no line")
     texts, alone = prompts, len(prompts) * opt.num_samples == 1 and "<extra_id_" not in prompt
     if opt.chat:
         prompts = [start + [{"role": "user", "content": p}] for p in prompts]

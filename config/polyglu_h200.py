@@ -1,34 +1,12 @@
-"""PolyGLU 600M from scratch on one H200 (141 GB): 10.24B tokens of mathematics, STEM and code, with a causal gate.
+"""PolyGLU 600M from scratch on one H200 (141 GB): the recipe of config/polyglu_a100.py in micro-batches twice as large.
 
-    python -m prepare.text --help                                  write data/math, data/stem, data/code (Qwen3 tokenizer)
     python train.py config/polyglu_h200.py                         one GPU; torchrun --nproc_per_node=8 for more, same batches
-    python train.py config/polyglu_h200.py --resume                goes on to the bit
-    python train.py config/polyglu_h200.py --max_steps=200 --eval_every=0     a look at speed and memory
 
-597,153,888 parameters: embedding 155,309,056 (tied) + 28 x (attention 3,145,728 + FFN 12,582,912) + routing 28 x 49,320 + norms 61,952.
-A step is 128 windows of 4,096 = 524,288 tokens: 8 accumulations of 16 windows (65,536 tokens; 61-75 GB, estimated).
-19,531 steps = 10,239,868,928 tokens at 4.279 GFLOP each: 4.38e19 FLOP, 25 hours at 50 % of 989 TFLOP/s (an estimate, not measured here).
-Loss at init 12.13 = ln 151,669 + 0.2. The published run logs 4.20 at step 1,000, 2.08 at 10,000 and 1.5 at the end, with a gate that
-sees the future and data replayed after step 10,000: an indication, not a bar. Its behaviour is --gate=sequence --allow_noncausal.
-Read next: config/polyglu_sft.py, config/swiglu_baseline.py.
+8 accumulations of 16 windows (65,536 tokens; 61-75 GB, estimated) make the same 524,288 tokens a step.
+4.38e19 FLOP: 25 hours at 50 % of 989 TFLOP/s (an estimate, not measured here).
 """
 
+from config.polyglu_a100 import *
+
 out = "out/polyglu_h200"
-data = {"math": "data/math", "stem": "data/stem", "code": "data/code"}
-mix = {"math": 0.70, "stem": 0.25, "code": 0.05}
-mix_end = {"math": 0.85, "stem": 0.10, "code": 0.05}  # walked to over the last fifth: steps 15,624 to 19,531
-mix_decay_start = 0.8
-
-vocab_size = 151_669
-n_layer, n_head, n_kv_head, d_model, head_dim, d_ff = 28, 16, 8, 1024, 64, 4096
-max_len = 4096
-ffn, gate, gate_noise = "polyglu", "running", True
-tau_max, tau_min = 1.0, 0.1
-
-seq_len, tokens_per_step, micro_tokens = 4096, 524_288, 65_536
-max_steps = 19_531
-lr, warmup, schedule, min_lr_ratio = 1e-4, 2000, "cosine", 0.0
-betas, eps, weight_decay, clip = (0.9, 0.95), 1e-8, 0.1, 1.0  # alpha, norms and biases never decay
-compile = True
-log_every, eval_every, save_every, keep = 10, 1000, 1000, 3
-eval_tokens = 999_424  # 244 windows per source
+micro_tokens = 65_536

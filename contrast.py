@@ -5,7 +5,8 @@
 Pairs are rows {"query", "positive", "negatives"?} of a jsonl file or, from a directory of shards, two random crops of one document. Only
 the encoder is trained. Every query is compared with every positive and hard negative of all ranks and micro-batches, and yet one
 micro-batch of activations exists at a time: `prepare` embeds everything without gradients and keeps d loss / d vector, `sums` embeds
-again and pulls on it (gradient caching). The gradient is exactly that of the whole batch at once. Read next: model.py (Embedder, pool).
+again and pulls on it (gradient caching). The gradient is exactly that of the whole batch at once; contrast_micro = contrast_pairs, where
+it fits, spares the first pass. Read next: model.py (Embedder, pool).
 """
 
 import hashlib
@@ -161,6 +162,8 @@ def vectors(call, batch, pooling):
 def prepare(call, raw, batches):
     """Embed all without gradients; leave in each micro-batch its share of the loss and of d loss / d vector."""
     cfg, device = raw.contrast, raw.embed.weight.device
+    if len(batches) == 1 and not dist.is_initialized():
+        return  # everything is in one micro-batch: nothing to remember
     with torch.no_grad():
         found = [vectors(call, {k: v.to(device) if torch.is_tensor(v) else v for k, v in b.items()}, cfg.contrast_pooling) for b in batches]
     n = [b["queries"] for b in batches]
@@ -184,5 +187,9 @@ def counts(batch) -> dict[str, float]:
 
 def sums(call, raw, batch):
     """The second pass: its value is the loss of these queries, its gradient the whole batch's with respect to these texts."""
-    pull = (vectors(call, batch, raw.contrast.contrast_pooling) * batch["grad"]).sum()
+    cfg, x, n = raw.contrast, vectors(call, batch, raw.contrast.contrast_pooling), batch["queries"]
+    if "grad" not in batch:
+        own, key = torch.arange(n, device=x.device), batch["key"]
+        return {"loss": info_nce(x[:n], x[n:], own, key[:n], key[n:], cfg.contrast_tau, cfg.contrast_symmetric).sum()}, None
+    pull = (x * batch["grad"]).sum()
     return {"loss": pull - pull.detach() + batch["value"]}, None

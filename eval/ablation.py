@@ -1,6 +1,7 @@
 """What is a published "15x" made of? Every factor alone, every factor missing, all and none, at equal bytes; bits per byte decide.
 
-    python -m eval.ablation --out=out/ablation                      CPU size: tiny model, stdlib text, three repeats, minutes
+    python -m eval.ablation --out=out/ablation                      CPU size: a small model, stdlib text, three repeats, half an hour
+    python -m eval.ablation --out=out/ablation --texts=DIR          the same on DIR/NAME.jsonl, scored on DIR/val/NAME.jsonl
     python -m eval.ablation --out=data/three --prepare              its data alone, for config/superbpe_debug.py
     python -m eval.ablation --size=gpu --data='{"super": {"web": "data/web_t80k"}, "plain": {"web": "data/web_bpe200k"}}' --domains=data/val
 
@@ -26,14 +27,16 @@ import configurator
 import data
 import train
 from configurator import die
+from eval.controls import paired
 
 OPTIONS = {"out": str, "prepare": False, "size": "cpu", "data": "", "domains": "", "seeds": 3, "bytes": 0.0, "lrs": (1.0,), "only": ""}
+OPTIONS |= {"texts": "", "vocab": 2048}
 SIZES = {  # argv of every arm; factors that exist; bytes seen
     "cpu": (
-        ["--n_layer=2", "--n_head=4", "--n_kv_head=2", "--d_model=64", "--d_ff=192", "--qk_norm=False", "--max_len=256", "--keep=1"]
-        + ["--device=cpu", "--dtype=float32", "--fp8_emulate=True", "--weight_decay=0.1"],
+        ["--n_layer=4", "--n_head=4", "--n_kv_head=2", "--d_model=128", "--d_ff=384", "--embed_rank=64", "--qk_norm=False"]
+        + ["--max_len=256", "--keep=1", "--device=cpu", "--fp8_emulate=True", "--weight_decay=0.1", "--eval_tokens=256"],
         "TFC",
-        0.4e6,
+        1e6,
     ),
     "gpu": (["config/superbpe_197m.py", "--save_every=0", "--keep=1"], "TFCKM", 3.5e9),
 }
@@ -79,11 +82,14 @@ def write_texts(folder):
     return {kind: str(folder / f"{kind}.jsonl") for kind in kinds}
 
 
-def prepare(out, vocab=2048):
+def prepare(out, folder, vocab):
     """-> {"super": {kind: shards}, "plain": {...}}: one corpus under two tokenizers of the same size."""
     from prepare import superbpe, text
 
-    texts, made = write_texts(Path(out) / "text"), {"domains": str(Path(out) / "text" / "val")}
+    texts = {path.stem: str(path) for path in sorted(Path(folder).glob("*.jsonl"))} if folder else write_texts(Path(out) / "text")
+    if not texts:
+        die(f"--texts={folder}: no NAME.jsonl there; each is a kind of text, and val/NAME.jsonl is what it is scored on")
+    made = {"domains": str(Path(folder or Path(out) / "text") / "val")}
     for name, transition in (("super", vocab * 5 // 8), ("plain", vocab)):
         where = Path(out) / name
         made[name] = {kind: str(where / kind) for kind in texts}
@@ -195,10 +201,10 @@ def spread(values):
 
 
 def effect(with_, without):
-    """Difference of means in bits per byte, and a verdict: under two standard deviations it is none."""
-    (a, sa), (b, sb) = spread(with_), spread(without)
-    sd = math.sqrt((sa**2 + sb**2) / 2)
-    return a - b, sd, "no effect" if not abs(a - b) > 2 * sd else "better" if a < b else "worse"
+    """Mean difference in bits per byte, paired by seed, the half-width of its 95 % interval (Student's, over seeds), and a verdict: under
+    two standard deviations between repeats it is none."""
+    (mean, half), sd = paired(with_, without), math.sqrt((spread(with_)[1] ** 2 + spread(without)[1] ** 2) / 2)
+    return mean, half, "no effect" if not abs(mean) > 2 * sd else "better" if mean < 0 else "worse"
 
 
 def account(results, factors):
@@ -219,13 +225,16 @@ def account(results, factors):
     product = 1.0
     for f in factors:
         rest = last(results[joint.replace(f, "")])
-        (alone, sd1, verdict1), (missing, sd2, verdict2) = effect(last(results[f]), last(results[""])), effect(last(results[joint]), rest)
+        (alone, half1, verdict1), (more, half2, verdict2) = effect(last(results[f]), last(results[""])), effect(last(results[joint]), rest)
         speed = statistics.mean(ratio(results[""], results[f]))
         product *= speed
         lines += [
-            f"{f}: alone {alone:+.4f} bits/byte (sd {sd1:.4f}): {verdict1}; in the full system {missing:+.4f} (sd {sd2:.4f}): {verdict2};",
+            f"{f}: alone {alone:+.4f} +- {half1:.4f} bits/byte: {verdict1}; in the full system {more:+.4f} +- {half2:.4f}: {verdict2};",
             f"   way to target alone {speed:.2f}x, claimed {CLAIMS[f]}x",
         ]
+        for d in domains:
+            mean, half, verdict = effect(*([r["final"][d] for r in results[arm]] for arm in (f, "")))
+            lines.append(f"   {d}: {mean:+.4f} +- {half:.4f}: {verdict}")
     both, claimed = ratio(results[""], results[joint]), math.prod(CLAIMS[f] for f in factors)
     lines.append(f"product of single factors {product:.2f}x; claimed {claimed:.1f}x for these, 15x for all")
     lines.append(f"together measured {statistics.mean(both):.2f}x, interval {min(both):.2f} to {max(both):.2f}")
@@ -239,7 +248,7 @@ def main(argv):
     if o.size == "gpu" and not o.data:
         die('--size=gpu needs --data=\'{"super": {name: shards}, "plain": {name: shards}}\', the same text under both tokenizers')
     _, factors, total = SIZES[o.size]
-    total, made = o.bytes or total, ast.literal_eval(o.data) | {"domains": o.domains} if o.data else prepare(o.out)
+    total, made = o.bytes or total, ast.literal_eval(o.data) | {"domains": o.domains} if o.data else prepare(o.out, o.texts, o.vocab)
     if o.prepare:
         return
     joint = "".join(factors)

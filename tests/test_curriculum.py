@@ -290,9 +290,6 @@ def test_mistakes_stop_with_one_line(argv, words, capsys):
 # ---- a run through a table ----------------------------------------------------------------------------------------------
 
 
-# ---- a run through a table ----------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
     root = tmp_path_factory.mktemp("shards")
@@ -493,8 +490,10 @@ def test_account_of_the_ablation():
         return [rates | {"final": {"web": e, "mean": e}, "curve": [[10 / speed, 4.0], [20 / speed, e]]} for e in ends]
 
     assert ablation.time_to([[1, 4.0], [3, 2.0]], 3.0) == 2 and ablation.time_to([[1, 4.0]], 3.0) == math.inf
+    assert ablation.effect([1.0, 1.02, 1.01], [1.2, 1.21, 1.23])[:2] == pytest.approx((-0.2033, 4.303 * 0.01528 / 3**0.5), rel=1e-3)
     assert ablation.effect([1.0, 1.01], [1.2, 1.21])[2] == "better" and ablation.effect([1.2, 1.3], [1.25, 1.3])[2] == "no effect"
     results = {"": runs(1, 2.0), "T": runs(2, 1.5), "F": runs(1, 2.0), "TF": runs(2, 1.5)}
     text = "\n".join(ablation.account(results, "TF"))
-    assert "T: alone -0.5000 bits/byte" in text and "better" in text and "F: alone +0.0000" in text and "no effect" in text
+    assert "T: alone -0.5000 +- 0.0000 bits/byte: better" in text and "F: alone +0.0000 +- 0.0000 bits/byte: no effect" in text
+    assert "   web: -0.5000 +- 0.0000: better" in text
     assert "claimed 3.2x for these" in text and "together measured 2." in text

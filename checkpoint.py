@@ -78,7 +78,9 @@ def steps(run) -> dict[int, Path]:
 
 def lock(run):
     """Hold the run directory until the returned file is closed or the process ends; a second holder is refused."""
-    os.makedirs(run, exist_ok=True)
+    if not os.path.isdir(run):
+        os.makedirs(run, exist_ok=True)
+        sync(Path(run).parent)
     handle = open(Path(run) / ".lock", "a+")  # noqa: SIM115
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -161,6 +163,7 @@ def rotate(run, step, keep):
     for s, path in found.items():
         if s > step or (s not in kept and path.name != best):
             os.replace(path, run / f".tmp-{path.name}-old")  # a folder is whole or absent, also while it is deleted
+    sync(run)  # a power cut between may bring back what is deleted below, never take what replaces it
     for old in run.glob(".tmp-step-*-old"):
         shutil.rmtree(old)
     if best and not (run / best).exists():
@@ -198,7 +201,6 @@ def save(run, step, model, optimizer, state: dict, keep, metric=None, is_best=Fa
         if final.exists():
             os.replace(final, run / f".tmp-{name}-old")
         os.replace(new, final)
-        sync(run)
         if is_best:
             point(run / "best", name)
         rotate(run, step, keep)

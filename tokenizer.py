@@ -196,7 +196,7 @@ def hf(raw, folder):
     if eos is None:
         die(f"{folder}: no token ends a document; name an added token as eos_token in {folder}/tokenizer_config.json")
     superwords = [t.replace("Ġ", " ") for t in vocab if SUPERWORD.search(t)][-64:] if byte_level else []
-    run = lambda text: fast.encode(text, add_special_tokens=False).ids  # noqa: E731
+    run = lambda text: fast.encode_batch_fast([text], add_special_tokens=False)[0].ids  # noqa: E731 (1.3x encode(), which finds offsets)
     if superwords and all(len(run(t)) > 1 for t in superwords):
         die(f"{folder}: the split in tokenizer.json never makes the token {superwords[-1]!r}; keep vocab.json and merges.txt alone")
     if leaks := [s for s in special if special[s] in run(f"a {s} b")]:

@@ -34,6 +34,7 @@ def begin(job, folder, scratch):
 
 
 def begin_process(*what):
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism: no pool of threads in each
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops us
     parent = multiprocessing.parent_process()  # and if it is killed, nobody would
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
@@ -111,13 +112,20 @@ class Writer:
         self.tokens = self.documents = self.bytes = 0
 
 
+def sync(path):
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
 def write_json(path, value):
-    """Whole or not at all."""
+    """Whole or not at all, and after the files that it speaks of: their names, too, must outlive a power cut."""
     with open(path + ".tmp", "w", encoding="utf-8") as f:
         json.dump(value, f, indent=1, sort_keys=True)
-        f.flush()
-        os.fsync(f.fileno())
+    sync(path + ".tmp")
+    sync(os.path.dirname(path))
     os.replace(path + ".tmp", path)
+    sync(os.path.dirname(path))
 
 
 def build(out, tok, tasks, job, settings, shard_tokens, max_tokens=0, max_documents=0, workers=0, part=(0, 1), total=0):
@@ -136,7 +144,9 @@ def build(out, tok, tasks, job, settings, shard_tokens, max_tokens=0, max_docume
         if path == manifest_path:
             return note, 0, 0
     os.makedirs(out, exist_ok=True)
-    tok.save(os.path.join(out, "tokenizer"))
+    tok.save(folder := os.path.join(out, "tokenizer"))
+    for path in (*(os.path.join(folder, name) for name in os.listdir(folder)), folder, os.path.dirname(os.path.abspath(out))):
+        sync(path)
     for old in glob.glob(os.path.join(out, f"scratch{mark}.*")):
         shutil.rmtree(old)
     scratch = os.path.join(out, f"scratch{mark}.{os.getpid()}")
@@ -148,7 +158,7 @@ def build(out, tok, tasks, job, settings, shard_tokens, max_tokens=0, max_docume
     workers = workers or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count()))
     workers = min(workers, total // CHUNK + 1) if total else workers
     bar = tqdm(total=total or None, unit="B", unit_scale=True, disable=None, desc=os.path.basename(os.path.normpath(out)))
-    what = (job, os.path.join(out, "tokenizer"), scratch)
+    what = (job, folder, scratch)
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), begin_process, what) if workers > 1 else None
     waiting, started, noted, read, full = collections.deque(), time.monotonic(), time.monotonic(), 0, False
 

@@ -145,28 +145,103 @@ def reference(shards, tmp_path_factory):
 # ---- kill -9 ------------------------------------------------------------------------------------------------------------
 
 
+CHANGES = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.symlink", "os.listdir")
+
+
 def kill_at_file_operation(out, number, power_cut=False):
     """SIGKILL right before the number-th operation on a file of the run: between any two steps of a save, a rotation, a link.
-    A power cut also takes what was written since a file was last synced: all of it, here."""
-    seen, fsync = [0], os.fsync
-    safe = {path.stat().st_ino: path.stat().st_size for path in Path(out).rglob("*") if path.is_file()}
-
-    def remember(handle):
-        fsync(handle)
-        safe[os.fstat(handle).st_ino] = os.fstat(handle).st_size
+    A power cut leaves no more than a file system promises, see `Disk`."""
+    seen, disk = [0], Disk(out) if power_cut else None
 
     def hook(event, args):
-        if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.symlink", "os.listdir") and args:
-            if any(isinstance(a, (str, bytes, os.PathLike)) and os.fsdecode(a).startswith(str(out)) for a in args[:2]):
-                seen[0] += 1
-                if seen[0] == number:
-                    for path in Path(out).rglob("*") if power_cut else ():
-                        if path.is_file():
-                            os.truncate(path, min(path.stat().st_size, safe.get(path.stat().st_ino, 0)))
-                    os.kill(os.getpid(), signal.SIGKILL)
+        if event in CHANGES and any(path.startswith(str(out)) for path in paths(event, args)):
+            seen[0] += 1
+            if seen[0] == number:
+                if disk:
+                    disk.cut(random.Random(number))
+                os.kill(os.getpid(), signal.SIGKILL)
 
-    os.fsync = remember
     sys.addaudithook(hook)
+
+
+def paths(event, args):
+    """What an operation names, also where it names it relative to an open folder, as shutil.rmtree does."""
+    if event in ("os.remove", "os.rmdir") and args[1] != -1:
+        return [os.readlink(f"/proc/self/fd/{args[1]}") + "/" + os.fsdecode(args[0])]
+    return [os.fsdecode(a) for a in args[:2] if isinstance(a, (str, bytes, os.PathLike))]
+
+
+class Disk:
+    """What a power cut leaves: of a file what it held when it was last synced, of a folder the names it held when it was last synced.
+    Everything else may be there or not: half of the cuts lose all of it, the others what chance decides, folder by folder."""
+
+    def __init__(self, out):
+        self.out, self.store = str(out), f"{out}.disk"  # links in the store keep what is deleted, and its inode number
+        self.sizes, self.names, self.held = {}, {}, []
+        os.makedirs(self.store, exist_ok=True)
+        self.known = os.path.isdir(out)
+        for folder, _, files in os.walk(out):
+            for name in files:
+                self.synced(os.path.join(folder, name))
+            self.synced(folder)
+        plain = os.fsync
+        os.fsync = lambda handle: (plain(handle), self.synced(os.readlink(f"/proc/self/fd/{handle}")))
+
+    def keep(self, path, ino):
+        if not os.path.exists(f"{self.store}/{ino}"):
+            os.link(path, f"{self.store}/{ino}")
+
+    def synced(self, path):
+        if path == os.path.dirname(self.out):
+            self.known = os.path.isdir(self.out)
+        if not path.startswith(self.out) or os.path.islink(path):
+            return
+        ino = os.stat(path).st_ino
+        if os.path.isdir(path):
+            self.names[ino] = self.list(path)
+            self.held.append(os.open(path, os.O_PATH))  # while it is open no other folder gets its number
+        else:
+            self.keep(path, ino)
+            self.sizes[ino] = os.path.getsize(path)
+
+    def list(self, path):
+        """{name: (kind, inode or target of the link)} of a folder; its files are kept."""
+        found = {}
+        for entry in os.scandir(path):
+            kind = "link" if entry.is_symlink() else "folder" if entry.is_dir() else "file"
+            found[entry.name] = kind, os.readlink(entry.path) if kind == "link" else entry.inode()
+            if kind == "file":
+                self.keep(entry.path, entry.inode())
+        return found
+
+    def cut(self, rng):
+        """Rebuild the folder as the disk has it."""
+        self.rng, self.all = rng, rng.random() < 0.5
+        self.now = {os.stat(folder).st_ino: self.list(folder) for folder, _, _ in os.walk(self.out)} if os.path.isdir(self.out) else {}
+        if self.now:
+            new, root = self.out + ".cut", os.stat(self.out).st_ino
+            if self.known or not self.lost():
+                self.rebuild(root, new)
+            os.rename(self.out, f"{self.store}/old")
+            if os.path.isdir(new):
+                os.rename(new, self.out)
+        shutil.rmtree(self.store)
+
+    def lost(self):
+        return self.all or self.rng.random() < 0.5
+
+    def rebuild(self, ino, new):
+        os.mkdir(new)
+        at_last_sync, now = self.names.get(ino, {}), self.now.get(ino)
+        for name, (kind, what) in (at_last_sync if now is None or self.lost() else now).items():
+            if kind == "link":
+                os.symlink(what, f"{new}/{name}")
+            elif kind == "folder":
+                self.rebuild(what, f"{new}/{name}")
+            else:
+                size, safe = os.path.getsize(f"{self.store}/{what}"), self.sizes.get(what, 0)
+                shutil.copyfile(f"{self.store}/{what}", f"{new}/{name}")
+                os.truncate(f"{new}/{name}", safe if self.lost() or size <= safe else self.rng.randint(safe, size))
 
 
 def test_kill_9_anywhere_loses_nothing(shards, reference, tmp_path):
@@ -178,7 +253,7 @@ def test_kill_9_anywhere_loses_nothing(shards, reference, tmp_path):
         if kills >= wanted:
             process = start(argv, log)
         elif rng.random() < 0.5:
-            process = start(argv, log, kill_at_file_operation, out, rng.randint(1, 180), rng.random() < 0.5)
+            process = start(argv, log, kill_at_file_operation, out, rng.randint(1, 250), rng.random() < 0.5)
         else:
             process = start(argv, log)
             process.join(rng.uniform(0.02, 1.0))

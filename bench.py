@@ -11,6 +11,8 @@ process's CPU seconds instead of the wall's: the figure to use with --threads=1 
 Read next: LOG.md for what was measured, model.py and kernels.py for what is being measured.
 """
 
+import prelude  # isort: skip  # noqa: F401
+
 import importlib.metadata
 import importlib.util
 import json
@@ -57,8 +59,6 @@ SHAPES = {
 
 def qwen3(keys, where):
     """The peer: the same architecture in transformers, fp32 masters."""
-    if not importlib.util.find_spec("transformers"):
-        die("bench: the peer is missing; pip install 'transformers>=5.2' (make bench does)")
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     names = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "d_model": "hidden_size", "d_ff": "intermediate_size"}

@@ -10,6 +10,8 @@ as stock Qwen3, Qwen2 or Llama classes and PolyGLU models with modeling_polyglu.
 left over, a parameter left empty or a config field that would change the model stops with one line. Read next: checkpoint.py.
 """
 
+import prelude  # isort: skip  # noqa: F401
+
 import dataclasses
 import json
 import shutil

@@ -12,7 +12,10 @@ depend on its neighbours. Only whole characters are printed. In Python: `sample.
 Read next: Cache and step in model.py.
 """
 
+import prelude  # isort: skip  # noqa: F401
+
 import dataclasses
+import functools
 import sys
 import time
 
@@ -24,7 +27,7 @@ import configurator
 import machine
 import tokenizer as tokenizers
 from configurator import die
-from model import Embedding, Linear, Transformer, flat
+from model import Attention, Embedding, Linear, Transformer, flat
 from prepare.prompts import Printer, chat_ids, hole_ids, prefix_ids, splice, stop_ids
 
 
@@ -161,10 +164,13 @@ def lean(model, rows=1):
         if isinstance(module, (Linear, Embedding)):
             module.weight.data = module.weight.data.to(model.dtype)
         if fast and isinstance(module, Linear):
-            module.matmul = laid_out(module.weight, rows)
+            module.forward = functools.partial(laid_out(module.weight, rows), bias=module.bias)
+        if isinstance(module, Attention) and module.normed:
+            module.qk_weight = functools.partial(lambda w: w, module.qk_weight().detach())
+        module.__dict__.update(module._modules | module._parameters)
     if fast:
         head = laid_out(model.head_weight, rows)
-        model.predict = lambda hidden: head(model.head_input(hidden), model.head_weight, None)[..., : model.cfg.vocab_size].float()
+        model.predict = lambda hidden: head(model.head_input(hidden), None)[..., : model.cfg.vocab_size].float()
     return model
 
 
@@ -173,8 +179,8 @@ def laid_out(weight, rows):
         if weight.shape[0] >= weight.shape[1]:
             weight.data = weight.data.t().contiguous().t()
         return F.linear
-    packed, run = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows), torch.ops.mkldnn._linear_pointwise
-    return lambda x, _, bias: run(x, packed, None if bias is None else bias.to(x.dtype), "none", [], "")
+    packed, run = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows), torch.ops.mkldnn._linear_pointwise.default
+    return lambda x, bias: run(x, packed, bias, "none", [], "")
 
 
 # ---------------------------------------------------------------------------------------------------------------- command line

@@ -11,6 +11,8 @@ exact mean over all trained tokens of the global batch: how it is cut into micro
 Read next: model.py (what is trained), data.py (the batches), optim.py (the plan of a run), checkpoint.py (what is saved).
 """
 
+import prelude  # isort: skip  # noqa: F401
+
 import errno
 import json
 import math

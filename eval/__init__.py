@@ -3,6 +3,8 @@
 Each is run as a module: `python -m eval.perplexity --ckpt=out/RUN`. Read next: perplexity.py, the simplest of them.
 """
 
+import prelude  # isort: skip  # noqa: F401
+
 import dataclasses
 import json
 import math

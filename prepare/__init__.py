@@ -1,0 +1,1 @@
+import prelude  # noqa: F401

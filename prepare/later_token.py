@@ -52,4 +52,4 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(print(__doc__) if sys.argv[1:] in ([], ["--help"]) else main(sys.argv[1]))

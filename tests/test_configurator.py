@@ -1,14 +1,20 @@
 """configurator.py: what is accepted, what dies, and that every death is one line with exit code 2."""
 
 import json
+import os
+import re
+import resource
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Literal
 
 import pytest
 
 import configurator
+
+ROOT = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,9 @@ def test_accepts(arg, key, value):
     ("arg", "words"),
     [
         ("--n_layers=3", ["'n_layers'", "'n_layer'"]),
-        ("--learning_rate=3", ["unknown key", "did you mean"]),
+        ("--learning_rate=3", ["unknown key", "did you mean 'lr'"]),
+        ("--zzz=3", ["unknown key 'zzz'; --help lists every key"]),
+        ("--a(b=3", ["unknown key 'a(b'"]),
         ("--n_layer=1.5", ["n_layer", "1.5", "int"]),
         ("--n_layer=True", ["n_layer", "int"]),
         ("--n_layer=1e3", ["int"]),
@@ -184,6 +192,84 @@ def test_args(capsys):
     assert stop.value.code == 0 and text.startswith("what it does") and "--top_k=0" in text and "--ckpt=REQUIRED" in text
 
 
-def test_import_is_light():
-    code = "import sys, configurator; assert not {'torch', 'numpy'} & set(sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+# ---- what every command begins with (prelude.py)
+
+
+def commands():
+    """train.py and every other file that can be run, as `python FILE` or `python -m PACKAGE.FILE`."""
+    files = [*ROOT.glob("*.py"), *ROOT.glob("prepare/*.py"), *ROOT.glob("eval/*.py")]
+    return sorted(str(f.relative_to(ROOT)) for f in files if '__name__ == "__main__"' in f.read_text())
+
+
+def test_names_of_other_programs_lead_to_ours():
+    from train import Config
+
+    ours = {f.name for f in fields(Config)} | {"ckpt", "prompt"}
+    for pair in configurator.NAMES.split(","):
+        theirs, name = pair.split()
+        assert name in ours and theirs not in ours
+
+
+def test_help_of_every_command_at_once_and_without_torch():
+    """All in one process, since each must do without whatever is not Python's; three of them are also run as a user does."""
+    code = """
+import contextlib, io, runpy, sys
+sys.orig_argv.append("--help")
+import prelude
+for file in sys.argv[1:]:
+    sys.argv, out = [file, "--help"], io.StringIO()
+    with contextlib.redirect_stdout(out):
+        try:
+            runpy.run_path(file, run_name="__main__")
+        except SystemExit as end:
+            assert not end.code, (file, end.code)
+    text = out.getvalue()
+    assert text.count("\\n") > 4 and "<module" not in text and "object at" not in text, (file, text)
+assert not {m for m in sys.modules if m.startswith(("torch", "numpy", "lm_eval")) and not isinstance(sys.modules[m], prelude.Blank)}
+"""
+    assert len(commands()) > 25
+    done = subprocess.run([sys.executable, "-c", code, *commands()], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for command in (["train.py"], ["-m", "eval.harness"], ["-m", "prepare.factqa"]):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run([sys.executable, *command, "--help"], cwd=ROOT, capture_output=True, text=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert done.returncode == 0 and not done.stderr and "--out=" in done.stdout
+        assert after.ru_utime - before.ru_utime < 1, command  # 0.2 s; torch alone is 1.5 s and more
+
+
+@pytest.mark.parametrize(
+    ("package", "argv", "extra"),
+    [
+        ("pyarrow", ["prepare/text.py", "--from={tmp}/x.parquet", "--out={tmp}/out", "--tokenizer=bytes", "--workers=2"], "'.[data]'"),
+        ("lm_eval", ["eval/harness.py", "--ckpt=x", "--tasks=y"], "'.[eval]'"),
+        ("torch", ["sample.py", "--ckpt=x"], "."),
+    ],
+)
+def test_a_missing_package_is_one_line_with_its_extra(package, argv, extra, tmp_path):
+    (tmp_path / "x.parquet").write_bytes(b"PAR1")
+    code = f"import prelude, runpy, sys; del sys.argv[0]; sys.modules['{package}'] = None; runpy.run_path(sys.argv[0], run_name='__main__')"
+    argv = [word.format(tmp=tmp_path) for word in argv]
+    done = subprocess.run([sys.executable, "-c", code, *argv], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == f"{package} is not installed: pip install -e {extra}\n", done.stderr
+
+
+def test_every_foreign_package_stands_in_pyproject():
+    known = (ROOT / "pyproject.toml").read_text().replace("-", "_")
+    for file in [*ROOT.glob("*.py"), *ROOT.glob("prepare/*.py"), *ROOT.glob("eval/*.py")]:
+        for name in re.findall(r"^ *(?:import|from) (\w+)", file.read_text(), re.MULTILINE):
+            ours = (ROOT / name).exists() or (ROOT / f"{name}.py").exists()
+            assert ours or name in {*sys.stdlib_module_names, "triton"} or f'"{name}' in known, (file, name)
+
+
+def test_a_closed_pipe_is_no_error():
+    for unbuffered in ("", "1"):
+        env = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+        with subprocess.Popen([sys.executable, "train.py", "--help"], cwd=ROOT, env=env, stdout=-1, stderr=-1) as run:
+            run.stdout.close()
+            assert run.stderr.read() == b""
+
+
+def test_other_errors_keep_their_traceback():
+    done = subprocess.run([sys.executable, "-c", "import prelude; import no_such_thing"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" in done.stderr and "no_such_thing" in done.stderr

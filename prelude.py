@@ -1,0 +1,86 @@
+"""What every command begins with, before any other import: --help at once, a missing package in one line, a closed pipe in silence.
+
+    import prelude      the first line of train.py, sample.py, hub.py, bench.py, and of the packages prepare and eval
+
+torch takes a second and more to import, and --help needs nothing of it: then whatever is neither Python's nor ours is stood in for.
+An error that no line of ours caused keeps its traceback. Read next: configurator.py.
+"""
+
+import atexit
+import os
+import re
+import sys
+import types
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from typing import NoReturn
+
+HERE = Path(__file__).parent
+
+
+def die(msg) -> NoReturn:
+    print(" ".join(str(msg).split()), file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+class Blank(types.ModuleType):
+    """In place of a module, and of anything in it, that is named but never used."""
+
+    __path__ = ()
+
+    def __getattr__(self, name):
+        return None if name[:2] == "__" else Blank(name)
+
+    def __call__(self, *args, **keys):
+        return args[0] if args and isinstance(args[0], types.FunctionType) else self  # a decorator gives the function back
+
+    def __mro_entries__(self, bases):
+        return ()
+
+    def __or__(self, other):
+        return self
+
+    __ror__ = __getitem__ = __or__
+
+
+class Blanks:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        top = name.partition(".")[0]
+        if top not in sys.stdlib_module_names and not any((HERE / file).exists() for file in (top, f"{top}.py")):
+            return ModuleSpec(name, Blanks, is_package=True)
+
+    @staticmethod
+    def create_module(spec):
+        return Blank(spec.name)
+
+    @staticmethod
+    def exec_module(module):
+        pass
+
+
+def last_words(kind, error, trace):
+    if issubclass(kind, BrokenPipeError) and flush("\n"):
+        raise SystemExit(1)
+    top = (getattr(error, "name", None) or "").partition(".")[0]
+    listed = re.findall(r"^(\w+) = \[([^]]*)\]", (HERE / "pyproject.toml").read_text(), re.MULTILINE)
+    extra = [name for name, packages in listed if re.search(rf'"{top}\W'.replace("_", "[-_]"), packages)]
+    if issubclass(kind, ModuleNotFoundError) and extra:
+        what = "." if extra[0] == "dependencies" else f"'.[{extra[0]}]'"
+        die(f"{top} is not installed: pip install -e {what}")
+    sys.__excepthook__(kind, error, trace)
+
+
+def flush(more=""):
+    """Whether the reader of our output is gone (`| head -1`); nothing more is written then."""
+    try:
+        print(end=more, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return True
+
+
+if {"--help", "-h"} & set(sys.orig_argv):
+    sys.meta_path.insert(0, Blanks)
+sys.excepthook = last_words
+atexit.register(flush)

@@ -226,7 +226,7 @@ def build_optimizer(model, cfg):
         if by_muon:
             if any(hasattr(params[n], "full_tensor") for n in names):
                 die("optimizer=muon needs whole matrices; use --parallel=ddp, or --optimizer=adamw with fsdp")
-            group |= {"muon": cfg.muon_lr / cfg.lr, "momentum": cfg.muon_momentum, "parts": [fused_parts(n, params[n], cfg) for n in names]}
+            group |= {"muon": cfg.muon_lr / cfg.lr, "momentum": cfg.muon_momentum, "parts": [fused_parts(model, n) for n in names]}
         groups.append(group)
         lines.append(f"{kind:<14} {len(names):7} {sum(params[n].numel() for n in names):14,} {decay:6g}  {'muon' if by_muon else 'adamw'}")
     assert sorted(n for g in groups for n in g["names"]) == sorted(params), "groups must partition the parameters"
@@ -235,6 +235,6 @@ def build_optimizer(model, cfg):
     return (Muon if cfg.optimizer == "muon" else torch.optim.AdamW)(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
 
 
-def fused_parts(name, p, cfg):  # row counts of the separate matrices that a fused weight holds
-    qkv = [cfg.n_head * cfg.width_head] + 2 * [cfg.kv_heads * cfg.width_head]
-    return qkv if name.endswith(".attn.qkv.weight") else [len(p) // 2] * 2 if name.endswith(".ffn.gate_up.weight") else [len(p)]
+def fused_parts(model, name):  # row counts of the separate matrices that a fused weight holds; a copied reader has heads of its own
+    at, rows = model.get_submodule(name.rsplit(".", 2)[0]), len(model.get_parameter(name))
+    return [n * at.width for n in (at.n_head, at.n_kv, at.n_kv)] if ".qkv." in name else [rows // 2] * 2 if ".gate_up." in name else [rows]

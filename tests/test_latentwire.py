@@ -321,6 +321,7 @@ def run_train(models, out, *more, **changed):
         log_every=1,
         warmup=2,
         dtype="float32",
+        optimizer="muon",  # the copied reader has other heads than the run's own settings
     )
     train.main([f"--{k}={v}" for k, v in (keys | changed).items()] + list(more))
     return {p.name: (p / "model.safetensors").read_bytes() for p in out.glob("step-*")}

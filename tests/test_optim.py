@@ -309,11 +309,11 @@ def test_muon_equals_torch_on_whole_matrices_and_adamw_elsewhere():
 
 
 def test_muon_splits_fused_matrices_into_their_own_parts():
-    cfg = Config(**TINY, optimizer="muon")
+    model = build(Config(**TINY, optimizer="muon"))
     fused = torch.nn.Parameter(torch.randn(64, 32))
-    parts = optim.fused_parts("decoder.blocks.0.attn.qkv.weight", fused, cfg)
-    assert parts == [32, 16, 16] and optim.fused_parts("x.ffn.gate_up.weight", fused, cfg) == [32, 32]
-    assert optim.fused_parts("x.ffn.down.weight", fused, cfg) == [64]
+    parts = optim.fused_parts(model, "decoder.blocks.0.attn.qkv.weight")
+    assert parts == [32, 16, 16] and optim.fused_parts(model, "decoder.blocks.0.ffn.gate_up.weight") == [48, 48]
+    assert optim.fused_parts(model, "decoder.blocks.0.ffn.down.weight") == [32]
     whole = [torch.nn.Parameter(part.clone()) for part in fused.detach().split(parts)]
     fused.grad = torch.randn(64, 32)
     for p, g in zip(whole, fused.grad.split(parts), strict=True):

@@ -12,6 +12,7 @@ Read next: `Linear` in model.py, then precision.py.
 
 import contextlib
 import functools
+import math
 from types import SimpleNamespace
 
 import torch
@@ -153,12 +154,12 @@ def refresh(model, step=True):
     state = getattr(model, "fp8", None)
     if not state:
         return
-    for one in state.ones:
-        weight = one.linear.weight
-        scale = scale_of(weight.abs().amax().float(), E4M3, state.margin)
+    weights = [one.linear.weight for one in state.ones]
+    for one, weight, amax in zip(state.ones, weights, torch._foreach_norm(weights, math.inf) if weights else (), strict=True):
+        scale = scale_of(amax.float(), E4M3, state.margin)
         one.wq.copy_(cast(weight, scale, E4M3))
         one.wqt.copy_(one.wq.t())
-        one.inv.copy_(scale.reciprocal() + weight.abs().amax() * 0)
+        one.inv.copy_(scale.reciprocal() + amax * 0)
         one.version = weight._version
         state.casts += 1
     if not (step and state.delayed and state.ones and state.on):

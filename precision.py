@@ -70,8 +70,9 @@ def resolve(cfg, hw):
     if cfg.fp8_recipe == "block" and (cfg.precision != "te" or hw.capability != (9, 0) or hw.toolkit < (12, 9)):
         cuda = ".".join(map(str, hw.toolkit))
         die(f"fp8_recipe=block needs precision=te, capability 9.0 and CUDA 12.9; {asked}, CUDA {cuda}: use --fp8_recipe=current")
-    if cfg.fp8_attention and not (cfg.precision == "te" and cfg.te_block and hw.capability >= (9, 0) and hw.cudnn):
-        die(f"fp8_attention needs precision=te, te_block, Hopper and cuDNN attention; {asked}: use --fp8_attention=False")
+    fits = cfg.precision == "te" and cfg.te_block and hw.capability >= (9, 0) and hw.cudnn and cfg.fp8_recipe != "block"
+    if cfg.fp8_attention and not fits:
+        die(f"fp8_attention needs precision=te, te_block, Hopper, cuDNN attention and no block scaling; {asked}: use --fp8_attention=False")
     used, why = cfg.precision, []
     if used == "te" and not hw.te:
         used, why = "fp8", ["transformer_engine is not installed"]
@@ -108,7 +109,9 @@ def report(model, cfg, hw, stages, plain):
     lines = [
         f"  {cfg.fp8_format}, {cfg.fp8_recipe} scaling, {cfg.fp8_mode}, from step {cfg.fp8_start_step}" + ("" if hw.cuda else ", emulated")
     ]
-    if not cfg.compile:
+    if model.fp8.used == "te":
+        lines.append("  TransformerEngine's modules run as they are" + ", between compiled parts" * cfg.compile)
+    elif not cfg.compile:
         lines.append("  compile=False: the casts are not fused, so FP8 will be slower than bf16")
     flops = {"FP8": 0.0, plain: 0.0, "fp32": 0.0}
     for name, linear in linears(model).items():
@@ -155,13 +158,14 @@ def info(cfg=None):
 # ---- TransformerEngine --------------------------------------------------------------------------------------------------
 # Written against the source of 2.20.2; no kernel of it has been launched from this file. Its modules borrow our parameters, so that
 # masters, names and checkpoints stay ours, and they are never registered: `_extra_state` (a pickle) is neither saved nor loaded.
+# torch.compile leaves them out: inside a graph 2.20.2 refuses delayed scaling, and most of its modules break the graph anyway.
 
 
 def te_import():
     """Present but broken stops the run: falling back would report another system's speed under its name."""
     try:
         import transformer_engine.pytorch as te
-    except (ImportError, OSError) as error:
+    except (ImportError, OSError, RuntimeError) as error:
         pair = f"torch {torch.__version__}, CUDA {torch.version.cuda}, cuBLAS {version('nvidia-cublas', 'nvidia-cublas-cu12')}"
         te = version("transformer-engine", "transformer-engine-cu13", "transformer-engine-cu12")
         die(f"transformer_engine {te} does not load beside {pair}: {error}; 2.12.0 and 2.20.2 load beside torch 2.11 and CUDA 13.0")
@@ -189,6 +193,8 @@ def te_recipe(cfg):
 def te_apply(model, cfg, state, tokens):
     te, m = te_import(), model.cfg
     state.te, state.recipe = te, te_recipe(cfg)
+    if m.remat:
+        die(f"precision=te cannot recompute blocks (remat={m.remat}): its scope ends with the forward; use --remat=0, or --precision=fp8")
     if not cfg.te_block:
         for name, linear in linears(model).items():
             n, k = linear.weight.shape
@@ -198,14 +204,14 @@ def te_apply(model, cfg, state, tokens):
                 twin.weight = linear.weight
                 if linear.bias is not None:
                     twin.bias = linear.bias
-                linear.matmul = functools.partial(te_matmul, state, twin)
+                linear.matmul = functools.partial(torch.compiler.disable(te_matmul), state, twin)
                 state.uses[name] = use
                 state.twins.append(twin)
         return
     odd = [
         k for k, bad in {"arch": m.arch != "decoder", "ffn": m.ffn != "swiglu" or m.act != "silu", "qkv_bias": m.qkv_bias}.items() if bad
     ]
-    odd += [k for k, bad in {"rope_bf16": m.rope_bf16, "remat": m.remat}.items() if bad] + ["micro_tokens"] * bool(tokens % 16)
+    odd += ["rope_bf16"] * m.rope_bf16 + ["micro_tokens"] * bool(tokens % 32)
     if odd:
         die(f"te_block=True cannot express {odd[0]}={getattr(cfg, odd[0])}: use --te_block=False")
     angle = torch.arange(m.max_len, device=model.inv_freq.device)[:, None] * model.inv_freq
@@ -224,7 +230,7 @@ def te_apply(model, cfg, state, tokens):
         mlp.fc1_weight, mlp.fc2_weight = block.ffn.gate_up.weight, block.ffn.down.weight  # gate first in both
         if m.qk_norm:
             attn.q_norm.weight, attn.k_norm.weight = block.attn.q_norm.weight, block.attn.k_norm.weight
-        block.forward = functools.partial(te_block, state, layer, block.forward, cfg.doc_mask)
+        block.forward = functools.partial(torch.compiler.disable(te_block), state, layer, block.forward, cfg.doc_mask)
         state.blocks.append(block)
         state.twins.append(layer)
 
@@ -234,7 +240,7 @@ def te_matmul(state, twin, x, weight, bias):
         return state.plain(x, weight, bias)
     flat = x.reshape(-1, x.shape[-1])
     with torch.autocast("cuda", torch.bfloat16):  # else it refuses fp32 weights
-        y = twin(F.pad(flat, (0, 0, 0, -flat.shape[0] % 16)))[: flat.shape[0]]
+        y = twin(F.pad(flat, (0, 0, 0, -flat.shape[0] % 32)))[: flat.shape[0]]  # mxfp8 wants 32, the others 16
     return y.to(x.dtype).reshape(*x.shape[:-1], -1)
 
 
@@ -257,7 +263,8 @@ def te_scope(state):
 
 
 def te_modules(state):
-    return [m for twin in state.twins for m in twin.modules() if "num_gemms" in getattr(m, "fp8_meta", ()) or hasattr(m, "weight_names")]
+    """Every module with scales of its own, in an order that does not depend on whether it has run yet."""
+    return [m for twin in state.twins for m in twin.modules() if hasattr(m, "fp8_meta")]
 
 
 def te_tensors(state):
@@ -271,11 +278,12 @@ def te_tensors(state):
     return {f"te.{i}.{side}.{key}": getattr(s, key).float() for i, side, s in found for key in ("scale", "amax_history")}
 
 
+@torch.no_grad()
 def te_load(state, tensors):
-    for i, module in enumerate(te_modules(state)):
-        if f"te.{i}.fwd.scale" in tensors:
-            module.fp8_meta["num_gemms"] = len(tensors[f"te.{i}.fwd.scale"]) // 3  # input, weight, output of each
-            module.init_fp8_meta_tensors(state.recipe)
-            for side in ("fwd", "bwd"):
-                for key in ("scale", "amax_history"):
-                    getattr(module.fp8_meta[f"scaling_{side}"], key).copy_(tensors[f"te.{i}.{side}.{key}"])
+    with state.te.autocast(enabled=True, recipe=state.recipe):  # outside of it the modules would ask for the default recipe
+        for i, module in enumerate(te_modules(state)):
+            if f"te.{i}.fwd.scale" in tensors:
+                module.init_fp8_metadata(num_gemms=len(tensors[f"te.{i}.fwd.scale"]) // 3)  # input, weight, output of each
+                for side in ("fwd", "bwd"):
+                    for key in ("scale", "amax_history"):
+                        getattr(module.fp8_meta[f"scaling_{side}"], key).copy_(tensors[f"te.{i}.{side}.{key}"])

@@ -4,9 +4,9 @@
     python -m prepare.chat --dataset=nvidia/Nemotron-Math-v2 --split=high_part00 --out=data/sft --tokenizer=DIR --max_examples=100000
 
 A message is <|im_start|>role, newline, content, <|im_end|>, newline; the end-of-document token closes the conversation. Trained are the
-assistant's content, its <|im_end|>, newline, and that last token when it follows an assistant. Header and body are encoded apart, so
-that training sees what sample.py feeds; markers inside content are encoded as text. A conversation that does not fit max_len is dropped
-and counted, never cut. Rows: {messages: [{role, content}]}, ShareGPT's conversations, or one of PAIRS. Read next: data.py (packing)."""
+assistant's content, its <|im_end|>, newline, and that last token when it follows an assistant. prompts.chat_parts makes the ids here and
+for sample.py, so that what is trained is what will be asked. A conversation that does not fit max_len is dropped and counted, never cut.
+Rows: {messages: [{role, content}]}, ShareGPT's conversations, or one of PAIRS. Read next: data.py (packing)."""
 
 import functools
 import itertools
@@ -18,7 +18,7 @@ import numpy as np
 import configurator
 import tokenizer
 from configurator import die
-from prepare import shards, sources
+from prepare import prompts, shards, sources
 from prepare.text import digest, hash_of, is_val, report
 
 UNTRAINED = np.uint32(1 << 31)
@@ -57,20 +57,12 @@ def messages(row):
     return [(role, tokenizer.scalar(content)) for role, content in found]
 
 
-def marker(tok, text):
-    """A marker's one id, or, in a tokenizer without it, its characters."""
-    return np.array([tok.special[text]] if text in tok.special else tok.encode(text), "<u4")
-
-
 def render(tok, turns):
-    """-> (ids uint32 with bit 31, bytes of text). Training sees exactly what generation is prompted with: header and body apart."""
-    start, end, parts = marker(tok, "<|im_start|>"), marker(tok, "<|im_end|>"), []
-    for role, content in turns:
-        mask = np.uint32(0) if role == "assistant" else UNTRAINED
-        parts += [start | UNTRAINED, tok.encode_array(f"{role}\n") | UNTRAINED]
-        parts += [tok.encode_array(content) | mask, end | mask, tok.encode_array("\n") | mask]
-    parts.append(np.array([tok.eos_id], "<u4") | mask)
-    return np.concatenate(parts), sum(len(f"{role}\n{content}\n".encode()) for role, content in turns)
+    """-> (ids uint32 with bit 31, bytes of text), by the very function that writes the prompts of sample.py."""
+    parts = prompts.chat_parts(tok, [{"role": role, "content": content} for role, content in turns], reply=False)
+    parts.append(([tok.eos_id], parts[-1][1]))
+    ids = [np.array(ids, np.uint32) | (np.uint32(0) if said else UNTRAINED) for ids, said in parts]
+    return np.concatenate(ids), sum(len(f"{role}\n{content}\n".encode()) for role, content in turns)
 
 
 def encode(o, task, tok, out, count):

@@ -4,11 +4,12 @@
     stops = prompts.stop_ids(tokenizer, chat=True)
     enc, dec, allowed = prompts.hole_ids(model.cfg, tokenizer, "It was <extra_id_0> in Paris.")     for an encoder-decoder
 
-A template is the checkpoint author's code: it runs in jinja's sandbox. Markers inside a message are text, so nobody can end his turn
-by writing <|im_end|>. Used by sample.py and eval/. Read next: sample.py.
+Markers inside a message are text, so nobody can end his turn by writing <|im_end|>. Used by sample.py, eval/ and, so that what is asked is
+what was trained, prepare/chat.py. Read next: sample.py.
 """
 
 import codecs
+import functools
 import json
 import re
 from datetime import datetime
@@ -17,6 +18,7 @@ from configurator import die
 
 ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>")  # of a text
 TURNS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>")  # of one speaker's turn
+CHATML = ("<|im_start|>", "<|im_end|>")  # split off even where a tokenizer has them only as characters
 SHOWN = ("<think>", "</think>", "<tool_call>", "</tool_call>")  # markers that are part of an answer
 
 
@@ -42,36 +44,60 @@ def prefix_ids(tokenizer):
 
 
 def chat_ids(tokenizer, messages, **options):
-    """A conversation by the checkpoint's own template, up to where the assistant speaks. Markers inside a message stay text."""
+    """A conversation by the checkpoint's own template, up to where the assistant speaks."""
+    return [i for ids, _ in chat_parts(tokenizer, messages, **options) for i in ids]
+
+
+def chat_parts(tokenizer, messages, reply=True, **options):
+    """[(ids, whether the assistant says them)] of a conversation; with `reply`, up to where the assistant speaks next.
+
+    What is trained (prepare/chat.py) and what is asked (sample.py) both come from here. A turn is encoded as one piece between its markers,
+    as transformers does, but what opens the assistant's is encoded apart from what he says: that is how he is asked to speak.
+    """
     template = tokenizer.chat_template
     if isinstance(template, list):  # several named ones
         template = next((t["template"] for t in template if t["name"] == "default"), None)
     if not template:
         die("--chat: this checkpoint has no chat template; drop --chat, or fine-tune on chats (python -m prepare.chat)")
+    names = sorted({*tokenizer.special, *CHATML}, key=len, reverse=True)
+    quoted = {name: f"\ue000{i}\ue001" for i, name in enumerate(names)}  # private characters no template touches
+    cut = re.compile("|".join(map(re.escape, names)))
+    messages = [m | {"content": cut.sub(lambda found: quoted[found[0]], m["content"])} for m in messages]
+    text_of = {i: name for name, i in tokenizer.special.items()}
+    words = {"bos_token": "".join(text_of[i] for i in prefix_ids(tokenizer)), "eos_token": release(tokenizer) or text_of[tokenizer.eos_id]}
+    words |= {"messages": messages} | options
+    text, asking = (compiled(template).render(add_generation_prompt=ask, **words) for ask in (False, True))
+    opening = asking.removeprefix(text) if asking.startswith(text) else ""
+    start, shown = cut.search(opening), asking if reply else text
+
+    def encode(piece):
+        if piece in tokenizer.special:
+            return [tokenizer.special[piece]]
+        for name, mark in quoted.items():
+            piece = piece.replace(mark, name)
+        return tokenizer.encode(piece)
+
+    parts, said = [], False
+    for turn in re.split(f"({re.escape(opening)})", shown) if start else [shown]:
+        for piece in filter(None, re.split(f"({cut.pattern})", turn)):
+            said = said and piece != start[0]  # until another turn begins
+            parts.append((encode(piece), said))
+        said = said or turn == opening
+    return parts
+
+
+@functools.lru_cache(maxsize=8)
+def compiled(template):
+    """A template is its author's code: it runs in jinja's sandbox."""
     import jinja2.ext
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     def refuse(message):
         die(f"the chat template refuses this conversation: {message}")
 
-    names = sorted(tokenizer.special, key=len, reverse=True)
-    quoted = {name: f"\ue000{i}\ue001" for i, name in enumerate(names)}  # private characters no template touches
-    for name, mark in quoted.items():
-        messages = [m | {"content": m["content"].replace(name, mark)} for m in messages]
     env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
     env.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
-    text_of = {i: name for name, i in tokenizer.special.items()}
-    words = {"bos_token": "".join(text_of[i] for i in prefix_ids(tokenizer)), "eos_token": release(tokenizer) or text_of[tokenizer.eos_id]}
-    text = env.from_string(template).render(messages=messages, add_generation_prompt=True, **words | options)
-    ids = []
-    for piece in re.split("(" + "|".join(map(re.escape, names)) + ")", text) if names else [text]:
-        if piece in tokenizer.special:
-            ids.append(tokenizer.special[piece])
-        elif piece:
-            for name, mark in quoted.items():
-                piece = piece.replace(mark, name)
-            ids += tokenizer.encode(piece)
-    return ids
+    return env.from_string(template)
 
 
 class Printer:

@@ -34,6 +34,7 @@ def release(tokenizer):
     return eos if isinstance(eos, str) else eos["content"]
 
 
+@functools.lru_cache(maxsize=8)  # a tokenizer.json is megabytes of text
 def prefix_ids(tokenizer):
     """What every text of this model begins with: a BOS where its tokenizer.json says so."""
     post = json.loads(tokenizer.files.get("tokenizer.json", b"{}")).get("post_processor") or {}

@@ -102,7 +102,7 @@ class Encoder(nn.Module):
 def mean_of(x, to, n):
     """Rows of x averaged into n bins: x (P, D), to (P,) -> (n, D)"""
     total = full(x).new_zeros(n, x.shape[1]).index_add(0, to, full(x))
-    return total / torch.bincount(to, minlength=n).clamp(min=1)[:, None]
+    return total / total.new_zeros(n).index_add(0, to, total.new_ones(len(to))).clamp(min=1)[:, None]
 
 
 # ---- adapters -----------------------------------------------------------------------------------------------------------
@@ -149,8 +149,8 @@ def answer_sums(logits, goal, step, k: int, teacher=None, tau: float = 1.0) -> d
     """All answer terms from one set of logits (n, V): `goal` the targets, `step` each one's place in its answer. -> {term: sum}"""
     ce = F.cross_entropy(logits, goal, reduction="none")  # (n,)
     early = step < k
-    out = {"ans": ce.sum(), "first": ce[step == 0].sum(), "k": ce[early].sum()}
-    out["first_right"] = (logits.detach().argmax(-1) == goal)[step == 0].float().sum()
+    out = {"ans": ce.sum(), "first": (ce * (step == 0)).sum(), "k": (ce * early).sum()}
+    out["first_right"] = ((logits.detach().argmax(-1) == goal) & (step == 0)).float().sum()
     if teacher is not None:  # KL(teacher || student) of the first k steps; teacher logits come in the same order
         p, q = (teacher / tau).log_softmax(-1), (logits[early] / tau).log_softmax(-1)
         out["kd"] = tau * tau * F.kl_div(q, p, log_target=True, reduction="sum")

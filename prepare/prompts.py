@@ -28,6 +28,7 @@ def stop_ids(tokenizer, chat=False):
     return {tokenizer.eos_id} | {tokenizer.special[name] for name in names if name in tokenizer.special}
 
 
+@functools.lru_cache(maxsize=8)
 def release(tokenizer):
     """The EOS that tokenizer_config.json names: chat models put their end of turn there."""
     eos = json.loads(tokenizer.files.get("tokenizer_config.json", b"{}")).get("eos_token") or ""
@@ -74,7 +75,7 @@ def chat_parts(tokenizer, messages, reply=True, **options):
     def encode(piece):
         if piece in tokenizer.special:
             return [tokenizer.special[piece]]
-        for name, mark in quoted.items():
+        for name, mark in quoted.items() if "\ue000" in piece else ():
             piece = piece.replace(mark, name)
         return tokenizer.encode(piece)
 

@@ -1,4 +1,4 @@
-"""What every command begins with, before any other import: --help at once, a missing package in one line, a closed pipe in silence.
+"""What every command begins with, before any other import: --help at once, a missing package in one line, pipes that just work.
 
     import prelude      the first line of train.py, sample.py, hub.py, bench.py, and of the packages prepare and eval
 
@@ -9,6 +9,8 @@ An error that no line of ours caused keeps its traceback. Read next: configurato
 import atexit
 import os
 import re
+import select
+import stat
 import sys
 import types
 from importlib.machinery import ModuleSpec
@@ -78,6 +80,15 @@ def flush(more=""):
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return True
+
+
+def listen(prompt):
+    """--prompt; without it what a pipe or a file brings. An open pipe that stays silent is somebody else's, and is not waited for."""
+    if prompt not in (None, "-"):
+        return prompt
+    kind = os.fstat(0).st_mode if sys.stdin else 0
+    comes = (prompt and sys.stdin) or stat.S_ISREG(kind) or (stat.S_ISFIFO(kind) and select.select([0], [], [], 2.0)[0])
+    return sys.stdin.read() if comes else ""
 
 
 if {"--help", "-h"} & set(sys.orig_argv):

@@ -2,17 +2,17 @@
 
     python sample.py --ckpt=out/RUN --prompt="Once upon a time" --max_new_tokens=200 --temperature=0.8 --top_k=50
     python sample.py --ckpt=out/RUN --chat                          # a conversation, by the checkpoint's own template
-    git log -3 | python sample.py --ckpt=out/RUN --prompt=- --num_samples=3
+    git log -3 | python sample.py --ckpt=out/RUN --num_samples=3    # or < FILE; --prompt=- waits for a pipe that is slow to begin
     python sample.py --ckpt=out/ENCDEC --prompt="It was <extra_id_0> in Paris."
 
---prompt=- reads the standard input, --lines makes each of its lines a prompt, --system=TEXT opens a chat, --mode=R|X|S|I names the
-denoising mode of an encoder-decoder, --allow_noncausal lets a decoder write whose gate hears later tokens.
+--lines makes each line of the input a prompt, --system=TEXT opens a chat, --mode=R|X|S|I names the denoising mode of an encoder-decoder,
+--allow_noncausal lets a decoder write whose gate hears later tokens.
 Decoding reads each token once through a KV cache. A row of a batch draws from its own random stream, so what a prompt yields does not
 depend on its neighbours. Only whole characters are printed. In Python: `sample.generate(model, tokenizer, prompt)`.
 Read next: Cache and step in model.py.
 """
 
-import prelude  # isort: skip  # noqa: F401
+import prelude  # isort: skip
 
 import dataclasses
 import functools
@@ -187,14 +187,13 @@ def laid_out(weight, rows):
 
 
 def write(row, piece):
-    sys.stdout.write(piece)
-    sys.stdout.flush()
+    print(end=piece, flush=True)
 
 
 def converse(model, tok, messages, options):
     """Turn after turn, until the input ends (Ctrl-D)."""
     write(0, "> ")
-    for line in iter(sys.stdin.readline, ""):
+    for line in sys.stdin or ():
         if line.strip():
             messages.append({"role": "user", "content": line.strip()})
             messages.append({"role": "assistant", "content": generate(model, tok, messages, chat=True, on_text=write, **options)})
@@ -202,7 +201,7 @@ def converse(model, tok, messages, options):
 
 
 def main(argv):
-    defaults = {"ckpt": str, "prompt": "", "chat": False, "max_new_tokens": 256, "temperature": 0.8, "top_k": 0, "top_p": 1.0}
+    defaults = {"ckpt": str, "prompt": None, "chat": False, "max_new_tokens": 256, "temperature": 0.8, "top_k": 0, "top_p": 1.0}
     defaults |= {"num_samples": 1, "seed": 1337, "device": "auto", "dtype": "auto", "lines": False, "system": "", "mode": None}
     opt = configurator.args(defaults | {"allow_noncausal": False}, argv, __doc__)
     good = {"max_new_tokens": opt.max_new_tokens > 0, "temperature": opt.temperature >= 0, "num_samples": opt.num_samples > 0}
@@ -214,30 +213,29 @@ def main(argv):
     if checkpoint.read_state(checkpoint.resolve(opt.ckpt))["config"].get("objective") == "latent":
         import latentwire
 
-        return latentwire.say(opt.ckpt, sys.stdin.read() if opt.prompt == "-" else opt.prompt, opt.max_new_tokens, where)
+        return latentwire.say(opt.ckpt, prelude.listen(opt.prompt), opt.max_new_tokens, where)
     build = lambda cfg: Transformer(dataclasses.replace(cfg, allow_noncausal=cfg.allow_noncausal or opt.allow_noncausal))  # noqa: E731
     model, state = checkpoint.load(opt.ckpt, device=where.device, build=build)
     tok = tokenizers.load(checkpoint.resolve(opt.ckpt).parent)
     options = {key: getattr(opt, key) for key in ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "mode")}
-    if opt.mode is None and not state["config"].get("mode_tokens", True):
-        options["mode"] = ""
-    prompt, start = sys.stdin.read() if opt.prompt == "-" else opt.prompt, [{"role": "system", "content": opt.system}] if opt.system else []
-    if opt.chat and not prompt:
+    options |= {} if opt.mode or state["config"].get("mode_tokens", True) else {"mode": ""}
+    start = [{"role": "system", "content": opt.system}] if opt.system else []
+    if opt.chat and opt.prompt is None:
         return converse(lean(model.set_dtype(where.dtype)), tok, start, options)
+    prompt = prelude.listen(opt.prompt)
     prompts = (prompt.splitlines() if opt.lines else [prompt]) or die("--lines: the prompt has no line")
     texts, alone = prompts, len(prompts) * opt.num_samples == 1 and "<extra_id_" not in prompt
     if opt.chat:
         prompts = [start + [{"role": "user", "content": p}] for p in prompts]
     lean(model.set_dtype(where.dtype), len(prompts) * opt.num_samples)
-    if alone and not opt.chat:
-        write(0, texts[0])
+    write(0, texts[0] if alone and not opt.chat else "")
     began = time.perf_counter()
     answers = generate(model, tok, prompts, chat=opt.chat, num_samples=opt.num_samples, on_text=write if alone else None, **options)
     seconds = time.perf_counter() - began
     for row, answer in enumerate(() if alone else answers):
         text = texts[row // opt.num_samples]
         print(f"--- {row + 1}\n{'' if opt.chat or '<extra_id_' in text else text}{answer}")
-    print(end="\n" if alone else "", flush=True)
+    write(0, "\n" if alone else "")
     n = sum(len(tok.encode(answer)) for answer in answers)
     print(f"[about {n} tokens in {seconds:.1f} s, {n / seconds:.1f} tokens/s; {where.why}]", file=sys.stderr)
 

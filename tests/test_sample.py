@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ import tokenizer
 from model import ModelConfig, build, flat, rectangle
 from prepare import chat, prompts
 
-BYTES = tokenizer.load("bytes")
+BYTES, ROOT = tokenizer.load("bytes"), Path(__file__).parents[1]
 
 
 def tiny(seed=0, **changes):
@@ -326,12 +327,33 @@ def test_chat_in_the_terminal(run, chatty, monkeypatch, capsys):
     assert code == 0 and out.count("> ") == 4
 
 
-def test_it_runs_as_a_script_and_prints_utf8_into_a_pipe(run):
-    root = Path(__file__).parents[1]
-    command = [sys.executable, "sample.py", f"--ckpt={run}", "--prompt=é", "--max_new_tokens=5", "--device=cpu"]
-    done = subprocess.run(command, cwd=root, capture_output=True)
+def test_it_runs_as_a_script_between_two_pipes(run):
+    command = [sys.executable, "sample.py", f"--ckpt={run}", "--max_new_tokens=5", "--device=cpu"]
+    done = subprocess.run(command, cwd=ROOT, input="é".encode(), capture_output=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.decode("utf-8").startswith("é")
+
+
+def test_what_comes_through_a_pipe_is_a_prompt_and_nothing_hangs(tmp_path):
+    (tmp_path / "text").write_text("from a file")
+    silent = os.pipe()  # as a test runner or a scheduler leaves it: open, and nobody will ever write
+    kinds = {
+        "pipe": (None, {"input": "one\ntwo"}, "one\ntwo"),
+        "dash": ("-", {"input": "one"}, "one"),
+        "given": ("text", {"input": "one"}, "text"),
+        "empty": ("", {"input": "one"}, ""),
+        "file": (None, {"stdin": open(tmp_path / "text")}, "from a file"),
+        "null": (None, {"stdin": subprocess.DEVNULL}, ""),
+        "null, asked for": ("-", {"stdin": subprocess.DEVNULL}, ""),
+        "silent": (None, {"stdin": silent[0]}, ""),
+    }
+    for name, (prompt, given, expected) in kinds.items():
+        command = [sys.executable, "-c", f"import prelude; print(repr(prelude.listen({prompt!r})))"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, **given)
+        assert (done.stdout, done.stderr) == (f"{expected!r}\n", ""), name
+    closed = f"{sys.executable} -c 'import prelude; print([prelude.listen(p) for p in (None, \"-\")])' <&-"
+    done = subprocess.run(closed, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "['', '']\n", done.stderr
 
 
 def test_flat_is_what_the_uncached_path_reads():

@@ -1,10 +1,12 @@
-"""What a run tells about itself, and how its data mix may answer: statistics, surprise ratios, auto_mix.
+"""What a run tells about itself, and how its data mix may answer: a step's worth, statistics, surprise ratios, auto_mix.
 
-All of it runs at evaluations or every `stats_every` steps, on the raw uncompiled module; no other step pays for it.
+All but `Meter` runs at evaluations, logged steps or every `stats_every`, on the raw uncompiled module; no other step pays for it.
 Read next: train.py, which logs what these return; fp8.py, whose operands `fp8_statistics` measures.
 """
 
 import math
+import statistics as stats
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +15,64 @@ import torch
 import data
 import fp8
 from configurator import die
-from machine import peak_memory
+from machine import peak_memory, total
+
+# ---- a step -------------------------------------------------------------------------------------------------------------
+
+
+def group_of(batch):
+    """What each target's loss is also logged under: its data source, or its denoiser."""
+    if "task" in batch:
+        return torch.repeat_interleave(batch["task"], batch["dec_cu"].diff(), output_size=len(batch["targets"]))
+    return batch["source"].repeat_interleave(len(batch["targets"]) // len(batch["source"]))
+
+
+class Meter:
+    """What a step was worth: losses by term and by source, speed without evaluations and saves, memory, time spent waiting for data."""
+
+    def __init__(self, cfg, model, names, machine):
+        self.cfg, self.model, self.names, self.machine = cfg, model, names, machine
+        self.groups = torch.zeros(max(len(names), 1), 2, dtype=torch.float64, device=machine.device)  # nats, targets
+        self.here = torch.zeros_like(self.groups)  # of this step, which may yet be refused
+        self.restart()
+
+    def restart(self):
+        self.clock, self.tokens, self.waited, self.steps, self.clipped = time.perf_counter(), 0, 0.0, 0, 0
+
+    def add(self, batch, each):
+        real = batch["targets"] != -100
+        self.here.index_add_(0, group_of(batch), torch.stack((each.double() * real, real.double()), dim=1))
+
+    def accept(self, tokens, waited, good, clipped):
+        self.tokens, self.waited = self.tokens + tokens, self.waited + waited
+        self.steps, self.clipped = self.steps + 1, self.clipped + clipped
+        self.groups += self.here if good else 0
+        self.here.zero_()
+
+    def read(self, row, terms, sums, count, weights):
+        """-> (the record of metrics.jsonl, one line for people). Every rank must ask."""
+        values = total([*sums.tolist(), *self.groups.flatten().tolist()], self.machine)
+        losses = {t: v / max(count[t], 1.0) for t, v in zip(terms, values, strict=False)}
+        by_name = zip(self.names, values[len(terms) :: 2], values[len(terms) + 1 :: 2], strict=False)
+        seconds = time.perf_counter() - self.clock
+        speed, flops = self.tokens / seconds, self.model.flops_per_token(row.seq_len) if hasattr(self.model, "flops_per_token") else 0.0
+        mfu = speed * flops / (self.machine.peak * self.machine.world) if self.machine.peak else 0.0
+        suffix = "" if self.cfg.causal else "_noncausal"
+        record = {f"train/{t}{suffix}": v for t, v in losses.items()}
+        if len(self.names) > 1:
+            record |= {f"train/{name}/loss{suffix}": nats / n for name, nats, n in by_name if n}
+        record |= {"train/lr": row.lr, "train/seq_len": row.seq_len, "train/stage": row.stage, "train/tokens_per_sec": speed}
+        record |= {"train/wait": self.waited / seconds, "train/peak_mem": peak_memory(self.machine.device)}
+        record |= {"train/clipped": self.clipped / max(self.steps, 1)}  # share of the steps since the last line
+        record |= {"train/mfu": mfu} if mfu else {}
+        record |= {"train/tau": row.tau} if self.cfg.ffn == "polyglu" else {}
+        record |= {} if self.cfg.causal else {"causal": False}
+        loss = losses.get("loss", sum(weights.get(t, 1.0) * v for t, v in losses.items()))
+        line = f"loss {loss:.4f} | lr {row.lr:.2e} | {speed / 1e3:.1f}k tok/s" + (f" | MFU {mfu:.1%}" if mfu else "")
+        self.groups.zero_()
+        self.restart()
+        return record, line + (f" | T {row.seq_len}" if self.cfg.stages else "")
+
 
 # ---- statistics ---------------------------------------------------------------------------------------------------------
 
@@ -125,6 +184,26 @@ def probe(model, batch, tokens=1024):
     return layers | {f"{name}/mean": sum(row) / len(row) for name, row in rows.items()}
 
 
+def alpha_gradients(model):
+    """{metric: gradient norm after clipping} of PolyGLU's alpha, layer by layer: routing that does not learn shows here first."""
+    found = {n.removesuffix(".ffn.alpha"): p.grad for n, p in model.named_parameters() if n.endswith(".ffn.alpha") and p.grad is not None}
+    norms = [g.full_tensor().norm() if hasattr(g, "full_tensor") else g.norm() for g in found.values()]
+    layers = zip(found, torch.stack(norms).tolist(), strict=True) if norms else ()
+    return {f"alpha_grad/{name.replace('decoder.blocks.', 'layer_')}": value for name, value in layers}
+
+
+def breakdown(model):
+    """The parameters by what they are for, as published: padding rows of the vocabulary not counted."""
+    parts, rows = {}, model.cfg.vocab_rows - model.cfg.vocab_size if hasattr(model, "embed") else 0
+    for name, p in model.named_parameters():
+        words = name.split(".")
+        part = ".".join(words[3:-1]) if "blocks" in words else ".".join(words[:-1]) or name
+        part = "norms" if "norm" in part else "routing" if "gate_net" in part or words[-1] in ("alpha", "beta") else part
+        count = p.numel() - (rows * p.shape[1] if name in ("embed.weight", "head.weight") else 0)
+        parts[part] = parts.get(part, 0) + count
+    return f"{model.num_params():,} parameters = " + " + ".join(f"{part} {n:,}" for part, n in parts.items())
+
+
 # ---- the mix ------------------------------------------------------------------------------------------------------------
 
 LIMITS = {"ppl": (0.85, 1.3), "bpb": (0.90, 1.10)}  # below: reduce, above: increase; those of bpb are our choice, untested
@@ -138,6 +217,20 @@ def surprise(values, metric="bpb", reference=None):
     low, high = LIMITS[metric]
     advice = {d: "increase" if v / mean > high else "reduce" if v / mean < low else "balanced" for d, v in relative.items()}
     return {d: (v / mean, advice[d]) for d, v in relative.items()}
+
+
+def over_domains(rows, suffix=""):
+    """Mean and standard deviation over the held-out sets of an evaluation, and by which of them the model is surprised."""
+    more = {}
+    for metric in ("loss", "bpb"):
+        each = {k.split("/")[1]: v for k, v in rows.items() if k.startswith("val/") and k.endswith(metric + suffix)}
+        if each:
+            more[f"val/mean/{metric}{suffix}"] = sum(each.values()) / len(each)
+        if len(each) > 1:
+            more[f"val/sd/{metric}{suffix}"] = stats.stdev(each.values())
+            kind, each = ("ppl", {k: math.exp(min(v, 700)) for k, v in each.items()}) if metric == "loss" else (metric, each)
+            more |= {f"surprise_{kind}/{name}": ratio for name, (ratio, _) in surprise(each, kind).items()}
+    return more
 
 
 def auto_mix(mix, ema, ratios, sources, eta=0.5, keep=0.5, limit=0.2, floor=0.02, cap=0.9):

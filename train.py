@@ -39,6 +39,7 @@ import optim
 from configurator import die
 from contrast import ContrastConfig
 from denoise import DenoiseConfig
+from kernels import polyglu_backend
 from latent_data import LatentConfig
 from machine import gather, to_device, total
 from model import ModelConfig, build
@@ -51,6 +52,7 @@ class Config(ModelConfig, DenoiseConfig, ContrastConfig, PrecisionConfig, Latent
     out: str = "out/debug"
     objective: Literal["lm", "denoise", "contrast", "latent"] = "lm"
     init_from: str = ""  # a run whose weights to start from; step, data and optimizer start afresh
+    parameters: int = 0  # what the model must count, padding apart; 0: whatever it does
     resume: str = ""  # latest | best | a step folder; auto: latest if there is one. Bare --resume is latest
     # data
     data: str | dict[str, str] = "data/stdlib"  # a folder of shards, or {name: folder}
@@ -95,8 +97,10 @@ class Config(ModelConfig, DenoiseConfig, ContrastConfig, PrecisionConfig, Latent
     log_every: int = 10  # 0: only the first step and the last
     eval_every: int = 0  # 0: only at the end
     eval_tokens: int = 65536  # per source
-    domains: str = ""  # a folder of NAME.jsonl (prepare.val) whose documents are scored at each evaluation too
-    benchmark: int = 0  # time so many steps after five of warm-up, print a line of a table, save nothing
+    domains: str = ""  # a folder of NAME.jsonl (prepare.val) whose documents are scored too
+    domains_every: int = 1  # at every so many evaluations, and at the end
+    eval_stage: bool = False  # a second pass at the stage's own length, as val_L/*
+    benchmark: int = 0  # time so many steps after five of warm-up, print a line of a table per precision and stage, save nothing
     save_every: int = 0  # 0: only at the end
     keep: int = 2  # newest checkpoints kept, besides the best; 0: all
     best_metric: str = "val/mean/loss"  # lower is better
@@ -123,13 +127,6 @@ def token_sums(model, raw, batch):
     """Next-token loss, denoising, fine-tuning: they differ in the stream alone. -> {term: sum}, (nll, group) of each target."""
     sum_, each = raw.nll(model(batch), batch["targets"], batch.get("weight"))
     return {"loss": sum_}, each
-
-
-def group_of(batch):
-    """What each target's loss is also logged under: its data source, or its denoiser."""
-    if "task" in batch:
-        return torch.repeat_interleave(batch["task"], batch["dec_cu"].diff(), output_size=len(batch["targets"]))
-    return batch["source"].repeat_interleave(len(batch["targets"]) // len(batch["source"]))
 
 
 class Objective(NamedTuple):
@@ -178,11 +175,19 @@ def evaluate(model, val, machine, shares: bool) -> dict[str, float]:
     if model.cfg.ffn == "polyglu" and model.cfg.arch == "decoder" and val:
         rows |= monitor.probe(model, to_device(next(iter(val.values()))[0], machine.device))
     model.train()
-    for metric in ("loss", "bpb"):
-        values = [v for k, v in rows.items() if k.endswith(metric + suffix)]
-        if values:
-            rows[f"val/mean/{metric}{suffix}"] = sum(values) / len(values)
-    return rows
+    return rows | monitor.over_domains(rows, suffix)
+
+
+def examine(cfg, model, val, row, step, end, machine) -> dict[str, float]:
+    """One evaluation, in bf16. Domains take part in every `domains_every`-th; without them there is no mean to be the best by."""
+    whole = end or not cfg.eval_every or step // cfg.eval_every % cfg.domains_every == 0
+    shares, some = cfg.parallel == "ddp", lambda sets: {k: v for k, v in sets.items() if whole or "document" not in v[0]}
+    with fp8.evaluation(model):
+        metrics = evaluate(model, some(val), machine, shares)
+        if cfg.eval_stage:
+            again = evaluate(model, some(held_out(cfg, row.seq_len)), machine, shares)
+            metrics |= {k.replace("val/", "val_L/", 1): v for k, v in again.items() if k.startswith("val/")}
+    return metrics if whole else {k: v for k, v in metrics.items() if "/mean/" not in k}
 
 
 def sources(cfg) -> dict[str, str]:
@@ -196,14 +201,14 @@ def check_vocabulary(cfg):
             die(f"vocab_size={cfg.vocab_size} is too small for the {tokens} tokens of {path}; set --vocab_size={tokens}")
 
 
-def held_out(cfg) -> dict[str, list]:
+def held_out(cfg, length=0) -> dict[str, list]:
     if cfg.benchmark:
         return {}
     if cfg.objective == "lm":
         micro = min(cfg.micro_tokens or cfg.tokens_per_step, 16384)
-        length = max([row.get("seq_len", cfg.seq_len) for row in cfg.stages], default=cfg.seq_len)
-        val = {name: data.val_batches(path, length, cfg.eval_tokens, max(micro, length)) for name, path in sources(cfg).items()}
-        return val | domains(cfg, 1 if cfg.auto_mix else None)
+        longest = length or max([row.get("seq_len", cfg.seq_len) for row in cfg.stages], default=cfg.seq_len)
+        val = {name: data.val_batches(path, longest, cfg.eval_tokens, max(micro, longest)) for name, path in sources(cfg).items()}
+        return val | domains(cfg, 1 if cfg.auto_mix else None, length or 2048)
     if cfg.objective == "denoise":
         import denoise_stream
 
@@ -211,14 +216,14 @@ def held_out(cfg) -> dict[str, list]:
     return {}
 
 
-def domains(cfg, half) -> dict[str, list]:
+def domains(cfg, half, window=2048) -> dict[str, list]:
     """Whole documents, domain by domain; under auto_mix one half of each is reported and the other one steers."""
     if not cfg.domains:
         return {}
     import tokenizer
     from eval.perplexity import domain_batches
 
-    return domain_batches(cfg.domains, tokenizer.load(next(iter(sources(cfg).values()))), min(2048, cfg.max_len), half=half)
+    return domain_batches(cfg.domains, tokenizer.load(next(iter(sources(cfg).values()))), min(window, cfg.max_len), half=half)
 
 
 # ---- logs ----------------------------------------------------------------------------------------------------------------
@@ -259,51 +264,6 @@ class Log:
             close()
 
 
-class Meter:
-    """What a step was worth: losses by term and by source, speed without evaluations and saves, memory, time spent waiting for data."""
-
-    def __init__(self, cfg, model, names, machine):
-        self.cfg, self.model, self.names, self.machine = cfg, model, names, machine
-        self.groups = torch.zeros(max(len(names), 1), 2, dtype=torch.float64, device=machine.device)  # nats, targets
-        self.here = torch.zeros_like(self.groups)  # of this step, which may yet be refused
-        self.restart()
-
-    def restart(self):
-        self.clock, self.tokens, self.waited = time.perf_counter(), 0, 0.0
-
-    def add(self, batch, each):
-        real = batch["targets"] != -100
-        self.here.index_add_(0, group_of(batch), torch.stack((each.double() * real, real.double()), dim=1))
-
-    def accept(self, tokens, waited, good):
-        self.tokens, self.waited = self.tokens + tokens, self.waited + waited
-        self.groups += self.here if good else 0
-        self.here.zero_()
-
-    def read(self, row, terms, sums, count, weights):
-        """-> (the record of metrics.jsonl, one line for people). Every rank must ask."""
-        values = total([*sums.tolist(), *self.groups.flatten().tolist()], self.machine)
-        losses = {t: v / max(count[t], 1.0) for t, v in zip(terms, values, strict=False)}
-        by_name = zip(self.names, values[len(terms) :: 2], values[len(terms) + 1 :: 2], strict=False)
-        seconds = time.perf_counter() - self.clock
-        speed, flops = self.tokens / seconds, self.model.flops_per_token(row.seq_len) if hasattr(self.model, "flops_per_token") else 0.0
-        mfu = speed * flops / (self.machine.peak * self.machine.world) if self.machine.peak else 0.0
-        suffix = "" if self.cfg.causal else "_noncausal"
-        record = {f"train/{t}{suffix}": v for t, v in losses.items()}
-        if len(self.names) > 1:
-            record |= {f"train/{name}/loss{suffix}": nats / n for name, nats, n in by_name if n}
-        record |= {"train/lr": row.lr, "train/seq_len": row.seq_len, "train/stage": row.stage, "train/tokens_per_sec": speed}
-        record |= {"train/wait": self.waited / seconds, "train/peak_mem": hardware.peak_memory(self.machine.device)}
-        record |= {"train/mfu": mfu} if mfu else {}
-        record |= {"train/tau": row.tau} if self.cfg.ffn == "polyglu" else {}
-        record |= {} if self.cfg.causal else {"causal": False}
-        loss = losses.get("loss", sum(weights.get(t, 1.0) * v for t, v in losses.items()))
-        line = f"loss {loss:.4f} | lr {row.lr:.2e} | {speed / 1e3:.1f}k tok/s" + (f" | MFU {mfu:.1%}" if mfu else "")
-        self.groups.zero_()
-        self.restart()
-        return record, line + (f" | T {row.seq_len}" if self.cfg.stages else "")
-
-
 def complain(step, losses, groups, model, machine) -> tuple[str, bool]:
     """Name what is not finite, in one line and on the rank where it began: a weight, a term of the loss, a source of data, a gradient.
     -> the line, and whether a weight is among it, which no skipping can mend."""
@@ -339,6 +299,8 @@ def main(argv):
 
     torch.manual_seed(cfg.seed)
     raw = objective.build(cfg)
+    if cfg.parameters not in (0, raw.num_params()):
+        die(f"parameters={cfg.parameters:,}, but this model has {raw.num_params():,}: set --parameters={raw.num_params()}, or 0")
     if cfg.init_from:
         checkpoint.load_weights(cfg.init_from, raw)
     raw.set_dtype(machine.dtype).to(machine.device).train()
@@ -375,9 +337,11 @@ def main(argv):
         checkpoint.start_run(out, cfg, about)
         default = configurator.to_dict(Config())
         log.say("  ".join(f"{k}={v}" for k, v in configurator.to_dict(cfg).items() if v != default[k]))
-        log.say(f"{machine.why}; {machine.world} process{'es' * (machine.world > 1)}; {raw.num_params():,} parameters\n{plan.table()}")
+        log.say(f"{machine.why}; {machine.world} process{'es' * (machine.world > 1)}; {monitor.breakdown(raw)}\n{plan.table()}")
         if cfg.precision != "bf16":
             log.say(precision)
+        if cfg.ffn == "polyglu":
+            log.say("polyglu: {}, {}".format(*polyglu_backend(machine.device, cfg.acts, machine.dtype)))
         log.say(f"resumed from {resume_from}" if resume_from else f"new run in {out}")
     asked, parent = [], os.getppid()  # signals: noticed between steps, agreed on by all ranks in the reduction of every step
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
@@ -398,7 +362,7 @@ def main(argv):
     params = [p for p in raw.parameters() if p.requires_grad]
     visible = lead and cfg.progress and sys.stderr.isatty()
     bar = tqdm(total=plan.steps, initial=step, unit="step", disable=not visible, dynamic_ncols=True)
-    meter = Meter(cfg, raw, names, machine)
+    meter = monitor.Meter(cfg, raw, names, machine)
     first, saved_at, position = step, step, stream.state  # position: of the stream, after the last step that was taken
     laps = []
 
@@ -454,6 +418,9 @@ def main(argv):
             state["skipped"] += 1
             if lead:
                 log.say(f"{line}; step skipped, {state['skipped']} so far")
+        end = step + 1 == plan.steps
+        reporting = end or step == first or bool(cfg.log_every and (step + 1) % cfg.log_every == 0)
+        watched = monitor.alpha_gradients(raw) if reporting else {}
         if lead and cfg.stats_every and step % cfg.stats_every == 0:
             log.row({"step": step + 1} | monitor.statistics(raw, batch))
         optimizer.zero_grad(set_to_none=True)
@@ -462,7 +429,7 @@ def main(argv):
             log.row({"step": step + 1} | {f"fp8/{r['name']}/{k}": v for r in rows for k, v in r.items() if k != "name"})
         step, position = step + 1, stream.state
         state["tokens"] += int(tokens)
-        meter.accept(int(tokens), stream.wait, good)
+        meter.accept(int(tokens), stream.wait, good, bool(0 < row.clip < norm))
         bar.update()
         if cfg.benchmark:
             hardware.wait(machine.device)
@@ -472,22 +439,20 @@ def main(argv):
             continue
 
         # reports, evaluation, checkpoint
-        end = step == plan.steps
-        if end or step == first + 1 or (cfg.log_every and step % cfg.log_every == 0):
+        if reporting:
             record, line = meter.read(row, terms, sums, count, objective.weights)
             if lead:
                 record |= {"train/skipped": state["skipped"]} if state["skipped"] else {}
                 seen = {name: s for name, s in position.get("sources", {}).items() if "epochs" in s}
                 record |= {f"data/{name}/{key}": s[key] for name, s in seen.items() for key in ("tokens", "epochs")}
-                log.row({"step": step, "tokens": state["tokens"], "train/grad_norm": norm} | record)
+                log.row({"step": step, "tokens": state["tokens"], "train/grad_norm": norm} | record | watched)
                 log.say(f"step {step:>6}/{plan.steps} | {line} | norm {norm:.2f}")
         evaluating = val and (end or (cfg.eval_every and step % cfg.eval_every == 0))
         if evaluating:
-            with fp8.evaluation(raw):
-                state["metrics"] = evaluate(raw, val, machine, shares=cfg.parallel == "ddp")
+            state["metrics"] = examine(cfg, raw, val, row, step, end, machine)
             if lead:
                 log.row({"step": step} | state["metrics"])
-                log.say("  ".join(f"{k} {v:.4f}" for k, v in state["metrics"].items() if "/layer_" not in k))
+                log.say("  ".join(f"{k} {v:.4f}" for k, v in state["metrics"].items() if "/layer_" not in k and k[:8] != "surprise"))
             if tune and not end:
                 with fp8.evaluation(raw):
                     scores = evaluate(raw, tune, machine, shares=cfg.parallel == "ddp")

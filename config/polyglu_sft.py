@@ -16,7 +16,7 @@ init_from = "out/polyglu_a100"
 data = "data/nemotron_math"
 packing = "documents"
 
-vocab_size = 151_669
+vocab_size, parameters = 151_669, 597_153_888
 n_layer, n_head, n_kv_head, d_model, head_dim, d_ff = 28, 16, 8, 1024, 64, 4096
 max_len = 4096
 ffn, gate, gate_noise = "polyglu", "running", True

@@ -15,7 +15,7 @@ mix = {"math": 0.70, "stem": 0.25, "code": 0.05}
 mix_end = {"math": 0.85, "stem": 0.10, "code": 0.05}
 mix_decay_start = 0.8
 
-vocab_size = 151_669
+vocab_size, parameters = 151_669, 595_772_928
 n_layer, n_head, n_kv_head, d_model, head_dim, d_ff = 28, 16, 8, 1024, 64, 4096
 max_len = 4096
 ffn, act = "swiglu", "silu"

@@ -38,7 +38,7 @@ SIZES = {  # argv of every arm; factors that exist; bytes seen
         "TFC",
         1e6,
     ),
-    "gpu": (["config/superbpe_197m.py", "--save_every=0", "--keep=1"], "TFCKM", 3.5e9),
+    "gpu": (["config/superbpe_197m.py", "--save_every=0", "--keep=1", "--parameters=0"], "TFCKM", 3.5e9),
 }
 LONGEST = {"cpu": 256, "gpu": 2048}
 SHARES = (0.004, 0.006, 0.01, 0.02, 0.03, 0.04, 0.05, 0.18, 0.18, 0.48)  # of the run, per stage of the ten-stage table

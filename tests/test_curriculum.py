@@ -10,12 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import checkpoint
 import configurator
 import monitor
 import optim
 import prepare.text
+import tokenizer
 import train
 from eval import ablation
+from eval.perplexity import domain_batches, score
 from model import build, rectangle
 from tests.test_data import make_docs, write_shards
 from train import Config
@@ -429,6 +432,52 @@ def test_auto_mix_resumes_to_the_bit(shards, tmp_path, capsys):
     ] != 0.5
     a, b = (load_file(tmp_path / d / "step-000012" / "model.safetensors") for d in ("whole", "part"))
     assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_an_evaluation_says_what_it_saw(shards, tmp_path, capsys):
+    """Domains at every second evaluation only, a second pass at the stage's length, spread and surprise, the share of clipped steps."""
+    folder = tmp_path / "domains"
+    folder.mkdir()
+    for name in ("one", "both"):
+        texts = [" ".join(f"one{i * j % 40}" for i in range(30)) for j in range(1, 9)]
+        (folder / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in texts))
+    stages = ({"start": 0, "seq_len": 64, "clip": 1e-6}, {"start": 3, "seq_len": 16, "clip": 0.0})
+    keys = [f"--stages={stages}", f"--domains={folder}", "--domains_every=2", "--eval_stage=True", "--eval_every=2", "--max_steps=6"]
+    keys += ["--ffn=polyglu", "--best_metric=val/mean/bpb", "--save_every=2"]
+    train.main(short(shards, tmp_path / "out", *keys))
+    said = capsys.readouterr().out
+    rows = {}
+    for row in rows_of(tmp_path / "out"):
+        rows.setdefault(row["step"], {}).update(row)
+    assert [("val/both/bpb" in rows[s], "val/mean/bpb" in rows[s]) for s in (2, 4, 6)] == [(False,) * 2, (True,) * 2, (True,) * 2]
+    history = json.loads((tmp_path / "out" / "history.json").read_text())
+    assert [h["metric"] is not None for h in history] == [False, True, True]  # without domains there is no mean to be the best by
+    values = [rows[6][f"val/{name}/bpb"] for name in ("one", "two", "both")]
+    mean = sum(values) / 3
+    assert rows[6]["val/sd/bpb"] == pytest.approx((sum((v - mean) ** 2 for v in values) / 2) ** 0.5)
+    assert rows[6]["surprise_bpb/both"] == pytest.approx(values[2] / mean) and "surprise_ppl/both" in rows[6]
+    assert [rows[s]["train/clipped"] for s in range(1, 7)] == [1, 1, 1, 0, 0, 0]
+    model, _ = checkpoint.load(tmp_path / "out" / "step-000006")
+    for key, length in (("val/both/loss", 64), ("val_L/both/loss", 16)):  # scored here by eval.perplexity, not by the loop
+        length = min(2048, model.cfg.max_len) if length == 64 else 16
+        batches = domain_batches(folder, tokenizer.load(shards["one"]), length)["both"]
+        nats, tokens = score(model, batches, torch.device("cpu"))[0].sum(0)[:2].tolist()
+        assert rows[6][key] == pytest.approx(nats / tokens, rel=1e-5), key
+    assert rows[6]["val_L/both/loss"] != rows[6]["val/both/loss"]
+    assert all(0 < rows[s]["alpha_grad/layer_0"] < math.inf for s in range(1, 7)) and "polyglu: torch, row blocks" in said
+
+
+def test_the_shape_is_asserted_at_the_start(shards, tmp_path, capsys):
+    argv, model = short(shards, tmp_path / "out"), build(load(*short(shards, tmp_path / "out")), "meta")
+    with pytest.raises(SystemExit):
+        train.main([*argv, "--parameters=12345"])
+    assert f"--parameters={model.num_params()}" in capsys.readouterr().err and not (tmp_path / "out" / "metrics.jsonl").exists()
+    for name, count in (("superbpe_197m", 196_398_464), ("superbpe_270m", 293_684_736), ("polyglu_h200", 597_153_888)):
+        cfg = load(*[BASE] * (name == "superbpe_270m"), f"config/{name}.py")
+        assert cfg.parameters == build(cfg, "meta").num_params() == count
+    text = monitor.breakdown(build(load(BASE), "meta"))
+    assert text.startswith("196,398,464 parameters = embed 25,600,640 + embed.proj 98,304 + norms 43,776 + attn.qkv 22,020,096")
+    assert sum(int(part.split()[-1].replace(",", "")) for part in text.split(" = ")[1].split(" + ")) == 196_398_464
 
 
 def test_auto_mix_mistakes(shards, tmp_path, capsys):

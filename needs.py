@@ -1,0 +1,62 @@
+"""Settings that would do nothing in a run: typed on the command line they stop it, from a config file they are named as it starts.
+
+One config may follow another that trains something else (config/encdec_contrast.py after config/encdec_ul2.py), so what a file leaves
+over is no mistake; what somebody has just typed is. `NEEDS` is all there is to it. Read next: train.py, which asks.
+"""
+
+from dataclasses import fields
+
+from configurator import die
+from latent_data import LatentConfig
+
+SHAPE = """n_layer n_head n_kv_head d_model head_dim d_ff norm_eps qk_norm qkv_bias rope_theta rope_scaling rope_bf16 embed_rank ffn act
+    acts gate gate_enc gate_block init_std remat"""
+FP8 = "precision_required fp8_format fp8_recipe fp8_mode fp8_filter fp8_start_step fp8_history fp8_algo fp8_margin fp8_stats_every"
+NEEDS = (  # what it takes, and which settings; a key without a value: it must be set at all
+    ("objective=latent", " ".join(f.name for f in fields(LatentConfig))),
+    ("objective=lm", "packing doc_mask chunk domains domains_every eval_stage auto_mix"),
+    ("objective=lm|denoise", "eval_every eval_tokens best_metric epochs"),
+    ("objective=lm|denoise|latent", "mix mix_end micro_tokens"),
+    ("objective=lm|denoise|contrast", "arch vocab_size tie gate_noise allow_noncausal precision compile"),
+    ("objective=lm|denoise|contrast or latent_encoder=pool|byte", SHAPE),
+    ("objective=denoise", "mixture mixture_end mode_tokens max_dec closing_sentinel length_adaptive snap analyze_batch"),
+    ("objective=denoise|contrast", "max_enc"),
+    ("objective=contrast", "contrast_tau contrast_pairs contrast_micro contrast_symmetric contrast_pooling"),
+    ("arch=encdec", "cross_rope n_sentinels"),
+    ("arch=encoder|encdec", "gate_enc"),
+    ("ffn=swiglu", "act"),
+    ("ffn=polyglu", "acts gate gate_enc gate_block gate_noise allow_noncausal tau_max tau_min"),
+    ("gate=lagged or gate_enc=lagged", "gate_block"),
+    ("optimizer=muon", "muon_lr muon_momentum"),
+    ("schedule=wsd", "decay_share"),
+    ("schedule=cosine|linear|wsd", "min_lr_ratio"),
+    ("warmup", "warmup_from"),
+    ("precision=fp8|te", FP8),
+    ("precision=fp8", "fp8_emulate"),
+    ("precision=te", "te_block fp8_attention"),
+    ("fp8_recipe=delayed", "fp8_history fp8_algo fp8_reduce_amax"),
+    ("mix_end", "mix_decay_start"),
+    ("auto_mix", "domain_source"),
+    ("domains", "domains_every"),
+    ("w_kd", "kd_tau"),
+    ("wire_bits", "wire_start"),
+    ("calibration=fixed", "prefix_rms"),
+)
+
+
+def met(cfg, need):
+    key, _, values = need.partition("=")
+    return str(getattr(cfg, key)) in values.split("|") if values else bool(getattr(cfg, key))
+
+
+def idle(cfg, argv=()):
+    """-> the settings of `cfg` that are not at their defaults and change nothing, each with what it would take."""
+    typed, found = {arg.partition("=")[0] for arg in argv}, {}
+    for need, keys in NEEDS:
+        for key in keys.split() if not any(met(cfg, part) for part in need.split(" or ")) else ():
+            if getattr(cfg, key) != getattr(type(cfg), key):
+                found.setdefault(key, need)
+    for key, need in found.items():
+        if f"--{key}" in typed:
+            die(f"--{key}={getattr(cfg, key)} would do nothing here: it needs {need}")
+    return ", ".join(f"{key} (needs {need})" for key, need in found.items())

@@ -35,6 +35,7 @@ import data
 import fp8
 import machine as hardware
 import monitor
+import needs
 import optim
 from configurator import die
 from contrast import ContrastConfig
@@ -286,6 +287,7 @@ def complain(step, losses, groups, model, machine) -> tuple[str, bool]:
 
 def main(argv):
     cfg, files = configurator.load(Config, argv, __doc__)
+    idle = needs.idle(cfg, argv)
     machine = hardware.find(cfg.device, cfg.dtype)
     hardware.join(machine)
     lead, objective = machine.rank == 0, find_objective(cfg)
@@ -337,6 +339,8 @@ def main(argv):
         checkpoint.start_run(out, cfg, about)
         default = configurator.to_dict(Config())
         log.say("  ".join(f"{k}={v}" for k, v in configurator.to_dict(cfg).items() if v != default[k]))
+        if idle:
+            log.say(f"without effect here: {idle}")
         log.say(f"{machine.why}; {machine.world} process{'es' * (machine.world > 1)}; {monitor.breakdown(raw)}\n{plan.table()}")
         if cfg.precision != "bf16":
             log.say(precision)

@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from configurator import die
 from kernels import ACTIVATIONS, glu, gumbel, polyglu_mix
-from ops import Thin, WindowMean, full, linear_cross_entropy, rms_norm, rotate
+from ops import Thin, WindowMean, full, linear_cross_entropy, norm_rotate, rms_norm, rotate
 
 Gate = Literal["running", "lagged", "token", "static", "sequence"]
 
@@ -252,33 +252,38 @@ class Linear(nn.Module):
         self.role = role
         self.matmul = matmul
 
-    def forward(self, x, rows: slice | None = None):
-        if rows is None:
-            return self.matmul(x, self.weight, self.bias)
+    def forward(self, x):
+        return self.matmul(x, self.weight, self.bias)
+
+    def some(self, x, rows: slice):
+        """Only these outputs."""
         return matmul(x, self.weight[rows], None if self.bias is None else self.bias[rows])
 
 
 class Attention(nn.Module):
     def __init__(self, cfg: ModelConfig):
         super().__init__()
-        self.n_head, self.n_kv, self.width = cfg.n_head, cfg.kv_heads, cfg.width_head
+        self.n_head, self.n_kv, self.width, self.normed, self.eps = cfg.n_head, cfg.kv_heads, cfg.width_head, cfg.qk_norm, cfg.norm_eps
         self.qkv = Linear(cfg.d_model, (self.n_head + 2 * self.n_kv) * self.width, "qkv", cfg.qkv_bias)
         self.out = Linear(self.n_head * self.width, cfg.d_model, "o")
         self.q_norm = RMSNorm(self.width, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.width, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
 
     def forward(self, x, ctx):
-        heads = (self.n_head, self.n_kv)
-        qk, v = self.qkv(x).unflatten(-1, (-1, self.width)).split((sum(heads), self.n_kv), dim=1)  # (N, heads, E)
-        if isinstance(self.q_norm, RMSNorm):  # queries and keys are normed and turned together: half the calls
-            weight = torch.cat([norm.weight.expand(n, -1) for norm, n in zip((self.q_norm, self.k_norm), heads, strict=True)])
-            qk = rms_norm(qk, weight, self.q_norm.eps)
-        q, k = rotate(qk, ctx.rope).split(heads, dim=1)
+        queries, keys = self.n_head, self.n_kv
+        qk, v = self.qkv(x).view(-1, queries + 2 * keys, self.width).split_with_sizes((queries + keys, keys), 1)  # (N, heads, E)
+        # queries and keys are normed and turned together: half the calls
+        qk = norm_rotate(qk, self.qk_weight() if self.normed else None, self.eps, ctx.rope, ctx.dtype)
+        q, k = qk.split_with_sizes((queries, keys), 1)
         return self.out(ctx.attend(self, q, k, v).flatten(1))
+
+    def qk_weight(self):
+        """(H + G, E)"""
+        return torch.cat((self.q_norm.weight.expand(self.n_head, -1), self.k_norm.weight.expand(self.n_kv, -1)))
 
     def encoder_keys(self, hidden, rope):
         """Keys and values of encoder states for merged attention: this layer's own k and v weights, no norm_in, no query."""
-        k, v = self.qkv(hidden, slice(self.n_head * self.width, None)).unflatten(-1, (-1, self.width)).split(self.n_kv, dim=1)
+        k, v = self.qkv.some(hidden, slice(self.n_head * self.width, None)).unflatten(-1, (-1, self.width)).split(self.n_kv, dim=1)
         k = self.k_norm(k)
         return (k if rope is None else rotate(k, rope)), v
 
@@ -370,7 +375,7 @@ class Packed:
 
     def __init__(self, model, pos, cu, max_len, causal, rows=None, merge=None):
         self.pos, self.cu, self.tau, self.merge = pos, cu, model.tau, merge
-        self.rope = model.rope(pos)
+        self.rope, self.dtype = model.rope(pos), model.dtype
         self.segments = merge.segments if merge else Segments(cu, max_len, causal=causal)
         noisy = model.training and model.cfg.gate_noise and model.cfg.ffn == "polyglu"
         if noisy and rows is None:
@@ -418,9 +423,9 @@ class Cache:
         cfg, weight = model.cfg, model.embed.weight
         shape = (cfg.n_layer, batch, cfg.kv_heads, max_len, cfg.width_head)
         # SDPA of one query takes a CPU seven times longer in bf16 than in fp32 (batch 8: 1156 us against 157)
-        dtype = torch.float32 if model.dtype == torch.bfloat16 and weight.device.type == "cpu" else model.dtype
-        self.k, self.v = (torch.zeros(shape, dtype=dtype, device=weight.device) for _ in "kv")
-        self.lengths, self.max_len = [0] * batch, max_len
+        self.dtype = torch.float32 if model.dtype == torch.bfloat16 and weight.device.type == "cpu" else model.dtype
+        self.k, self.v = (torch.zeros(shape, dtype=self.dtype, device=weight.device) for _ in "kv")
+        self.lengths, self.max_len, self.out = [0] * batch, max_len, model.dtype
         self.sums = torch.zeros(cfg.n_layer, 2, batch, 1, 32, dtype=torch.float64, device=weight.device)  # all; before this block
         self.enc = None  # per layer: keys, values (B, G, S, E) of the encoder
         self.enc_mask = None  # (B, 1, 1, S)
@@ -434,8 +439,9 @@ class Cache:
         self.pos = torch.tensor(self.lengths, device=device)[:, None] + torch.arange(width, device=device)  # (B, T)
         self.rope, self.tau, self.noise = model.rope(self.pos.flatten() + self.offset(model)), model.tau, None
         self.depth = {id(b.attn): i for i, b in enumerate(model.decoder.blocks)}
-        self.even = len(set(self.lengths)) == 1
-        keys = max(self.lengths) + width
+        self.even, keys = len(set(self.lengths)) == 1, max(self.lengths) + width
+        self.seen = [store[:, :, :, :keys].unbind() for store in (self.k, self.v)]  # per layer (B, G, K, E)
+        self.new = [store[:, :, :, keys - width : keys].unbind() for store in (self.k, self.v)]
         self.mask = None  # a single query of an even batch sees everything
         if not self.even or (width > 1 and self.lengths[0]) or (width > 1 and self.enc is not None):
             self.mask = (torch.arange(keys, device=device) <= self.pos[..., None])[:, None]  # (B, 1, T, K)
@@ -450,21 +456,23 @@ class Cache:
         return self.enc_mask.sum((1, 2, 3)).repeat_interleave(self.pos.shape[1])
 
     def attend(self, attn, q, k, v):
-        layer = self.depth[id(attn)]
-        rows, width = self.pos.shape
-        q, k, v = (t.unflatten(0, (rows, width)).transpose(1, 2) for t in (q, k, v))  # (B, heads, T, E)
-        end = max(self.lengths) + width
-        for store, new in ((self.k[layer], k), (self.v[layer], v)):
-            if self.even:
-                store[:, :, self.lengths[0] : end] = new
-            else:
+        layer, (rows, width), groups = self.depth[id(attn)], self.pos.shape, k.shape[1]
+        if width == 1:  # the queries of one key head as its rows: no key is read twice
+            q, k, v = q.view(rows, groups, -1, q.shape[-1]), k.unsqueeze(2), v.unsqueeze(2)
+        else:
+            q, k, v = (t.unflatten(0, (rows, width)).transpose(1, 2) for t in (q, k, v))  # (B, heads, T, E)
+        if self.even:
+            self.new[0][layer].copy_(k)
+            self.new[1][layer].copy_(v)
+        else:
+            for store, new in ((self.k[layer], k), (self.v[layer], v)):
                 store[torch.arange(rows, device=q.device)[:, None], :, self.pos] = new.transpose(1, 2).to(store.dtype)
-        k, v = self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+        k, v = self.seen[0][layer], self.seen[1][layer]
         if self.enc is not None:
             k, v = (torch.cat((e, own), dim=2) for e, own in zip(self.enc[layer], (k, v), strict=True))
         causal = self.mask is None and width > 1
-        y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=self.mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
-        return y.transpose(1, 2).flatten(0, 1).to(q.dtype)
+        y = F.scaled_dot_product_attention(q, k, v, self.mask, is_causal=causal, enable_gqa=q.shape[1] != groups)
+        return (y.flatten(1, 2) if width == 1 else y.transpose(1, 2).flatten(0, 1)).to(self.out)
 
     def pool(self, ffn, p):
         rows, width = self.pos.shape
@@ -520,7 +528,8 @@ class Transformer(nn.Module):
 
     def rope(self, pos):
         angle = pos.to(self.inv_freq.dtype)[:, None, None] * self.inv_freq  # (N, 1, E/2)
-        tables = torch.cat((angle.cos(), angle.cos()), dim=-1), torch.cat((-angle.sin(), angle.sin()), dim=-1)
+        cos, sin = angle.cos(), angle.sin()
+        tables = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
         return tuple(t.bfloat16().to(t.dtype) for t in tables) if self.cfg.rope_bf16 else tables
 
     def embed_tokens(self, ids):

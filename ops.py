@@ -4,6 +4,7 @@ Each keeps only its inputs for the backward pass and writes its gradient once. T
 without torch.compile); values and gradients are those of the plain formulas. Read next: model.py, which calls them; kernels.py.
 """
 
+import functools
 import math
 
 import torch
@@ -13,6 +14,16 @@ import torch.nn.functional as F
 def full(x: torch.Tensor) -> torch.Tensor:
     """At least fp32: norms, rotations, routing and loss are never computed in bf16 (fp64 stays, for tests)."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def normed(wide, weight, eps):
+    length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    return torch.mul(wide, torch.addcmul(scalar(eps, wide.dtype), length, length, value=1 / wide.shape[-1]).rsqrt_()).mul_(weight)
+
+
+@functools.cache
+def scalar(value, dtype):
+    return torch.tensor(value, dtype=dtype)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -37,9 +48,9 @@ class _RMSNorm(torch.autograd.Function):
 def rms_norm(x, weight, eps):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, statistics in fp32; weight (D,), or (H, D) of its own for every head.
 
-    On a CPU torch's own backward is slow (LOG.md)."""
-    if x.device.type == "cpu" and torch.is_grad_enabled():
-        return _RMSNorm.apply(x, weight, eps)
+    On a CPU torch's own is slow: its backward in training, and its forward, eight small operators, where one token is decoded (LOG.md)."""
+    if x.device.type == "cpu":
+        return _RMSNorm.apply(x, weight, eps) if torch.is_grad_enabled() else normed(full(x), weight, eps).to(x.dtype)
     if weight.dim() == 1:
         return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
     return (F.rms_norm(full(x), x.shape[-1:], None, eps) * weight).to(x.dtype)
@@ -72,6 +83,14 @@ def rotate(x, rope):
         return _Rotate.apply(x, cos, sin) if torch.is_grad_enabled() else turn(x, cos, sin)
     wide = x.to(torch.promote_types(x.dtype, cos.dtype))  # plain, for torch.compile to fuse
     return (wide * cos + wide.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
+
+
+def norm_rotate(x, weight, eps, rope, dtype):
+    """rotate(rms_norm(x)) in `dtype`; where a CPU decodes, without rounding or casting in between."""
+    if x.device.type != "cpu" or torch.is_grad_enabled():
+        return rotate(x if weight is None else rms_norm(x, weight, eps), rope).to(dtype)
+    wide = full(x) if weight is None else normed(full(x), weight, eps)
+    return torch.addcmul(wide.roll(x.shape[-1] // 2, -1).mul_(rope[1]), wide, rope[0]).to(dtype)
 
 
 class Thin(torch.autograd.Function):

@@ -164,23 +164,23 @@ def lean(model, rows=1):
         if isinstance(module, (Linear, Embedding)):
             module.weight.data = module.weight.data.to(model.dtype)
         if fast and isinstance(module, Linear):
-            module.forward = functools.partial(laid_out(module.weight, rows), bias=module.bias)
+            module.forward = laid_out(module.weight, rows, module.bias)
         if isinstance(module, Attention) and module.normed:
-            module.qk_weight = functools.partial(lambda w: w, module.qk_weight().detach())
-        module.__dict__.update(module._modules | module._parameters)
+            module.qk_weight = functools.partial(torch.Tensor.detach, module.qk_weight())
     if fast:
         head = laid_out(model.head_weight, rows)
-        model.predict = lambda hidden: head(model.head_input(hidden), None)[..., : model.cfg.vocab_size].float()
+        model.predict = lambda hidden: head(model.head_input(hidden))[..., : model.cfg.vocab_size].float()
     return model
 
 
-def laid_out(weight, rows):
+def laid_out(weight, rows, bias=None):
     if weight.dtype == torch.float32 and rows == 1:
         if weight.shape[0] >= weight.shape[1]:
             weight.data = weight.data.t().contiguous().t()
-        return F.linear
+        return lambda x: F.linear(x, weight, bias)
+    bias = None if bias is None else bias.detach().to(weight.dtype)
     packed, run = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows), torch.ops.mkldnn._linear_pointwise.default
-    return lambda x, bias: run(x, packed, bias, "none", [], "")
+    return lambda x: run(x, packed, bias, "none", [], "")
 
 
 # ---------------------------------------------------------------------------------------------------------------- command line

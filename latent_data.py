@@ -39,6 +39,7 @@ class LatentConfig:
     latent_ratio: int = 0  # instead: one slot per so many source tokens
     latent_dim: int = 16  # d_z of a slot
     adapter: Literal["mlp", "linear"] = "mlp"
+    adapter_hidden: int = 0  # its inner width; 0: 4 x latent_dim
     calibration: Literal["embed_rms", "fixed", "none"] = "embed_rms"
     prefix_rms: float = 0.0  # of a slot, for calibration=fixed
     compress: Literal["context", "all"] = "context"  # what the packet carries; all: the question too

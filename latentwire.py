@@ -116,7 +116,7 @@ class Adapter(nn.Module):
         with torch.no_grad():
             table = lm.embed_tokens(torch.arange(lm.cfg.vocab_size, device=lm.embed.weight.device)).float()  # (V, d_m)
             rms = float(table.square().mean().sqrt())  # once: a fresh sample every step would make the target wander
-        d_z, d_m, hidden = cfg.latent_dim, table.shape[1], 4 * cfg.latent_dim
+        d_z, d_m, hidden = cfg.latent_dim, table.shape[1], cfg.adapter_hidden or 4 * cfg.latent_dim
         if cfg.adapter == "mlp":
             self.net = nn.Sequential(nn.Linear(d_z, hidden), nn.GELU(), nn.Linear(hidden, d_m))
         else:
@@ -288,8 +288,7 @@ def greedy(lm, prompts, eos: int, max_new: int) -> list[list[int]]:
     cache = lm.new_cache(len(prompts), max(lengths) + max_new)
     x = nn.utils.rnn.pad_sequence(prompts, batch_first=True)  # (B, T) or (B, T, d)
     ids, embeds = (x, None) if x.dim() == 2 else (torch.zeros(x.shape[:2], dtype=torch.long, device=x.device), x)
-    hidden = lm.step(ids, cache, lengths, embeds=embeds)
-    last = hidden[torch.arange(len(prompts)), torch.tensor(lengths) - 1]
+    last = lm.step(ids, cache, lengths, embeds=embeds)[torch.arange(len(prompts)), torch.tensor(lengths) - 1]
     out, live = [[] for _ in prompts], set(range(len(prompts)))
     for _ in range(max_new):
         ids = lm.predict(last).argmax(-1)
@@ -387,9 +386,10 @@ def check(cfg):
             die(f"{key} belongs to an encoder that starts from a model; latent_encoder={cfg.latent_encoder} has its own blocks")
     if cfg.latent_encoder in ("query", "sent") and (cfg.latent_blocks or cfg.latent_frozen):
         die(f"latent_encoder={cfg.latent_encoder} reads a model as it stands; drop latent_blocks and latent_frozen")
-    for bits in cfg.wire_bits:
-        if bits not in WIDTHS:
-            die(f"wire_bits={bits}: the codec has {WIDTHS}")
+    if cfg.adapter_hidden and cfg.adapter == "linear":
+        die(f"adapter_hidden={cfg.adapter_hidden}: adapter=linear has no inner layer; drop one of the two")
+    if bad := set(cfg.wire_bits) - set(WIDTHS):
+        die(f"wire_bits={sorted(bad)}: the codec has {WIDTHS}")
 
 
 build = Interlingua

@@ -24,13 +24,13 @@ bench: .venv/.test ## speed against named peers, as ratios
 	$(PY) bench.py --suite=cpu
 
 latent: .venv/.train ## two small readers, one packet between them, and everything that could refute it
-	$(PY) -m prepare.factqa --out=data/factqa --bpe=512 --shards=data/facts_a
+	$(PY) -m prepare.factqa --out=data/factqa --bpe=1152 --shards=data/facts_a
 	$(PY) -m prepare.factqa --out=data/factqa --bpe=2048 --shards=data/facts_b
 	OMP_NUM_THREADS=1 $(PY) train.py config/latent_lm_a.py --resume=auto & \
 	OMP_NUM_THREADS=1 $(PY) train.py config/latent_lm_a.py config/latent_lm_b.py --resume=auto && wait $$!
-	$(PY) -m eval.latent --lms="('out/latent_lm_a', 'out/latent_lm_b')" --data=data/factqa/dev.jsonl --require=0.85
+	$(PY) -m eval.latent --lms="('out/latent_lm_a', 'out/latent_lm_b')" --data=data/factqa/dev.jsonl --require=0.95
 	$(PY) train.py config/latent_toy.py --resume=auto
-	$(PY) -m eval.latent --ckpt=out/latent_toy --data=data/factqa/test.jsonl --bytes="(40, 55, 70, 88, 106)"
+	$(PY) -m eval.latent --ckpt=out/latent_toy --data=data/factqa/test.jsonl --samples=1024 --bytes="(40, 55)"
 
 faults: .venv/.test ## a hundred kills, half of them inside saves; every one must resume to the bit
 	KILLS=100 OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_faults.py -k kill_9

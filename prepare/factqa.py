@@ -1,7 +1,7 @@
 """Generated fact passages and questions: a reading test whose answer cannot be guessed and whose entropy is known.
 
     python -m prepare.factqa --out=data/factqa                                   # train/dev/test.jsonl, lm.jsonl, natural.jsonl
-    python -m prepare.factqa --out=data/factqa --bpe=512 --shards=data/facts_a   # ... and uint32 shards under a fresh BPE of 512 ids
+    python -m prepare.factqa --out=data/factqa --bpe=1152 --shards=data/facts_a  # ... and uint32 shards under a fresh BPE of 1,152 ids
     python -m prepare.factqa --out=data/factqa --bpe=0 --shards=data/facts_b     # the same for a language model on bytes
 
 A passage states `facts` facts about one person (six by default: about 136 bytes, of which facts * log2(values) = 30 bits are news);
@@ -210,7 +210,7 @@ def write_shards(cfg) -> None:
     out, dest = Path(cfg.out), Path(cfg.shards)
     rows = {name: read_jsonl(out / f"{file}.jsonl") for name, file in (("facts", "lm"), ("text", "natural"))}
     if cfg.bpe:
-        sample = ["Context: {}\nQuestion: {}\nAnswer: {}".format(r["context"], *r["qa"][0]) for r in rows["facts"][:5000]]
+        sample = ["Context: {}\nQuestion: {}\nAnswer: {}".format(r["context"], *r["qa"][0]) for r in rows["facts"]]
         train_bpe(sample + [r["text"] for r in rows["text"]], cfg.bpe, dest / "tokenizer")
     tok = tokenizer.load(str(dest / "tokenizer") if cfg.bpe else "bytes")
     for name, docs in rows.items():

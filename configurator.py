@@ -69,9 +69,9 @@ def parse(values, kinds, argv, usage, rows):
 
 def load(cls, argv, usage=""):
     """-> (`cls` of defaults <- files <- arguments, the list of files)."""
-    kinds, files = typing.get_type_hints(cls), [arg for arg in argv if not arg.startswith("-")]
+    kinds, files, wanted = typing.get_type_hints(cls), [arg for arg in argv if not arg.startswith("-")], {"--help", "-h"} & set(argv)
     values = {f.name: getattr(cls, f.name) for f in dataclasses.fields(cls)}
-    for path in map(Path, files if not {"--help", "-h"} & set(argv) else ()):
+    for path in map(Path, files if not wanted else ()):
         space = copy.deepcopy(values)  # even a default dict changed in place must not reach the class
         path.is_file() or die(f"{path}: no such config file; settings are written --key=value")
         try:
@@ -81,7 +81,7 @@ def load(cls, argv, usage=""):
             die(f"{path}, line {at}: {type(error).__name__}: {error}")
         for key in [k for k, v in space.items() if k[0] != "_" and not isinstance(v, types.ModuleType)]:
             assign(values, kinds, key, [space[key]], path)
-    source = "\n".join(map(inspect.getsource, filter(dataclasses.is_dataclass, cls.__mro__)))
+    source = "\n".join(map(inspect.getsource, filter(dataclasses.is_dataclass, cls.__mro__ if wanted else ())))
     rows = re.findall(r"^    (\w+): .*?(?:  # (.*))?$|^    # (.*)$", source, re.MULTILINE)  # key, the comment beside it, heading
     parse(values, kinds, [arg for arg in argv if arg not in files], usage, rows)
     return cls(**values), files

@@ -281,6 +281,36 @@ def test_teacher_stands_at_the_students_place(models):
         assert lw.answer_sums(logits, text["ans.goal"], text["ans.step"], 3, teacher)["kd"].abs() < 1e-4
 
 
+def test_softer_targets_reach_the_loss(models):
+    """kd_tau is handed to the term that uses it: two temperatures, two losses, each that of the formula on the same logits."""
+    found = []
+    for kd_tau in (1.0, 3.0):
+        model = lw.build(config(models, w_kd=1.0, kd_tau=kd_tau))
+        with torch.no_grad():
+            found.append(model(micro_batch(model, model.cfg))["kd/0"].item())
+    assert found[0] > 0 and abs(found[0] - found[1]) > 1e-3 * found[0]
+
+
+def test_latent_frozen_trains_only_what_was_put_on_top(models):
+    for latent_frozen, latent_blocks in ((True, 1), (False, 1)):
+        model = lw.build(config(models, latent_frozen=latent_frozen, latent_blocks=latent_blocks))
+        trained = {lw.block_number(n) for n, p in model.encoder.reader.named_parameters() if p.requires_grad and ".blocks." in n}
+        assert trained == ({2} if latent_frozen else {0, 1, 2})
+
+
+def test_wire_start_and_latent_questions_hold_back(models):
+    sides, reader = lw.layouts(config(models))
+    keys = dict(data={"qa": str(models / "qa.jsonl")}, seq_len=48, tokens_per_step=96, max_steps=8, objective="latent", wire_bits=(4,))
+    for wire_start, first in ((0.0, 0), (0.5, 4)):
+        cfg = config(models, wire_start=wire_start, **keys)
+        stream = latent_data.Stream(cfg, optim.make_plan(cfg, 1), 0, 1, sides, reader, print)
+        assert [step[0]["bits"] for step in stream] == [0] * first + [4] * (8 - first)
+    for latent_questions, asked in ((1, 1), (2, 2), (0, 5)):
+        stream.cfg = config(models, latent_questions=latent_questions)
+        batch = stream.collate([("Anna lives in Oslo.", [(f"Q{i}?", "Oslo") for i in range(5)], 0.5)])
+        assert int((batch["0.ans.step"] == 0).sum()) == asked
+
+
 def test_every_document_reads_its_own_packet(models):
     cfg = config(models, w_ae_qa=0.1)
     model = lw.build(cfg)
@@ -296,7 +326,8 @@ def test_every_document_reads_its_own_packet(models):
 
 
 def test_slots_look_like_words(models):
-    model = lw.build(config(models))
+    model = lw.build(config(models, adapter_hidden=20))
+    assert [a.net[0].out_features for a in model.adapters] == [20, 20]
     z = model.slots(micro_batch(model, model.cfg))
     for adapter, lm in zip(model.adapters, model.lms, strict=True):
         words = lm.embed_tokens(torch.arange(lm.cfg.vocab_size))
@@ -358,6 +389,7 @@ def test_settings_that_contradict_each_other_stop(models):
         {"latent_encoder": "sent", "latent_blocks": 1},
         {"parallel": "fsdp"},
         {"wire_bits": (5,)},
+        {"adapter": "linear", "adapter_hidden": 8},
     ):
         with pytest.raises(SystemExit):
             lw.check(SimpleNamespace(**vars(config(models)) | bad))

@@ -1,0 +1,134 @@
+"""Every setting does something: it is read, a test touches it, and where it could do nothing (needs.py) it is refused or named."""
+
+import json
+import os
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+import configurator
+import fp8
+import latentwire
+import needs
+import train
+from model import build
+from train import Config
+
+os.environ["WANDB_MODE"] = "offline"
+ROOT = Path(__file__).parents[1]
+TINY = ["--vocab_size=257", "--n_layer=1", "--n_head=2", "--d_model=16", "--seq_len=64", "--max_len=64", "--tokens_per_step=128",
+        "--max_steps=2", "--eval_tokens=64", "--device=cpu", "--dtype=float32", "--log_every=1"]  # fmt: skip
+
+
+def test_every_setting_is_read_by_the_code_and_touched_by_a_test():
+    files = [f for f in (*ROOT.glob("*.py"), *ROOT.glob("prepare/*.py"), *ROOT.glob("eval/*.py")) if f.name != "needs.py"]
+    code = "\n".join(f.read_text() for f in files)
+    tests = "\n".join(f.read_text() for f in ROOT.glob("tests/*.py"))
+    for key in (f.name for f in fields(Config)):
+        assert re.search(rf'\.{key}\b|(?<!\w)"{key}"', code), f"{key}: no file reads it"
+        assert re.search(rf"\b{key}\b", tests), f"{key}: no test touches it"
+
+
+def test_what_would_do_nothing_is_refused_when_typed_and_named_when_inherited(capsys):
+    keys = {f.name for f in fields(Config)}
+    for need, some in needs.NEEDS:
+        assert set(some.split()) <= keys and {part.partition("=")[0] for part in need.split(" or ")} <= keys, need
+    for changes, key, need in (
+        ({"objective": "denoise", "domains": "data/val"}, "domains", "objective=lm"),
+        ({"cross_rope": "enc"}, "cross_rope", "arch=encdec"),
+        ({"ffn": "polyglu", "act": "gelu"}, "act", "ffn=swiglu"),
+        ({"objective": "latent", "compile": True}, "compile", "objective=lm|denoise|contrast"),
+        ({"objective": "latent", "n_layer": 3}, "n_layer", "latent_encoder=pool|byte"),
+        ({"objective": "contrast", "eval_every": 3}, "eval_every", "objective=lm|denoise"),
+        ({"fp8_margin": 1}, "fp8_margin", "precision=fp8|te"),
+        ({"objective": "latent", "kd_tau": 2.0}, "kd_tau", "w_kd"),
+    ):
+        cfg = Config(**changes)
+        assert key in needs.idle(cfg) and need in needs.idle(cfg)
+        with pytest.raises(SystemExit) as end:
+            needs.idle(cfg, [f"--{key}=x"])
+        line = capsys.readouterr().err
+        assert end.value.code == 2 and line.startswith(f"--{key}=") and need in line and line.count("\n") == 1
+    for changes in (
+        {},
+        {"objective": "latent", "latent_encoder": "byte", "n_layer": 3, "wire_bits": (8,), "wire_start": 0.5},
+        {"arch": "encdec", "objective": "denoise", "cross_rope": "enc", "ffn": "polyglu", "gate_enc": "lagged", "gate_block": 8},
+        {
+            "precision": "fp8",
+            "fp8_recipe": "delayed",
+            "fp8_history": 4,
+            "optimizer": "muon",
+            "muon_lr": 0.1,
+            "domains": "x",
+            "mix": {"a": 1.0},
+        },
+    ):
+        assert needs.idle(Config(**changes), [f"--{key}=x" for key in changes]) == ""
+
+
+def test_no_config_that_stands_alone_sets_anything_in_vain():
+    for file in sorted(ROOT.glob("config/*.py")):
+        if f"train.py config/{file.name}" in file.read_text():  # a recipe; others follow one
+            assert needs.idle(configurator.load(Config, [str(file)])[0]) == "", file.name
+
+
+def test_what_was_typed_in_vain_stops_before_anything_is_written(corpus, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train.main([f"--data={corpus}", f"--out={tmp_path / 'run'}", "--max_enc=64", *TINY])
+    assert "--max_enc=64" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+# ---- settings that nothing else would notice
+
+
+def test_wandb_and_tensorboard_get_what_the_log_gets(corpus, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("wandb", reason="pip install -e '.[log]'")
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="pip install -e '.[log]'")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    (tmp_path / "left.py").write_text("max_enc = 64\n")  # from a config that stood before
+    train.main([str(tmp_path / "left.py"), f"--data={corpus}", f"--out={tmp_path / 'run'}", "--wandb=True", "--tensorboard=True", *TINY])
+    assert "without effect here: max_enc (needs objective=denoise|contrast)" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    board = events.EventAccumulator(str(tmp_path / "run")).Reload()
+    for key in ("train/loss", "val/mean/bpb"):
+        logged = [(row["step"], row[key]) for row in rows if key in row]
+        assert logged and [(e.step, e.value) for e in board.Scalars(key)] == [(s, pytest.approx(v)) for s, v in logged]
+    (kept,) = (tmp_path / "run").glob("wandb/offline-run-*/run-*.wandb")
+    content = kept.read_bytes()
+    assert b"val/mean/bpb" in content and b"tokens_per_step" in content  # metrics, and the config
+
+
+def test_analyze_batch_prints_examples_and_ends(corpus, tmp_path, capsys):
+    size = ["--arch=encdec", "--objective=denoise", "--vocab_size=371", "--n_sentinels=110", "--max_enc=64", "--max_dec=64"]
+    rest = [arg for arg in TINY if "vocab" not in arg and "tokens_per" not in arg]
+    with pytest.raises(SystemExit) as end:
+        train.main([f"--data={corpus}", f"--out={tmp_path / 'run'}", "--analyze_batch=3", "--tokens_per_step=512", *size, *rest])
+    text = capsys.readouterr().out
+    assert not end.value.code and text.count("targets") >= 3 and not list((tmp_path / "run").glob("step-*"))
+
+
+@pytest.mark.parametrize("reduce", [True, False])
+def test_fp8_reduce_amax_is_what_lets_ranks_agree(reduce, monkeypatch):
+    cfg = Config(vocab_size=61, n_layer=1, n_head=2, d_model=32, d_ff=64, precision="fp8", fp8_emulate=True, fp8_filter="all",
+                 fp8_recipe="delayed", fp8_reduce_amax=reduce)  # fmt: skip
+    model = build(cfg)
+    fp8.apply(model, cfg, "cpu")
+    monkeypatch.setattr(fp8.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(fp8.dist, "all_reduce", lambda x, op: x.fill_(7.0))  # another rank has seen larger values
+    model.fp8.now.fill_(3.0)
+    fp8.refresh(model)
+    assert model.fp8.history.max() == (7.0 if reduce else 3.0)
+
+
+def test_every_weight_of_a_latent_loss_is_its_own():
+    values = dict(w_ans=2.0, w_first=3.0, w_k=5.0, w_kd=7.0, w_ae=11.0, w_lm=13.0, w_ae_qa=17.0)
+    found = latentwire.weights(Config(lms=("a", "b"), **values))
+    assert found == {f"{k[2:]}/{m}": v for k, v in values.items() for m in range(2)} | {"first_right/0": 0.0, "first_right/1": 0.0}
+
+
+def test_adapter_hidden_is_a_width():
+    lm = build(Config(n_layer=1, n_head=2, d_model=16))
+    for adapter_hidden, width in ((0, 32), (24, 24)):
+        assert latentwire.Adapter(Config(latent_dim=8, adapter_hidden=adapter_hidden), lm).net[0].out_features == width

@@ -28,7 +28,7 @@ class Machine(NamedTuple):
 
 
 # dense, without sparsity, from the vendor's data sheets; the first name found in the device's counts, so longer ones come first
-PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "L40S": 362e12, "L40": 181e12}
+PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12, "GB200": 2500e12, "L40S": 362e12, "L40": 181e12}
 PEAKS |= {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "RTX 4090": 165e12, "RTX 5090": 209e12, "L4": 121e12}
 
 

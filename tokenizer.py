@@ -87,9 +87,6 @@ class Tokenizer:
     def encode(self, text):
         return self.encode_array(text).tolist()
 
-    def encode_batch(self, texts):
-        return list(map(self.encode, texts))
-
     def decode(self, ids):
         return self.whole(list(ids)) if self.whole else b"".join(self.table[i] for i in ids).decode("utf-8", "replace")
 
@@ -106,9 +103,25 @@ class Tokenizer:
     def save(self, folder):
         os.makedirs(folder, exist_ok=True)
         for name, content in self.files.items():
-            pathlib.Path(folder, name).write_bytes(content)
+            new = pathlib.Path(folder, f".tmp-{os.urandom(4).hex()}-{name}")  # other processes may be reading, or saving the same
+            new.write_bytes(content)
+            os.replace(new, pathlib.Path(folder, name))
 
 
+def foreign(read):
+    """What a reader trips over in a file from elsewhere is that file's fault, and said in one line."""
+
+    @functools.wraps(read)
+    def careful(path, *more):
+        try:
+            return read(path, *more)
+        except Exception as error:
+            die(f"{path}: damaged, or not what its name says ({type(error).__name__}: {' '.join(str(error).split())[:200]}); copy it again")
+
+    return careful
+
+
+@foreign
 def load(path):
     if str(path) == "bytes":
         table = [bytes([i]) for i in range(256)] + [EOS.encode()]
@@ -142,6 +155,8 @@ def rank_file(path):
 
     raw, beside = read(path), os.path.splitext(path)[0] + ".json"
     ranks = {base64.b64decode(t): int(r) for t, r in (line.split() for line in raw.splitlines() if line)}
+    if missing := {bytes([i]) for i in range(256)} - set(ranks):
+        die(f"{path}: {len(missing)} single bytes have no rank, {min(missing)} for one: not every text could be encoded; copy it again")
     known, eos = RANKS.get(hashlib.sha256(raw).hexdigest()), EOS
     if known:
         name, pattern, special, nfc = known

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from configurator import die
+from tokenizer import foreign
 
 GGUF = {  # GGUF -> transformers
     "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head", "attn_norm": "input_layernorm",
@@ -97,6 +98,7 @@ def hf_fields(source, where):
     }  # fmt: skip
 
 
+@foreign
 def read_published(path, source):
     """The PolyGLU release (.safetensors, or .pt read without ever unpickling objects), and our own export of that layout."""
     files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".pt"))
@@ -140,12 +142,19 @@ def read_published(path, source):
     return fields, tensors, info
 
 
+@foreign
 def read_gguf(path):
     """A llama.cpp file -> the transformers names and config, dequantised to fp32."""
     import gguf
     import numpy as np
 
-    reader = gguf.GGUFReader(path)
+    class Reader(gguf.GGUFReader):
+        def _get(self, offset, dtype, count=1, **more):  # theirs reads on behind the end of the file, for as long as a list claims to be
+            if offset + np.dtype(dtype).itemsize * int(count) > len(self.data):
+                raise ValueError("it ends in the middle")
+            return super()._get(offset, dtype, count, **more)
+
+    reader = Reader(path)
     meta = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
     arch = meta["general.architecture"]
     if arch not in ("llama", "qwen2", "qwen3"):

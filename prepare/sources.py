@@ -4,7 +4,7 @@
 `documents` read one task. Bytes that are not UTF-8 become U+FFFD and the document counts as "repaired"; a line that is no JSON object
 is skipped and counted. Read next: prepare/shards.py, which runs the tasks."""
 
-import codecs
+import contextlib
 import glob
 import gzip
 import json
@@ -12,22 +12,16 @@ import mmap
 import os
 import re
 import sysconfig
+import zlib
 
 from configurator import die
+from prepare.utf8 import decode, repaired, slices, texts, unescape
 from tokenizer import LONG, pieces, scalar
 
 CHUNK = 2 << 20  # bytes of input per task
 TABLES = (".parquet", ".arrow")
 LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".json.gz")
-repaired = [0]
-
-
-def repair(error):
-    repaired[0] += 1
-    return codecs.lookup_error("replace")(error)
-
-
-codecs.register_error("repair", repair)
+LONGEST = 100 << 20  # bytes of a line; a longer one is dropped and counted, so that memory stays below 1 GB
 
 
 def find(spec):
@@ -76,19 +70,34 @@ def tasks(files, column=None, separator=b""):
         yield ("whole", small), held
 
 
-def row_groups(path, size, column):
+@contextlib.contextmanager
+def table(path):
+    """A parquet file, read page by page, whatever its row groups."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(path) as table:
-        meta, names = table.metadata, table.schema_arrow.names
+    with damaged(path, pa.ArrowException, OSError, UnicodeDecodeError):
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True) as found:
+            yield found
+
+
+@contextlib.contextmanager
+def damaged(path, *errors):
+    try:
+        yield
+    except errors as error:
+        die(f"{path}: damaged, or not what its name says ({str(error).splitlines()[0][:200]}); copy it again")
+
+
+def row_groups(path, size, column):
+    with table(path) as found:
+        meta, names = found.metadata, found.schema_arrow.names
         if column and column not in names:
             die(f"{path}: no column '{column}'; --text_field= one of {', '.join(names)}")
         total = max(1, sum(meta.row_group(g).total_byte_size for g in range(meta.num_row_groups)))
         for g in range(meta.num_row_groups):
             group, share = meta.row_group(g), size * meta.row_group(g).total_byte_size / total
-            cuts = min(
-                8, -(-group.total_byte_size // CHUNK)
-            )  # a slice re-reads what lies before it: cheap beside tokenising, up to a point
+            cuts = min(8, -(-group.total_byte_size // CHUNK))  # a slice re-reads what lies before it: cheap, up to a point
             edges = [group.num_rows * c // cuts for c in range(cuts + 1)]
             for start, stop in zip(edges, edges[1:], strict=False):
                 yield ("parquet", path, start, stop, g), share / cuts
@@ -113,17 +122,25 @@ def hub(name, config, split, skip):
         yield ("given", batch), held
 
 
+@contextlib.contextmanager
 def unzipped(path):
-    return gzip.open(path) if path.endswith(".gz") else open(path, "rb", buffering=1 << 20)
+    with damaged(path, EOFError, zlib.error, gzip.BadGzipFile):
+        with gzip.open(path) if path.endswith(".gz") else open(path, "rb", buffering=1 << 20) as f:
+            yield f
 
 
-def split_range(path, start, stop, sep):
+def split_range(count, path, start, stop, sep):
     """Texts between separators, as bytes, one at a time."""
     with unzipped(path) as f:
         f.seek(start)
+        while sep == b"\n" and (stop == 0 or f.tell() < stop) and (line := [f.readline(LONGEST + 1)])[0]:
+            if len(line[0]) <= LONGEST:
+                yield line.pop()  # nothing here holds it while it is worked on
+                continue
+            count[f"lines over {LONGEST >> 20} MB"] += 1
+            while line[0] and not line[0].endswith(b"\n"):
+                line = [f.readline(1 << 20)]
         if sep == b"\n":
-            while (stop == 0 or f.tell() < stop) and (line := f.readline()):
-                yield line
             return
         left = f.read(stop - start if stop else -1)
     at = 0
@@ -140,11 +157,9 @@ def rows(task, count, columns=None):
     if kind == "given":
         yield from path
     elif kind == "parquet":
-        import pyarrow.parquet as pq
-
         start, stop, group = where
-        with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as table:  # page by page, whatever the row groups
-            for batch in table.iter_batches(128, row_groups=[group], columns=columns):
+        with table(path) as found:
+            for batch in found.iter_batches(128, row_groups=[group], columns=columns):
                 yield from batch.slice(max(0, start), stop - max(0, start)).to_pylist() if start < len(batch) else []
                 start, stop = start - len(batch), stop - len(batch)
                 if stop <= 0:
@@ -152,22 +167,24 @@ def rows(task, count, columns=None):
     elif kind == "arrow":
         import pyarrow as pa
 
-        with pa.memory_map(path) as source:
+        with damaged(path, pa.ArrowException, OSError, UnicodeDecodeError), pa.memory_map(path) as source:
             for batch in pa.ipc.open_stream(source):
                 for at in range(0, len(batch), 128):
                     yield from batch.slice(at, 128).to_pylist()
     else:
-        for line in split_range(path, *where):
-            if line.strip():
-                try:
-                    row = json.loads(line.decode("utf-8", "repair"))
-                except (ValueError, RecursionError):
-                    row = None
-                del line
-                if isinstance(row, dict):
-                    yield row
-                else:
-                    count["not a JSON object"] += 1
+        for line in split_range(count, path, *where):
+            if line.isspace():
+                continue
+            line = line.decode("ascii", "surrogateescape") if (long := columns and len(line) > LONG) else decode(line)
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            del line
+            if isinstance(row, dict):
+                yield unescape(row, *columns) if long else row
+            else:
+                count["not a JSON object"] += 1
 
 
 def documents(task, count, field):
@@ -175,13 +192,14 @@ def documents(task, count, field):
     if task[0] == "whole":
         yield from map(blocks, task[1])
     elif task[0] == "range" and not task[1].endswith(LINES):
-        yield from (
-            pieces(text.decode("utf-8", "repair").removesuffix("\n" if task[4] == b"\n" else "")) for text in split_range(*task[1:])
-        )
+        yield from (pieces(decode(text).removesuffix("\n" if task[4] == b"\n" else "")) for text in split_range(count, *task[1:]))
     else:
         for row in rows(task, count, [field]):
             text = row.get(field)
-            if isinstance(text, str):
+            if isinstance(text, bytes):
+                del row
+                yield texts(slices(text, 4 * LONG))
+            elif isinstance(text, str):
                 sound = scalar(text)
                 repaired[0] += sound is not text
                 del row, text
@@ -191,9 +209,5 @@ def documents(task, count, field):
 
 
 def blocks(path):
-    decoder, carry = codecs.getincrementaldecoder("utf-8")("repair"), ""
     with unzipped(path) as f:
-        while block := f.read(4 * LONG):
-            *whole, carry = pieces(carry + decoder.decode(block))
-            yield from whole
-    yield carry + decoder.decode(b"", final=True)
+        yield from texts(iter(lambda: f.read(4 * LONG), b""))

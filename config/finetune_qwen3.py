@@ -7,9 +7,17 @@
 
 596M parameters: fp32 masters, gradients and Adam moments take 9.5 GB; `remat = 1` keeps activations of 8 x 1,024 tokens near 3 GB.
 8 rows x 1,024 x 4 micro-batches = 32,768 tokens a step. A tenth of the pretraining rate and a short warmup: higher forgets more.
-For chats: shards of prepare.chat and --packing=documents. For UL2: config/encdec_ul2.py after prepare.encdec --from=Qwen3-0.6B-Base.
-Other sizes: out/qwen3/config.json holds the shape to write here. Not run here at this scale: no Qwen weights are in reach of this machine;
-import, training and export of random Qwen3 folders are tested in tests/test_hub.py. Read next: config/sft_smollm2.py, which was run.
+The same file for every other objective (tests/test_finetune.py runs each on a random Qwen3 folder):
+
+    chats       python -m prepare.chat --from=chats.jsonl --tokenizer=out/qwen3 --out=data/chats
+                python train.py config/finetune_qwen3.py --data=data/chats --packing=documents --lr=1e-5
+    UL2         python -m prepare.encdec --from=Qwen3-0.6B-Base --out=out/qwen3_encdec
+                python train.py config/encdec_ul2.py --init_from=out/qwen3_encdec
+    embeddings  python train.py config/encdec_ul2.py config/encdec_contrast.py --init_from=out/encdec_ul2 --data=pairs.jsonl
+    packets     --objective=latent --lms="('out/qwen3',)", see config/latent_squad.py
+
+Other sizes: out/qwen3/config.json holds the shape to write here. Not run at this scale: no Qwen weights were in reach.
+Read next: config/sft_smollm2.py, which was run.
 """
 
 out = "out/qwen3_notes"

@@ -203,10 +203,10 @@ class Segments:
 def attention(q, k, v, mask, causal):
     """q (S, H, n, E), k and v (S, G, m, E) -> (S, H, n, E), one softmax per query.
 
-    SDPA, but for training on a CPU in bf16: there its backward takes twice as long as two matmuls and a softmax (LOG.md), as long as
-    the scores of a few hundred tokens are no burden.
+    SDPA, but for bf16 on a CPU: there it takes up to ten times as long as two matmuls and a softmax (LOG.md), as long as the scores of a
+    few hundred tokens are no burden.
     """
-    if not (q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad and k.shape[2] <= 1024):
+    if not (q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= 1024):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
     shape, share = q.shape, q.shape[1] // k.shape[1]  # the queries of one key head lie behind one another: no key is repeated
     q, k, v = (t.flatten(0, 1) for t in (q.unflatten(1, (-1, share)).flatten(2, 3), k, v))  # (S G, share n or m, E)

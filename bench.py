@@ -5,26 +5,32 @@
     python bench.py --info                           the machine and its libraries
     python bench.py --fp8_table                      on a GPU: measure which FP8 products pay, rewrite config/fp8_table.py
 
-Peers are transformers' Qwen3ForCausalLM of the same shape (its own `generate` for decoding) with the same fused AdamW, clipping and
-dtype: fp32 masters and bf16 matmuls, which is torch.autocast there. A missing peer stops the bench. `--clock=cpu` counts the
-process's CPU seconds instead of the wall's: the figure to use with --threads=1 on a machine that others are using.
+Peers are transformers' Qwen3ForCausalLM of the same shape (its own `generate` for decoding) and T5Gemma2 (padded, as its users train it),
+with the same fused AdamW, clipping and dtype: fp32 masters and bf16 matmuls, which is torch.autocast there. A missing peer stops the
+bench. The floor of a row is the time its matrix products would take, or its weights to be read, at the rates that this machine reached
+in this run with nothing else to do. `--clock=cpu` counts the process's CPU seconds instead of the wall's: the figure to use with
+--threads=1 on a machine that others are using.
 Read next: LOG.md for what was measured, model.py and kernels.py for what is being measured.
 """
 
 import prelude  # isort: skip  # noqa: F401
 
+import functools
 import importlib.metadata
 import importlib.util
 import json
 import os
 import platform
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from types import SimpleNamespace
 
+import numpy as np
 import torch
 
 import configurator
@@ -33,8 +39,10 @@ import optim
 import precision
 import sample
 from configurator import die
+from denoise_stream import collate
 from eval import fp8_table
-from model import build
+from eval.peers import peer_step, qwen3, step_of, t5gemma2
+from model import build, rectangle
 from train import Config
 
 # shape of each row: Config keys, rows x tokens of a step; GPU shapes are those of the presets
@@ -42,12 +50,14 @@ SHAPES = {
     "cpu": {
         "train": ({"vocab_size": 4096, "n_layer": 6, "n_head": 6, "d_model": 384, "d_ff": 1024}, 8, 256),
         "vocab": ({"vocab_size": 151_936, "n_layer": 2, "n_head": 4, "d_model": 256, "d_ff": 768}, 8, 256),
+        "encdec": ({"vocab_size": 4096, "n_layer": 4, "n_head": 4, "d_model": 256, "d_ff": 768}, 16),
         "polyglu": ({"vocab_size": 4096, "n_layer": 4, "n_head": 4, "d_model": 256, "d_ff": 1024}, 8, 256),
         "decode": ({"vocab_size": 4096, "n_layer": 6, "n_head": 6, "d_model": 384, "d_ff": 1024}, 64, 128),
     },
     "gpu": {
         "train": ({"vocab_size": 50_304, "n_layer": 12, "n_head": 12, "d_model": 768, "d_ff": 3072}, 16, 2048),
         "vocab": ({"vocab_size": 151_936, "n_layer": 4, "n_head": 16, "d_model": 1024, "d_ff": 3072}, 4, 2048),
+        "encdec": ({"vocab_size": 151_936, "n_layer": 12, "n_head": 16, "d_model": 1024, "d_ff": 3072}, 64),
         "polyglu": ({"vocab_size": 151_936, "n_layer": 28, "n_head": 16, "n_kv_head": 8, "d_model": 1024, "d_ff": 4096}, 8, 2048),
         "decode": ({"vocab_size": 50_304, "n_layer": 12, "n_head": 12, "d_model": 768, "d_ff": 3072}, 64, 256),
     },
@@ -57,57 +67,30 @@ SHAPES = {
 # ---- both sides ---------------------------------------------------------------------------------------------------------
 
 
-def qwen3(keys, where):
-    """The peer: the same architecture in transformers, fp32 masters."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    names = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "d_model": "hidden_size", "d_ff": "intermediate_size"}
-    same = {names.get(k, k): v for k, v in keys.items() if k != "n_kv_head"}
-    same |= {"num_key_value_heads": keys.get("n_kv_head", keys["n_head"]), "head_dim": keys["d_model"] // keys["n_head"]}
-    config = Qwen3Config(**same, tie_word_embeddings=True, max_position_embeddings=4096, attn_implementation="sdpa")
-    torch.manual_seed(1)
-    return Qwen3ForCausalLM(config).to(where.device)
-
-
-def peer_step(keys, rows, length, where):
-    """A training step as a user of transformers writes it: model(input_ids, labels).loss under autocast."""
-    model = qwen3(keys, where).train()
-    decay = [p for p in model.parameters() if p.ndim > 1]
-    groups = [{"params": decay}, {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    ids = torch.randint(keys["vocab_size"], (rows, length), device=where.device)
-    params = list(model.parameters())
-
-    def step():
-        with torch.autocast(where.device.type, torch.bfloat16, enabled=where.dtype == torch.bfloat16):
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
-
-
-def our_step(keys, rows, length, where, compiled=False):
-    """The body of train.py's loop for one micro-batch of whole rows."""
-    cfg = Config(**keys, max_len=max(length, 1024), max_steps=1, lr=1e-4)
+def our_step(keys, batch, where, compiled=False):
+    """The body of train.py's loop for one micro-batch."""
+    cfg = Config(**keys, max_len=4096, max_steps=1, lr=1e-4)
     raw = build(cfg).set_dtype(where.dtype).to(where.device).train()
     model = torch.compile(raw, dynamic=False) if compiled else raw
-    optimizer = optim.build_optimizer(raw, cfg)
-    ids = torch.randint(cfg.vocab_size, (rows * length,), device=where.device)
-    cu = torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=where.device)
-    batch = {"ids": ids, "pos": torch.arange(length).repeat(rows).to(where.device), "cu": cu, "max_len": length}
-    batch["rows"], targets, params = torch.arange(rows, device=where.device), ids.roll(-1), list(raw.parameters())
+    batch = {k: t.to(where.device) if isinstance(t, torch.Tensor) else t for k, t in batch.items()}
+    count = int((batch["targets"] != -100).sum())
+    return step_of(lambda: raw.nll(model(batch), batch["targets"])[0] / count, list(raw.parameters()), optim.build_optimizer(raw, cfg))
 
-    def step():
-        loss, _ = raw.nll(model(batch), targets)
-        (loss / len(targets)).backward()
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
 
-    return step
+def rows_of_text(keys, rows, length):
+    """The same random rows for both sides."""
+    ids = torch.randint(keys["vocab_size"], (rows, length), generator=torch.Generator().manual_seed(1))
+    return rectangle(ids) | {"targets": ids.flatten().roll(-1)}, {"input_ids": ids, "labels": ids}
+
+
+def ragged_pairs(keys, count):
+    """Examples of an encoder-decoder, 16 to 256 and 8 to 96 tokens: packed for us, padded to the longest for the peer."""
+    rng = np.random.default_rng(1)
+    draw = lambda low, high: [rng.integers(keys["vocab_size"] - 1, size=n) for n in rng.integers(low, high + 1, count)]  # noqa: E731
+    enc, dec = draw(16, 256), draw(8, 96)
+    pad = lambda some, fill: torch.nn.utils.rnn.pad_sequence([torch.from_numpy(x) for x in some], True, fill)  # noqa: E731
+    peer = {"input_ids": pad(enc, 0), "attention_mask": pad([x * 0 + 1 for x in enc], 0), "labels": pad(dec, -100)}
+    return collate([(e, d, d, 0) for e, d in zip(enc, dec, strict=True)]), peer
 
 
 # ---- measuring ----------------------------------------------------------------------------------------------------------
@@ -127,19 +110,29 @@ def race(sides, opt, where, warm=2):
     return seconds
 
 
-def report(name, what, seconds, unit, amount, higher=True):
-    """First side is ours, second the peer. Quartiles of the round-by-round ratio are its spread."""
+def report(name, what, seconds, unit, amount, higher=True, floor=0.0):
+    """First side is ours, second the peer. Quartiles of the round-by-round ratio are its spread; floor: seconds nobody can beat."""
     (us, ours), (peer, theirs) = seconds.items()
     ratios = sorted(b / a if higher else a / b for a, b in zip(ours, theirs, strict=True))
     low, high = (ratios[0], ratios[-1]) if len(ratios) < 4 else statistics.quantiles(ratios, n=4)[::2]
     a, b = statistics.median(ours), statistics.median(theirs)
-    row = {"name": name, "what": what, us: amount / a, peer: amount / b, "unit": unit}
-    row |= {"ratio": b / a if higher else a / b, "low": low, "high": high, "rounds": len(ratios)}
-    line = (
-        f"{us} {amount / a:,.4g} {unit}, {peer} {amount / b:,.4g}: ratio {row['ratio']:.2f} ({low:.2f} to {high:.2f}, {len(ratios)} rounds)"
-    )
-    print(f"{name:<10} {line}  {what}", flush=True)
+    rates = [amount / t if amount else t for t in (a, b)]
+    row = {"name": name, "what": what, us: rates[0], peer: rates[1], "unit": unit}
+    row |= {"ratio": b / a if higher else a / b, "low": low, "high": high, "rounds": len(ratios), "floor_s": floor, "of_floor": floor / a}
+    spread = f"ratio {row['ratio']:.2f} ({low:.2f} to {high:.2f}, {len(ratios)} rounds)"
+    line = f"{us} {rates[0]:,.4g} {unit}, {peer} {rates[1]:,.4g}: {spread}"
+    print(f"{name:<10} {line}{f', {floor / a:.0%} of the floor' if floor else ''}  {what}", flush=True)
     return row
+
+
+@functools.cache
+def ceilings(where, clock):
+    """(FLOP/s of a large product, bytes/s of reading a large matrix once): what this machine does with nothing else to do."""
+    a = torch.randn(2048, 2048, device=where.device, dtype=where.dtype)
+    big = torch.randn(8192, 4096, device=where.device).t()
+    opt = SimpleNamespace(rounds=10, clock=clock)
+    seconds = race({"mm": lambda: a @ a, "mv": lambda: big @ big[0, :].expand(1, -1).t()}, opt, where)
+    return 2 * 2048**3 / min(seconds["mm"]), big.nbytes / min(seconds["mv"])
 
 
 # Linux carries the peak of a parent over fork and exec into its child: a small process in between measures, not this big one
@@ -168,9 +161,24 @@ def shape_text(keys, rows, length):
 
 def train(opt, where, shape="train"):
     keys, rows, length = SHAPES[opt.suite][shape]
-    sides = {"prism": our_step(keys, rows, length, where, opt.compile), "transformers": peer_step(keys, rows, length, where)}
+    batch, inputs = rows_of_text(keys, rows, length)
+    sides = {"prism": our_step(keys, batch, where, opt.compile), "transformers": peer_step(qwen3(keys, where), inputs, where)}
     what = f"training step, {shape_text(keys, rows, length)}, {str(where.dtype)[6:]}"
-    return [report(shape, what, race(sides, opt, where), "tokens/s", rows * length)]
+    floor = build(Config(**keys, max_steps=1), "meta").flops_per_token(length) * rows * length / ceilings(where, opt.clock)[0]
+    return [report(shape, what, race(sides, opt, where), "tokens/s", rows * length, floor=floor)]
+
+
+def encdec(opt, where):
+    """Ragged examples; both sides' rate counts real tokens."""
+    keys, count = SHAPES[opt.suite]["encdec"]
+    batch, inputs = ragged_pairs(keys, count)
+    ours = our_step(keys | {"arch": "encdec"}, batch, where)
+    sides = {"prism": ours, "transformers": peer_step(t5gemma2(keys, where), inputs, where)}
+    real, padded = len(batch["ids"]) + len(batch["dec_ids"]), inputs["input_ids"].numel() + inputs["labels"].numel()
+    what = (
+        f"encoder-decoder training step, {count} ragged examples, {real} of {padded} tokens real, 2 x {keys['n_layer']} x {keys['d_model']}"
+    )
+    return [report("encdec", what, race(sides, opt, where), "tokens/s", real)]
 
 
 def vocab(opt, where):
@@ -195,8 +203,9 @@ def vocab(opt, where):
 def one_side(side, suite, threads):
     if threads:
         torch.set_num_threads(threads)
-    keys, rows, length = SHAPES[suite]["vocab"]
-    step = (our_step if side == "our" else peer_step)(keys, rows, length, machine.find())
+    where, (keys, rows, length) = machine.find(), SHAPES[suite]["vocab"]
+    batch, inputs = rows_of_text(keys, rows, length)
+    step = our_step(keys, batch, where) if side == "our" else peer_step(qwen3(keys, where), inputs, where)
     for _ in range(2):
         step()
 
@@ -204,7 +213,8 @@ def one_side(side, suite, threads):
 def polyglu(opt, where):
     keys, rows, length = SHAPES[opt.suite]["polyglu"]
     where = where if where.device.type == "cuda" else where._replace(dtype=torch.float32)
-    sides = {ffn: our_step(keys | {"ffn": ffn}, rows, length, where, opt.compile) for ffn in ("polyglu", "swiglu")}
+    batch = rows_of_text(keys, rows, length)[0]
+    sides = {ffn: our_step(keys | {"ffn": ffn}, batch, where, opt.compile) for ffn in ("polyglu", "swiglu")}
     what = f"training step of prism, {shape_text(keys, rows, length)}, {str(where.dtype)[6:]}: polyglu's time over swiglu's"
     return [report("polyglu", what, race(sides, opt, where), "tokens/s", rows * length, higher=False)]
 
@@ -223,7 +233,10 @@ def decode(opt, where, batch):
     }
     assert sides["generate"]().shape == (batch, prompt + new)
     what = f"greedy decoding of {new} tokens after {prompt}, batch {batch}, {keys['n_layer']} x {keys['d_model']}, {str(where.dtype)[6:]}"
-    return [report(f"decode{batch}", what, race(sides, opt, where, warm=1), "tokens/s", batch * new)]
+    flops, rate = ceilings(where, opt.clock)
+    step = max(model.num_params() * where.dtype.itemsize / rate, 2 * model.num_params() * batch / flops)  # every weight is read once
+    floor = new * step + 2 * model.num_params() * batch * prompt / flops
+    return [report(f"decode{batch}", what, race(sides, opt, where, warm=1), "tokens/s", batch * new, floor=floor)]
 
 
 def prepare(opt, where):
@@ -240,14 +253,31 @@ def prepare(opt, where):
 
 
 def startup(opt, where):
-    seconds = {"train.py --help": [], "import torch": []}
-    for _ in range(5):
-        seconds["train.py --help"].append(child_cost(["train.py", "--help"])[0])
-        seconds["import torch"].append(child_cost(["-c", "import torch"])[0])
-    return [report("startup", "start-up against importing torch alone, lower is better", seconds, "starts/s", 1, higher=False)]
+    """Wall time, whatever the clock. The floor of a first step is the import of torch."""
+    with tempfile.TemporaryDirectory() as folder:
+        child_cost(["-m", "prepare.text", f"--from={__file__}", "--separator=\n\n", "--val=0.1", f"--out={folder}/d"])
+        small = ["config/debug.py", f"--data={folder}/d", f"--out={folder}/r", "--max_steps=1", "--eval_every=0", "--resume=auto"]
+        runs = {"first": ["train.py", *small], "torch": ["-c", "import torch"], "help": ["train.py", "--help"], "python": ["-c", "pass"]}
+        seconds = {name: [] for name in runs}
+        for _ in range(5):
+            shutil.rmtree(f"{folder}/r", ignore_errors=True)
+            for name, argv in runs.items():
+                seconds[name].append(child_cost(argv)[0])
+    ours, empty = ({"prism": seconds[a], b: seconds[b]} for a, b in (("first", "torch"), ("help", "python")))
+    return [
+        report("first", "train.py over one step and its checkpoint, against import torch; lower is better", ours, "s", None, higher=False),
+        report("help", "train.py --help, against an empty program; lower is better", empty, "s", None, higher=False),
+    ]
 
 
-ROWS = {"train": train, "vocab": vocab, "polyglu": polyglu, "decode1": lambda *a: decode(*a, 1), "decode8": lambda *a: decode(*a, 8)}
+ROWS = {
+    "train": train,
+    "vocab": vocab,
+    "encdec": encdec,
+    "polyglu": polyglu,
+    "decode1": lambda *a: decode(*a, 1),
+    "decode8": lambda *a: decode(*a, 8),
+}
 ROWS |= {"prepare": prepare, "startup": startup}
 
 

@@ -7,6 +7,7 @@ import pytest
 
 import bench
 import machine
+from model import ModelConfig, build
 
 
 def dies(capsys, call, *words):
@@ -48,12 +49,24 @@ def test_both_sides_are_the_same_model(monkeypatch):
     keys = {"vocab_size": 128, "n_layer": 2, "n_head": 2, "d_model": 32, "d_ff": 64}
     where = machine.find("cpu")
     peer = bench.qwen3(keys, where)
-    from model import ModelConfig, build
-
     assert sum(p.numel() for p in peer.parameters()) == build(ModelConfig(**keys)).num_params()
-    sides = {"prism": bench.our_step(keys, 2, 16, where), "transformers": bench.peer_step(keys, 2, 16, where)}
+    batch, inputs = bench.rows_of_text(keys, 2, 16)
+    sides = {"prism": bench.our_step(keys, batch, where), "transformers": bench.peer_step(peer, inputs, where)}
     seconds = bench.race(sides, SimpleNamespace(clock="cpu", rounds=2), where, warm=0)
     assert all(len(s) == 2 and min(s) > 0 for s in seconds.values())
+
+
+def test_both_sides_of_an_encoder_decoder_learn_the_same_tokens():
+    pytest.importorskip("transformers")
+    keys, where = {"vocab_size": 128, "n_layer": 2, "n_head": 2, "d_model": 32, "d_ff": 64}, machine.find("cpu")
+    batch, inputs = bench.ragged_pairs(keys, 3)
+    peer = bench.t5gemma2(keys, where)
+    vision = sum(p.numel() for name, p in peer.named_parameters() if any(s in name for s in ("vision", "multi_modal", "eoi")))
+    ours = build(ModelConfig(**keys, arch="encdec"))
+    extra = 2 * 2 * 2 * keys["d_model"]  # a second norm around each branch
+    assert sum(p.numel() for p in peer.parameters()) - vision == ours.num_params() + extra
+    assert int((inputs["labels"] != -100).sum()) == len(batch["targets"]) and int(inputs["attention_mask"].sum()) == len(batch["ids"])
+    assert bench.peer_step(peer, inputs, where)() is None and bench.our_step(keys | {"arch": "encdec"}, batch, where)() is None
 
 
 def test_help(capsys):

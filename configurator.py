@@ -56,7 +56,8 @@ def parse(values, kinds, argv, usage, rows):
     """values <- --key=value; or, asked for --help, every key with its default and with what `rows` (key, note, heading) say of it."""
     if {"--help", "-h"} & set(argv):
         lines = [f"  --{k}={values.get(k, 'REQUIRED')}".ljust(40) + note if k else f"\n# {head}" for k, note, head in rows]
-        raise SystemExit(print("\n".join([usage.strip(), *map(str.rstrip, lines)])) or 0)
+        print("\n".join([usage.strip(), *map(str.rstrip, lines)]))
+        raise SystemExit(0)
     for arg in argv:
         name, equals, text = arg.partition("=")
         if not arg.startswith("--") or sum(name == other.partition("=")[0] for other in argv) > 1:
@@ -73,7 +74,8 @@ def load(cls, argv, usage=""):
     values = {f.name: getattr(cls, f.name) for f in dataclasses.fields(cls)}
     for path in map(Path, files if not wanted else ()):
         space = copy.deepcopy(values)  # even a default dict changed in place must not reach the class
-        path.is_file() or die(f"{path}: no such config file; settings are written --key=value")
+        if not path.is_file():
+            die(f"{path}: no such config file; settings are written --key=value")
         try:
             exec(compile(path.read_text(encoding="utf-8"), path, "exec"), space)  # noqa: S102
         except (SyntaxError, NameError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:

@@ -91,7 +91,8 @@ def listen(prompt):
     return sys.stdin.read() if comes else ""
 
 
-if {"--help", "-h"} & set(sys.orig_argv):
+program = next((arg for arg in sys.orig_argv[1:] if arg[0] != "-"), "")  # somebody else's --help, in a script that imports us, is theirs
+if {"--help", "-h"} & set(sys.orig_argv) and (Path(program).resolve().parent == HERE or re.match(r"(prepare|eval|hub)\b", program)):
     sys.meta_path.insert(0, Blanks)
 sys.excepthook = last_words
 atexit.register(flush)

@@ -15,9 +15,9 @@ Read next: Cache and step in model.py.
 import prelude  # isort: skip
 
 import dataclasses
-import functools
 import sys
 import time
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -166,7 +166,7 @@ def lean(model, rows=1):
         if fast and isinstance(module, Linear):
             module.forward = laid_out(module.weight, rows, module.bias)
         if isinstance(module, Attention) and module.normed:
-            module.qk_weight = functools.partial(torch.Tensor.detach, module.qk_weight())
+            module.qk_weight = partial(torch.Tensor.detach, module.qk_weight())
     if fast:
         head = laid_out(model.head_weight, rows)
         model.predict = lambda hidden: head(model.head_input(hidden))[..., : model.cfg.vocab_size].float()
@@ -178,12 +178,8 @@ def laid_out(weight, rows, bias=None):
         if weight.shape[0] >= weight.shape[1]:
             weight.data = weight.data.t().contiguous().t()
         return lambda x: F.linear(x, weight, bias)
-    bias = None if bias is None else bias.detach().to(weight.dtype)
-    packed, run = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows), torch.ops.mkldnn._linear_pointwise.default
-    return lambda x: run(x, packed, bias, "none", [], "")
-
-
-# ---------------------------------------------------------------------------------------------------------------- command line
+    packed, bias = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows), None if bias is None else bias.detach().to(weight.dtype)
+    return lambda x: torch.ops.mkldnn._linear_pointwise.default(x, packed, bias, "none", [], "")
 
 
 def write(row, piece):

@@ -12,6 +12,7 @@ import base64
 import html
 import io
 import json
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -30,7 +31,8 @@ h1 { font-size: 1.5rem; overflow-wrap: anywhere } h2 { font-size: 1.15rem; margi
 .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); gap: .75rem }
 figure { margin: 0; min-width: 0 } figure img { width: 100%; height: auto; display: block } .wide { overflow-x: auto }
 table { border-collapse: collapse; font-size: .9rem } th, td { text-align: left; padding: .25rem .9rem .25rem 0; vertical-align: top }
-td { font-variant-numeric: tabular-nums } tr + tr { border-top: 1px solid #e7eaee } th { font-weight: 600 }
+td { font-variant-numeric: tabular-nums; overflow-wrap: anywhere; min-width: 6rem } th { font-weight: 600 }
+tr + tr { border-top: 1px solid #e7eaee }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f5f6f8; padding: .75rem; border-radius: .3rem; font-size: .85rem }
 .warn { background: #fff3d6; padding: .5rem .75rem; border-radius: .3rem } .key { display: inline-block; width: .8em; height: .8em }
 b.drawn { font-weight: inherit; color: #174ea6 } summary { cursor: pointer }
@@ -98,6 +100,12 @@ def curve(runs, names, title, unit, scale=1.0, against="step", average=False, lo
     axis.set(title=title, xlabel="step" if against == "step" else "million tokens", ylabel=unit)
     if log:
         axis.set_yscale("log")
+    high = max((abs(y).max() for line in axis.lines if len(y := line.get_ydata())), default=0.0)
+    show = lambda v, _: f"{v / 1e6:g}M" if high >= 1e6 else f"{v / 1e3:g}k" if high >= 1e4 else f"{v:g}"  # noqa: E731
+    if log or high >= 1e4:  # 30 and 2M, not 3 x 10^1 and 2.0 with a 1e6 in the corner
+        axis.yaxis.set_major_formatter(show)
+    if log:
+        axis.yaxis.set_minor_formatter(lambda v, _: f"{v:g}" if f"{v:e}"[0] in "25" else "")
     axis.grid(alpha=0.25)
     axis.ticklabel_format(axis="x", useOffset=False, style="plain")
     if drawn:
@@ -106,44 +114,48 @@ def curve(runs, names, title, unit, scale=1.0, against="step", average=False, lo
 
 
 def plots(runs, progress):
-    """[(heading, [pictures])]: the known ones first, then whatever else was logged, so that no metric goes unseen."""
+    """[(heading, [pictures])], names that have one value: known metrics first, then all else, so that nothing logged goes unseen."""
     train = lambda *ends: keys(runs, lambda k: k.startswith("train/") and k.count("/") == 1 and k.removesuffix("_noncausal")[6:] in ends)  # noqa: E731
     loss = train("loss") or keys(runs, lambda k: k.startswith("train/") and k.removesuffix("_noncausal").endswith("loss"))
     moving = lambda key: [k for k in train(key) if len({row[k] for run in runs for row in run["rows"] if k in row}) > 1]  # noqa: E731
     by_source = [k for k in keys(runs, lambda k: k.startswith("train/") and k.count("/") == 2 and "loss" in k) if k not in loss]
-    bytes_ = keys(runs, lambda k: k.startswith("val/") and "/bpb" in k and "/mean/" not in k)
-    held = keys(runs, lambda k: k.startswith("val/") and "/loss" in k and "/mean/" not in k)
-    other = keys(runs, lambda k: k.startswith("val/") and k not in bytes_ and k not in held and "/mean/" not in k)
+    bytes_ = keys(runs, lambda k: k.startswith("val/") and "/bpb" in k and not re.search("/(mean|sd)/", k))
+    held = keys(runs, lambda k: k.startswith("val/") and "/loss" in k and not re.search("/(mean|sd)/", k))
+    other = keys(runs, lambda k: k.startswith("val/") and k not in bytes_ and k not in held and not re.search("/(mean|sd)/", k))
     plan = [
         ("Loss", loss, "Training loss", "nats per token", {"average": True}),
         ("Loss", loss, "Training loss by tokens seen", "nats per token", {"average": True, "against": "tokens"}),
         ("Loss", by_source, "Training loss by source", "nats per token", {"average": True}),
-        ("Held out", bytes_, "Held-out bits per byte", "bits per byte", {}),
-        ("Held out", held, "Held-out loss", "nats per token", {}),
-        ("Held out", other, "Held out, other", "", {}),
-        ("Schedule", train("lr"), "Learning rate", "", {}),
-        ("Schedule", moving("seq_len"), "Sequence length", "tokens", {"steps": True}),
-        ("Schedule", moving("stage"), "Stage", "number", {"steps": True}),
-        ("Schedule", train("tau"), "Routing temperature", "tau", {}),
-        ("Health", train("grad_norm"), "Gradient norm before clipping", "", {"average": True, "log": True}),
+        ("Loss", bytes_, "Held-out bits per byte", "bits per byte", {}),
+        ("Loss", held, "Held-out loss", "nats per token", {}),
+        ("Loss", other, "Held out, other", "", {}),
+        ("Schedule and health", train("lr"), "Learning rate", "", {}),
+        ("Schedule and health", moving("seq_len"), "Sequence length", "tokens", {"steps": True}),
+        ("Schedule and health", moving("stage"), "Stage", "number", {"steps": True}),
+        ("Schedule and health", train("tau"), "Routing temperature", "tau", {}),
+        ("Schedule and health", train("grad_norm"), "Gradient norm before clipping", "", {"average": True, "log": True}),
         ("Speed and memory", train("tokens_per_sec"), "Throughput", "thousand tokens/s", {"scale": 1e-3}),
         ("Speed and memory", train("mfu"), "Model FLOPs utilisation", "% of the dense bf16 peak", {"scale": 100.0}),
         ("Speed and memory", train("peak_mem"), "Peak memory", "GB", {"scale": 1e-9}),
         ("Speed and memory", train("wait"), "Waiting for data", "% of the time", {"scale": 100.0}),
     ]
     seen = {name for _, names, *_ in plan for name in names} | {"step", "tokens", "train/seq_len", "train/stage"}
-    rest = keys(runs, lambda k: k not in seen and "/mean/" not in k)
+    rest = keys(runs, lambda k: k not in seen and not re.search("/(mean|sd)/", k))
     groups = {}
     for name in rest:
         if any(isinstance(row.get(name), (int, float)) and not isinstance(row[name], bool) for run in runs for row in run["rows"]):
             first, _, last = name.rpartition("/")  # data/NAME/epochs: one picture of epochs; gate_entropy/layer_3: one of gate_entropy
             groups.setdefault(f"{first.split('/')[0]}: {last}" if name.count("/") > 1 else first or name, []).append(name)
-    plan += [("Everything else that was logged", names, group, "", {"average": True}) for group, names in groups.items()]
-    sections = {}
+    titles = {group: names[0] if len(names) == 1 else group for group, names in groups.items()}
+    plan += [("Everything else that was logged", names, titles[group], "", {"average": True}) for group, names in groups.items()]
+    sections, single = {}, []
     for heading, names, title, unit, options in tqdm(plan, desc="pictures", unit="plot", disable=not progress):
-        if names and any(name in row for run in runs for row in run["rows"] for name in names):
+        most = max((sum(name in row for row in run["rows"]) for run in runs for name in names), default=0)
+        if most == 1:
+            single += [name for name in names if name not in single]
+        elif most:
             sections.setdefault(heading, []).append(curve(runs, names, title, unit, **options))
-    return list(sections.items())
+    return list(sections.items()), single
 
 
 def routing(run):
@@ -224,8 +236,13 @@ def page(runs, opt, progress=False):
     body = [f"<h1>{text(title)}</h1>", summary(runs)]
     if keys(runs, lambda k: k.endswith("_noncausal")):
         body.append("<p class=warn>_noncausal: the gate hears later tokens, so those losses are not next-token likelihoods.</p>")
-    for heading, pictures in plots(runs, progress):
+    drawn, single = plots(runs, progress)
+    for heading, pictures in drawn:
         body.append(f"<h2>{text(heading)}</h2><div class=plots>{''.join(pictures)}</div>")
+    if single:  # evaluated once: a number is a number
+        value = lambda run, name: next((text(row[name]) for row in run["rows"] if name in row), "")  # noqa: E731
+        rows = [[text(name), *(value(run, name) for run in runs)] for name in single]
+        body.append("<h2>Measured once</h2>" + table(["", *(text(run["name"]) for run in runs)], rows))
     maps = [routing(run) for run in runs if run["routing"]]
     body += [f"<h2>Routing</h2>{''.join(maps)}"] if maps else []
     if opt.samples:
@@ -234,7 +251,8 @@ def page(runs, opt, progress=False):
     body.append(f"<h2>Settings</h2>{settings(runs)}<h2>Environment</h2>")
     facts = list(dict.fromkeys(key for run in runs for key in run["about"]))
     head = ["", *(text(run["name"]) for run in runs)]
-    body.append(table(head, [[text(key), *(text(run["about"].get(key, "")) for run in runs)] for key in facts]))
+    fact = lambda value: text(", ".join(value) if isinstance(value, list) else value)  # noqa: E731
+    body.append(table(head, [[text(key), *(fact(run["about"].get(key, "")) for run in runs)] for key in facts]))
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{text(title)}</title>'
     return f'<!doctype html><html lang="en"><head>{head}<style>{STYLE}</style></head><body>{"".join(body)}</body></html>\n'
 

@@ -61,7 +61,7 @@ def titles(page):
 
 def test_every_metric_is_drawn_once(pages):
     wanted = """Training loss|Training loss by tokens seen|Training loss by source|Held-out bits per byte|Held-out loss|Learning rate|\
-Sequence length|Stage|Gradient norm before clipping|Throughput|Peak memory|Waiting for data|odd|gate_entropy""".split("|")
+Sequence length|Stage|Gradient norm before clipping|Throughput|Peak memory|Waiting for data|odd/thing|gate_entropy""".split("|")
     for page in pages:
         found = titles(page)
         assert sorted(found) == sorted(wanted)
@@ -80,6 +80,15 @@ def test_numbers_and_differences(pages):
     assert "not next-token likelihoods" in both and "not next-token likelihoods" not in first
     differing = both[both.index("<h2>Settings</h2>") : both.index("<details>")]
     assert "0.001" in differing and "0.002" in differing and "n_layer" not in differing and "n_layer" in both
+
+
+def test_what_was_measured_once_is_a_number_and_no_picture_of_a_dot(tmp_path):
+    folder = fake_run(tmp_path / "run")
+    rows = (folder / "metrics.jsonl").read_text() + json.dumps({"step": 61, "val/web/once": 0.4375}) + "\n"
+    (folder / "metrics.jsonl").write_text(rows)
+    report.main([f"--run={folder}", "--samples=0"])
+    text = (folder / "report.html").read_text()
+    assert "<h2>Measured once</h2>" in text and "<td>val/web/once</td><td>0.4375</td>" in text and "Held out, other" not in text
 
 
 def test_samples_of_a_real_checkpoint(tmp_path):

@@ -734,9 +734,10 @@ class Embedder(nn.Module):
     @classmethod
     def load(cls, path, device="cpu", dtype=torch.float32, **settings):
         from prepare.sentence import read  # knows both kinds of folders
+        from sample import lean
 
         model, tok, found = read(path)
-        return cls(model.set_dtype(dtype).to(device).eval(), tok, **found | settings)
+        return cls(lean(model.set_dtype(dtype).to(device).eval(), rows=2048), tok, **found | settings)
 
     def forward(self, batch):
         """-> hidden (N, D), pooled (S, D) in fp32."""

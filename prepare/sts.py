@@ -4,12 +4,14 @@
     python -m prepare.sts --from=hub --out=data/sts                                                  (online: STS-B and SICK-R)
 
 Writes DIR/stsb-{train,dev,test}.jsonl and DIR/sickr-test.jsonl of {sentence1, sentence2, score}, and DIR/pairs.jsonl of {query, positive}:
-the pairs of STS-B's train split that people scored >= 4. dev and test are never trained on. Read next: eval/embedding.py, contrast.py.
+the pairs of STS-B's train split that people scored >= 4. One in nine of them holds a sentence that dev or test has too: these are left
+out, so that nothing of dev and test is ever trained on. --from may also be SICK's own SICK.txt. Read next: eval/embedding.py, contrast.py.
 """
 
 import csv
 import io
 import json
+import re
 import sys
 import zipfile
 from pathlib import Path
@@ -27,9 +29,22 @@ def stsb_rows(text: str) -> list[dict]:
     return [{"sentence1": row[5].strip(), "sentence2": row[6].strip(), "score": float(row[4])} for row in table if row]
 
 
+def sick_rows(text: str) -> list[dict]:
+    """The test part of SICK.txt: tab separated, with a header."""
+    table = csv.DictReader(io.StringIO(text), delimiter="\t", quoting=csv.QUOTE_NONE)
+    keep = [row for row in table if row["SemEval_set"].strip() == "TEST"]
+    return [{"sentence1": r["sentence_A"], "sentence2": r["sentence_B"], "score": float(r["relatedness_score"])} for r in keep]
+
+
+def plain(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.lower()))
+
+
 def from_archive(path: Path) -> dict:
-    """A zip (a wheel is one) or a folder holding sts-train.csv, sts-dev.csv, sts-test.csv."""
+    """A zip (a wheel is one) or a folder holding sts-train.csv, sts-dev.csv, sts-test.csv; or SICK.txt."""
     found = {}
+    if path.name == "SICK.txt":
+        return {"sickr-test": sick_rows(path.read_text(encoding="utf-8"))}
     if path.is_dir():
         files = {file.name: file.read_text(encoding="utf-8") for file in path.rglob("sts-*.csv")}
     elif zipfile.is_zipfile(path):
@@ -61,7 +76,9 @@ def main(argv):
     source, out = getattr(opt, "from"), Path(opt.out)
     found = from_hub() if source == "hub" else from_archive(Path(source))
     out.mkdir(parents=True, exist_ok=True)
-    near = [{"query": r["sentence1"], "positive": r["sentence2"]} for r in found.get("stsb-train", ()) if r["score"] >= 4]
+    held = {plain(r[f"sentence{i}"]) for name in ("stsb-dev", "stsb-test") for r in found.get(name, ()) for i in (1, 2)}
+    near = [(r["sentence1"], r["sentence2"]) for r in found.get("stsb-train", ()) if r["score"] >= 4]
+    near = [{"query": a, "positive": b} for a, b in near if not {plain(a), plain(b)} & held and plain(a) != plain(b)]
     for name, rows in (found | ({"pairs": near} if near else {})).items():
         (out / f"{name}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
         print(f"{out}/{name}.jsonl: {len(rows):,} pairs")

@@ -16,81 +16,109 @@ def full(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def normed(wide, weight, eps):
+# ---- norms and rotations ------------------------------------------------------------------------------------------------
+
+
+def _pieces(x):
+    """Slices of rows so small, 100k elements a thread, that a dozen passes over one find it in the cache (LOG.md)."""
+    step = max(1, 98304 * torch.get_num_threads() // max(1, math.prod(x.shape[1:])))
+    return [slice(lo, lo + step) for lo in range(0, max(1, len(x)), step)]
+
+
+def _inverse_rms(wide, eps):
     length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    return torch.mul(wide, torch.addcmul(scalar(eps, wide.dtype), length, length, value=1 / wide.shape[-1]).rsqrt_()).mul_(weight)
+    return torch.addcmul(_scalar(eps, wide.dtype), length, length, value=1 / wide.shape[-1]).rsqrt_()
 
 
 @functools.cache
-def scalar(value, dtype):
+def _scalar(value, dtype):
     return torch.tensor(value, dtype=dtype)
 
 
-class _RMSNorm(torch.autograd.Function):
+def _swap(x):
+    return x.roll(x.shape[-1] // 2, -1)
+
+
+def _norm_rotate(x, weight, eps, cos, sin, dtype):
+    """x / rms(x) * weight, then turned; weight None: only turned, cos None: only normed. Nothing is rounded in between."""
+    pieces = _pieces(x)
+    if len(pieces) > 1:
+        out = x.new_empty(x.shape, dtype=dtype)
+        for rows in pieces:
+            out[rows] = _norm_rotate(x[rows], weight, eps, *((None, None) if cos is None else (cos[rows], sin[rows])), dtype)
+        return out
+    wide = full(x)
+    if weight is not None:
+        wide = torch.mul(wide, _inverse_rms(wide, eps)).mul_(weight)
+    return (wide if cos is None else torch.addcmul(_swap(wide).mul_(sin), wide, cos)).to(dtype)
+
+
+class _NormRotate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, eps):
-        wide = torch.promote_types(x.dtype, torch.float32)
-        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square_().div_(x.shape[-1]).add_(eps).rsqrt_()  # 1 / rms
-        ctx.save_for_backward(x, weight, scale)
-        return torch.mul(x, scale).mul_(weight).to(x.dtype)
+    def forward(ctx, x, weight, eps, cos, sin):
+        ctx.eps = eps
+        ctx.save_for_backward(x, weight, cos, sin)
+        return _norm_rotate(x, weight, eps, cos, sin, x.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        x, weight, scale = ctx.saved_tensors
-        unit, g = x * scale, dy.to(scale.dtype, copy=True)
-        product = g * unit
-        dw = product.flatten(0, -weight.dim() - 1).sum(0).to(weight.dtype)
-        along = product.mul_(weight).sum(-1, keepdim=True).div_(x.shape[-1])
-        return g.mul_(weight).addcmul_(unit, along, value=-1).mul_(scale).to(dy.dtype), dw, None
+        x, weight, cos, sin = ctx.saved_tensors
+        dx, dw = torch.empty_like(x, memory_format=torch.contiguous_format), None if weight is None else torch.zeros_like(full(weight))
+        for rows in _pieces(x):
+            g = full(dy[rows])
+            if cos is not None:  # back by the same angle
+                g = torch.mul(g, cos[rows]).sub_(_swap(g).mul_(sin[rows]))
+            if weight is not None:
+                unit = full(x[rows])
+                scale = _inverse_rms(unit, ctx.eps)
+                unit = unit * scale
+                product = unit * g
+                dw += product.flatten(0, -weight.dim() - 1).sum(0)
+                along = product.mul_(weight).sum(-1, keepdim=True).div_(x.shape[-1])
+                g = torch.mul(g, weight).sub_(unit.mul_(along)).mul_(scale)
+            dx[rows] = g
+        return dx, None if dw is None else dw.to(weight.dtype), None, None, None
+
+
+def _on_cpu(x, weight, eps, cos, sin):
+    if torch.is_grad_enabled():
+        return _NormRotate.apply(x, weight, eps, cos, sin)
+    return _norm_rotate(x, weight, eps, cos, sin, x.dtype)
+
+
+def _eager_cpu(x):
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere the plain formulas, for torch.compile to fuse
 
 
 def rms_norm(x, weight, eps):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, statistics in fp32; weight (D,), or (H, D) of its own for every head.
-
-    On a CPU torch's own is slow: its backward in training, and its forward, eight small operators, where one token is decoded (LOG.md)."""
-    if x.device.type == "cpu":
-        return _RMSNorm.apply(x, weight, eps) if torch.is_grad_enabled() else normed(full(x), weight, eps).to(x.dtype)
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, statistics in fp32; weight (D,), or (H, D) of its own for every head."""
+    if _eager_cpu(x):
+        return _on_cpu(x, weight, eps, None, None)
     if weight.dim() == 1:
         return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
     return (F.rms_norm(full(x), x.shape[-1:], None, eps) * weight).to(x.dtype)
 
 
-class _Rotate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, cos, sin):
-        ctx.save_for_backward(cos, sin)
-        return turn(x, cos, sin)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        cos, sin = ctx.saved_tensors
-        return turn(dy, cos, -sin), None, None  # the way back is the way back
-
-
-def turn(x, cos, sin):
-    wide = torch.promote_types(x.dtype, cos.dtype)
-    a, b = x.chunk(2, dim=-1)
-    other = torch.cat((b, a), dim=-1).to(wide)
-    return x.to(wide, copy=True).mul_(cos).addcmul_(other, sin).to(x.dtype)
-
-
 def rotate(x, rope):
     """Rotary position, half-split, in fp32: x (N, H, E), tables (N, 1, E) of [cos, cos] and [-sin, sin]."""
     cos, sin = rope
-    if x.device.type == "cpu":
-        return _Rotate.apply(x, cos, sin) if torch.is_grad_enabled() else turn(x, cos, sin)
-    wide = x.to(torch.promote_types(x.dtype, cos.dtype))  # plain, for torch.compile to fuse
-    return (wide * cos + wide.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
+    if _eager_cpu(x):
+        return _on_cpu(x, None, 0.0, cos, sin)
+    wide = x.to(torch.promote_types(x.dtype, cos.dtype))
+    return (wide * cos + _swap(wide) * sin).to(x.dtype)
 
 
 def norm_rotate(x, weight, eps, rope, dtype):
-    """rotate(rms_norm(x)) in `dtype`; where a CPU decodes, without rounding or casting in between."""
-    if x.device.type != "cpu" or torch.is_grad_enabled():
+    """rotate(rms_norm(x)) in `dtype`; on a CPU in one go, without rounding in between. weight None: no norm."""
+    if not _eager_cpu(x):
         return rotate(x if weight is None else rms_norm(x, weight, eps), rope).to(dtype)
-    wide = full(x) if weight is None else normed(full(x), weight, eps)
-    return torch.addcmul(wide.roll(x.shape[-1] // 2, -1).mul_(rope[1]), wide, rope[0]).to(dtype)
+    if torch.is_grad_enabled():
+        return _NormRotate.apply(x, weight, eps, *rope).to(dtype)
+    return _norm_rotate(x, weight, eps, *rope, dtype)
+
+
+# ---- the gate of PolyGLU ------------------------------------------------------------------------------------------------
 
 
 class Thin(torch.autograd.Function):
@@ -135,6 +163,9 @@ class WindowMean(torch.autograd.Function):
     def sums(x, start, end):
         total = F.pad(x.double().cumsum(0), (0, 0, 1, 0))  # (N + 1, C)
         return total[end] - total[start]
+
+
+# ---- the head -----------------------------------------------------------------------------------------------------------
 
 
 def _matmul32(a, b):

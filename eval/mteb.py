@@ -2,7 +2,8 @@
 
     python -m eval.embedding --ckpt=RUN --run_mteb [--mteb_tasks=STSBenchmark,SICK-R] [--mteb_categories=STS,Retrieval]
 
-Without names the local tasks run: STS over every DATA/NAME-test.jsonl and retrieval over DATA/retrieval. SICKRelatedness is SICK-R.
+Without names the local tasks run: STS over every DATA/NAME-test.jsonl and retrieval over DATA/retrieval. SICKRelatedness is SICK-R. The
+official STSBenchmark and SICK-R read DATA/{stsb,sickr}-test.jsonl where these exist, and so need no network.
 Writes one json per task and summary.json, the mean per task type as MTEB's own metadata name it. Read next: eval/embedding.py.
 """
 
@@ -15,6 +16,7 @@ import numpy as np
 from configurator import die
 
 ALIASES = {"SICKRelatedness": "SICK-R"}
+FILES = {"STSBenchmark": "stsb-test", "SICK-R": "sickr-test"}  # official tasks whose test split may lie in --data
 
 
 def adapter(encoder):
@@ -51,6 +53,16 @@ def describe(name, kind, score):
     )  # fmt: skip
 
 
+def sts_split(stem: Path):
+    """stem's file as the dataset of an MTEB task."""
+    import datasets
+
+    from eval.embedding import read_rows
+
+    rows = [{"sentence1": r["sentence1"], "sentence2": r["sentence2"], "score": float(r["score"])} for r in read_rows(stem)]
+    return datasets.DatasetDict({"test": datasets.Dataset.from_list(rows)})
+
+
 def local_tasks(data: Path) -> list:
     """MTEB task objects whose load_data reads our files."""
     import datasets
@@ -65,8 +77,7 @@ def local_tasks(data: Path) -> list:
             min_score, max_score = (1, 5) if "sick" in stem.name else (0, 5)
 
             def load_data(self, **kwargs):
-                rows = [{"sentence1": r["sentence1"], "sentence2": r["sentence2"], "score": float(r["score"])} for r in read_rows(stem)]
-                self.dataset, self.data_loaded = datasets.DatasetDict({"test": datasets.Dataset.from_list(rows)}), True
+                self.dataset, self.data_loaded = sts_split(stem), True
 
         return Local()
 
@@ -98,6 +109,9 @@ def run(encoder, data: Path, out: Path, names="", categories="", say=print) -> d
     if wanted or categories:
         types = [c for c in categories.split(",") if c]
         tasks = list(mteb.get_tasks(tasks=wanted or None, task_types=types or None, languages=["eng"]))
+        for task in tasks:
+            if any(data.glob(f"{(stem := FILES.get(task.metadata.name, 'none'))}.*")):
+                task.dataset, task.data_loaded = sts_split(data / stem), True
     else:
         tasks = local_tasks(data)
     if not tasks:

@@ -248,11 +248,62 @@ def test_sts_reader(tmp_path, capsys):
         (tmp_path / "raw" / f"sts-{split}.csv").write_text(row.format(score))
     sts.main([f"--from={tmp_path / 'raw'}", f"--out={tmp_path / 'sts'}"])
     assert E.read_rows(tmp_path / "sts" / "stsb-test") == [{"sentence1": 'He said "hi', "sentence2": "She said hi.", "score": 2.0}]
-    assert len((tmp_path / "sts" / "pairs.jsonl").read_text().splitlines()) == 1
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         E.read_rows(tmp_path / "sts" / "sickr-test")
     assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_nothing_of_dev_or_test_is_trained_on(tmp_path):
+    lines = {
+        "train": ["A dog runs.\tThe dog is running.", "A cat sits!\tOne cat sits there.", "Same.\tsame"],
+        "dev": [],
+        "test": ["a cat sits\tx"],
+    }
+    for split, pairs in lines.items():
+        (tmp_path / f"sts-{split}.csv").write_text("".join(f"main\tx\t2012\t1\t5.0\t{pair}\n" for pair in pairs))
+    sts.main([f"--from={tmp_path}", f"--out={tmp_path / 'sts'}"])
+    assert json.loads((tmp_path / "sts/pairs.jsonl").read_text()) == {"query": "A dog runs.", "positive": "The dog is running."}
+
+
+def test_official_tasks_read_local_files(tmp_path):
+    """MTEB's own STSBenchmark and SICK-R, offline, against scipy; SICK comes from its own file."""
+    pytest.importorskip("mteb")
+    from eval import mteb
+
+    rng = np.random.default_rng(0)
+    head = "pair_ID\tsentence_A\tsentence_B\tentailment_label\trelatedness_score\tSemEval_set\n"
+    rows = [(f"a{i}", f"b{i}", round(float(rng.uniform(1, 5)), 2), "TEST" if i % 4 else "TRAIN") for i in range(40)]
+    (tmp_path / "SICK.txt").write_text(head + "".join(f"{i}\t{a}\t{b}\tNEUTRAL\t{s}\t{part}\n" for i, (a, b, s, part) in enumerate(rows)))
+    sts.main([f"--from={tmp_path / 'SICK.txt'}", f"--out={tmp_path}"])
+    (tmp_path / "stsb-test.jsonl").write_text((tmp_path / "sickr-test.jsonl").read_text())
+    table = {text: rng.normal(size=8) for a, b, *_ in rows for text in (a, b)}
+    encoder = SimpleNamespace(path=Path("table"), encode=lambda texts, kind=None: np.array([table[t] for t in texts], np.float32))
+    summary = mteb.run(encoder, tmp_path, tmp_path / "out", "STSBenchmark,SICKRelatedness", say=lambda line: None)
+    unit = lambda text: table[text] / np.linalg.norm(table[text])  # noqa: E731
+    held = [(unit(a) @ unit(b), s) for a, b, s, part in rows if part == "TEST"]
+    assert len(held) == 30 and summary["STS"]["tasks"] == 2
+    assert summary["STS"]["mean"] == pytest.approx(stats.spearmanr(*zip(*held, strict=True)).statistic, abs=1e-6)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"STSBenchmark.json", "SICK-R.json", "summary.json"}
+
+
+def test_without_key_norms_the_encoder_speaks_as_softly_as_the_decoder_listens(tmp_path, capsys):
+    """Llama has no norm on k: encoder states enter k and v at the scale of the quietest layer's own norm, and cosines do not change."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.06, eos_token_id=256, bos_token_id=256,
+    )  # fmt: skip
+    llama = transformers.LlamaForCausalLM(config)
+    llama.model.norm.weight.data.fill_(8.0)
+    llama.model.layers[1].input_layernorm.weight.data.fill_(0.25)
+    llama.save_pretrained(tmp_path / "llama")
+    (tmp_path / "llama/tokenizer.json").write_bytes(tokenizer.bpe(tokenizer.byte_alphabet(), [], tokenizer.GPT2, {"<|endoftext|>": 256}))
+    encdec.main([f"--from={tmp_path / 'llama'}", f"--out={tmp_path / 'run'}", "--verify"])
+    assert "12 of 12 checks hold" in (out := capsys.readouterr().out) and "scaled by 0.0312" in out
+    model = checkpoint.load(tmp_path / "run")[0]
+    assert model.encoder.norm.weight.unique().tolist() == [0.25] and model.decoder.norm.weight.unique().tolist() == [8.0]
 
 
 # ---- the chain ----------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from configurator import die
+from prepare.tokenizer import from_gguf
 from tokenizer import foreign
 
 GGUF = {  # GGUF -> transformers
@@ -197,41 +198,7 @@ def read_gguf(path):
         if not torch.allclose(1 / (smooth + (1 - smooth) / rope["factor"]), factors, rtol=1e-3):
             die(f"{path}: rope_freqs.weight does not follow the Llama 3 rule (low 1, high 4, original context 8192)")
         source["rope_scaling"] = rope | {"rope_type": "llama3"}
-    info = {"family": arch, "source": {"dequantised_from": sorted(kinds)}, "tokenizer": gguf_tokenizer(meta, path)}
+    beside = [path.parent / name for name in TOKENIZER_FILES if (path.parent / name).is_file()]  # wins over what is inside
+    vocabulary = {file.name: file.read_bytes() for file in beside if path.parent / "tokenizer.json" in beside} or from_gguf(meta, path)
+    info = {"family": arch, "source": {"dequantised_from": sorted(kinds)}, "tokenizer": vocabulary}
     return hf_fields(source, path), tensors, info
-
-
-def gguf_tokenizer(meta, path):
-    """The byte-level BPE inside a GGUF as tokenizer.json and tokenizer_config.json; a tokenizer.json beside the file wins."""
-    beside = [path.parent / name for name in TOKENIZER_FILES if (path.parent / name).is_file()]
-    if path.parent / "tokenizer.json" in beside:
-        return {file.name: file.read_bytes() for file in beside}
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-
-    words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    split, kind = pre_tokenizers.Split, meta.get("tokenizer.ggml.pre", "default")
-    steps = {
-        "smollm": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
-        "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
-        "qwen2": [split(Regex(words % ""), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)],
-        "llama-bpe": [split(Regex(words % "{1,3}"), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)],
-    }
-    if meta["tokenizer.ggml.model"] != "gpt2" or kind not in steps:
-        die(f"{path}: tokenizer {meta['tokenizer.ggml.model']}/{kind} inside; put the model's tokenizer.json beside the file")
-    tokens, types = meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.token_type"]
-    merges = [tuple(merge.split(" ")) for merge in meta["tokenizer.ggml.merges"]]
-    tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, merges, ignore_merges=kind == "llama-bpe"))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Sequence(steps[kind]), decoders.ByteLevel()
-    if kind == "qwen2":
-        tokenizer.normalizer = normalizers.NFC()
-    for special, number in ((True, 3), (False, 4)):  # control tokens, user-defined tokens
-        tokenizer.add_tokens([AddedToken(t, special=special) for t, n in zip(tokens, types, strict=True) if n == number])
-    names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-    config = {key: tokens[meta[f"tokenizer.ggml.{n}_token_id"]] for key, n in names.items() if f"tokenizer.ggml.{n}_token_id" in meta}
-    if meta.get("tokenizer.ggml.add_bos_token"):
-        bos = (config["bos_token"], meta["tokenizer.ggml.bos_token_id"])
-        tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
-    config |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    if "tokenizer.chat_template" in meta:
-        config["chat_template"] = meta["tokenizer.chat_template"]
-    return {"tokenizer.json": tokenizer.to_str().encode(), "tokenizer_config.json": json.dumps(config, indent=2).encode()}

@@ -235,7 +235,9 @@ def write_gguf(path, model, arch, bpe=None, quantised=False):
         length = 2 * math.pi * c.rope_parameters["rope_theta"] ** (torch.arange(0, hd, 2) / hd)
         smooth = ((8192 / length - 1) / 3).clamp(0, 1)
         writer.add_tensor("rope_freqs.weight", (1 / ((1 - smooth) / factor + smooth)).numpy())
-    if bpe:
+    if callable(bpe):
+        bpe(writer)
+    elif bpe:
         tokens, merges, types = bpe
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre("smollm")
@@ -256,6 +258,61 @@ def hub_names():
     from prepare.released import GGUF
 
     return GGUF
+
+
+def small_sentencepiece():
+    """A vocabulary as sentencepiece's BPE leaves it: control tokens, bytes, pieces with falling scores, single characters behind them."""
+    pieces = ["▁t", "he", "in", "▁the", "er", "▁▁", "ing", "▁a", "th", "▁th", "ther", "é", "el"]
+    letters = sorted(set("▁abcdefghijklmnopqrstuvwxyz.,'<|>/sé0123456789") - set(pieces))
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *pieces, *letters]
+    scores = [0.0] * 259 + [-float(i) for i in range(len(pieces) + len(letters))]
+    return tokens, scores, [2, 3, 3] + [6] * 256 + [1] * (len(pieces) + len(letters))
+
+
+def by_hand(text, tokens, scores, types):
+    """sentencepiece's BPE as its paper has it: always join the neighbours whose union scores best, the leftmost of equals."""
+    known = {t: s for t, s, n in zip(tokens, scores, types, strict=True) if n == 1}
+    parts = list("▁" + text.replace(" ", "▁"))
+    while best := [(-known[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False)) if a + b in known]:
+        i = min(best)[1]
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    spelled = [[p] if p in known else [f"<0x{b:02X}>" for b in p.encode()] for p in parts]
+    return [tokens.index(t) for some in spelled for t in some]
+
+
+def test_a_sentencepiece_vocabulary_comes_out_of_a_gguf(tmp_path):
+    gguf = pytest.importorskip("gguf", reason="pip install prism[export]: gguf reads llama.cpp files")
+    FAMILIES["spm"] = (*FAMILIES["tinyllama"][:2], torch.float32)
+    tokens, scores, types = small_sentencepiece()
+    FAMILIES["spm"][1].update(vocab_size=len(tokens), hidden_act="silu")
+    model = theirs("spm")
+    model.config.head_dim = model.config.hidden_size // model.config.num_attention_heads
+
+    def vocabulary(writer):
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list(tokens)
+        writer.add_token_scores(scores)
+        writer.add_token_types(types)
+        writer.add_unk_token_id(0)
+        writer.add_bos_token_id(1)
+        writer.add_eos_token_id(2)
+
+    write_gguf(tmp_path / "tiny.gguf", model, "llama", vocabulary)
+    assert run("import", f"--from={tmp_path / 'tiny.gguf'}", f"--out={tmp_path / 'run'}") == 0
+    ours, _ = checkpoint.load(tmp_path / "run")
+    ids = torch.randint(len(tokens), (2, 40))
+    close(ours.logits(ids), model(ids).logits)
+
+    from prepare import prompts
+
+    tok = tokenizer.load(tmp_path / "run")
+    assert tok.special == {"<s>": 1, "</s>": 2} and tok.eos_id == 2 and prompts.prefix_ids(tok) == [1]
+    for text in ("the thing in the other  theater", " a  é☃ 12</s> <s>", "x", "thethe there's\nnothing"):
+        assert tok.encode(text) == by_hand(text, tokens, scores, types), text
+        assert tok.decode(tok.encode(text)) == text
+    assert gguf and run("export", f"--ckpt={tmp_path / 'run'}", "--to=transformers", f"--out={tmp_path / 'hf'}") == 0
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert again("the thing")["input_ids"] == [1, *tok.encode("the thing")]
 
 
 def small_bpe():

@@ -202,9 +202,9 @@ def main(argv):
     opt = configurator.args(defaults | {"allow_noncausal": False}, argv, __doc__)
     good = {"max_new_tokens": opt.max_new_tokens > 0, "temperature": opt.temperature >= 0, "num_samples": opt.num_samples > 0}
     good |= {"top_k": opt.top_k >= 0, "top_p": 0 < opt.top_p <= 1, "dtype": opt.dtype in ("auto", "float32", "bfloat16")}
-    good |= {"mode": opt.mode is None or opt.mode in "RXSI"}
+    good |= {"system": opt.chat or not opt.system, "mode": opt.mode is None or opt.mode in "RXSI"}
     for key in [key for key, fine in good.items() if not fine]:
-        die(f"--{key}={getattr(opt, key)}: out of range; --help shows the defaults")
+        die(f"--{key}={getattr(opt, key)}: out of range{' without --chat' * (key == 'system')}; --help shows the defaults")
     where = machine.find(opt.device, opt.dtype)
     if checkpoint.read_state(checkpoint.resolve(opt.ckpt))["config"].get("objective") == "latent":
         import latentwire

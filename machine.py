@@ -69,8 +69,10 @@ def join(machine: Machine) -> None:
     if machine.world > 1:
         backend = "cpu:gloo,cuda:nccl" if machine.device.type == "cuda" else "gloo"
         # Workers that torchrun restarts meet in the store of the killed ones, where dead addresses still stand: they need names of their
-        # own. On several nodes the count of restarts may differ: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 there.
-        here = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+        # own. On several nodes the count of restarts differs: there the store itself has to be a new one.
+        here, ask = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"], os.environ.get
+        if not here and ask("TORCHELASTIC_USE_AGENT_STORE") == "True" and ask("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+            die("--max-restarts on several nodes: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 (see config/slurm.sh), else no restart comes up")
         store, rank, world = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT') if here else ''}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world)

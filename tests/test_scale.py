@@ -6,7 +6,7 @@
 `uneven` holds so few trained tokens that ranks, micro-batches and whole steps have none.
 """
 
-import json
+import contextlib
 import os
 import signal
 import subprocess
@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 import torch
 from test_faults import (
-    alive,
     free_port,
     join_ranks,
     rows,
@@ -29,10 +28,9 @@ from test_faults import (
 )
 
 import checkpoint
+import machine
 import sample
-import tokenizer
 import train
-from model import ModelConfig, build
 
 ROOT = Path(train.__file__).parent
 TOLERANCE = {"loss": 2e-5, "weight": 2e-4}  # relative to max(1, loss); absolute, of weights of size 0.02 to 1
@@ -119,3 +117,74 @@ def test_a_sharded_run_samples_as_it_lies_there(shards, tmp_path, capsys):  # no
     sample.main([f"--ckpt={tmp_path}/run", "--prompt=abc", "--max_new_tokens=4"])
     perplexity.main([f"--ckpt={tmp_path}/run", f"--data={shards}"])
     assert "abc" in capsys.readouterr().out
+
+
+# ---- several nodes -----------------------------------------------------------------------------------------------------------
+
+SRUN = """#!/bin/bash
+for node in $(seq $SLURM_NNODES); do "$@" & done
+for job in $(jobs -p); do wait $job || exit 1; done
+"""
+
+
+def start_job(folder, argv, log):
+    """config/slurm.sh as a job of two nodes: an srun that starts each of them here, as an agent of its own on the loopback address."""
+    for name, text in ("srun", SRUN), ("scontrol", "#!/bin/bash\necho 127.0.0.1\necho 127.0.0.2\n"):
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    path = os.pathsep.join([str(folder), str(Path(sys.executable).parent), os.environ["PATH"]])
+    slurm = {"NNODES": 2, "JOB_ID": free_port(), "JOB_NODELIST": "node[1-2]", "GPUS_ON_NODE": 1}
+    env = os.environ | {"PATH": path} | {f"SLURM_{key}": str(value) for key, value in slurm.items()}
+    job = subprocess.Popen(["bash", "config/slurm.sh", *argv], stdout=log, stderr=log, cwd=ROOT, env=env, start_new_session=True)
+    job.number = slurm["JOB_ID"]
+    return job
+
+
+def workers_of(job):
+    """{rank: pid} of the processes that train for it."""
+    found = {}
+    for file in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            env = dict(line.split("=", 1) for line in file.read_text(errors="replace").split("\0") if "=" in line)
+            if env.get("TORCHELASTIC_RUN_ID") == env.get("SLURM_JOB_ID") == str(job.number):
+                found[int(env["RANK"])] = int(file.parent.name)
+    return found
+
+
+def test_the_slurm_file_on_two_agents(shards, tmp_path):  # noqa: F811
+    out, argv = tmp_path / "run", settings(tmp_path / "run", shards, max_steps=100_000, save_every=20, eval_every=0)
+    with open(tmp_path / "log", "w") as log:
+        job = start_job(tmp_path, [a for a in argv if not a.startswith("--eval_every")] + ["--eval_every=0"], log)
+    try:
+        wait_for(lambda: len(checkpoint.steps(out)) > 1, 120)
+        assert sorted(workers_of(job)) == [0, 1]
+        for rank in (1, 0) if "KILLS" in os.environ else ():  # a node comes back with the other, whichever it was, and where it stood
+            before = (tmp_path / "log").read_text().count("resumed from")
+            os.kill(workers_of(job)[rank], signal.SIGKILL)
+            wait_for(lambda: (tmp_path / "log").read_text().count("resumed from") > before, 120)  # noqa: B023
+            last = rows(out)[-1]["step"]
+            wait_for(lambda: rows(out)[-1]["step"] > last + 5)  # noqa: B023
+        for pid in workers_of(job).values():
+            os.kill(pid, signal.SIGUSR1)
+        os.killpg(job.pid, signal.SIGUSR1)  # script and agents too, as Slurm does before the time is up
+        assert job.wait(60) == 0, (tmp_path / "log").read_text()[-2000:]
+    finally:
+        for pid in (*workers_of(job).values(), -job.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    state, steps = checkpoint.read_state(checkpoint.resolve(out, "latest")), [row["step"] for row in rows(out)]
+    assert state["step"] == state["stream"]["step"] and steps == list(range(1, state["step"] + 1))
+    assert "stopped by a signal" in (tmp_path / "log").read_text() and not workers_of(job)
+
+
+def test_restarts_over_nodes_that_could_not_meet_are_refused(monkeypatch, capsys):
+    for key, value in {
+        "WORLD_SIZE": 2,
+        "LOCAL_WORLD_SIZE": 1,
+        "TORCHELASTIC_USE_AGENT_STORE": True,
+        "TORCHELASTIC_MAX_RESTARTS": 3,
+    }.items():
+        monkeypatch.setenv(key, str(value))
+    with pytest.raises(SystemExit) as stop:
+        machine.join(machine.Machine(0, 2, torch.device("cpu"), torch.float32, "", 0.0))
+    assert stop.value.code == 2 and "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in capsys.readouterr().err

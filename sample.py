@@ -6,7 +6,7 @@
     python sample.py --ckpt=out/ENCDEC --prompt="It was <extra_id_0> in Paris."
 
 --lines makes each line of the input a prompt, --system=TEXT opens a chat, --mode=R|X|S|I names the denoising mode of an encoder-decoder,
---allow_noncausal lets a decoder write whose gate hears later tokens.
+--allow_noncausal lets a decoder write whose gate hears later tokens. --beams=4 --temperature=0 looks for the likeliest text (beams.py).
 Decoding reads each token once through a KV cache. A row of a batch draws from its own random stream, so what a prompt yields does not
 depend on its neighbours. Only whole characters are printed. In Python: `sample.generate(model, tokenizer, prompt)`.
 Read next: Cache and step in model.py.
@@ -26,6 +26,7 @@ import checkpoint
 import configurator
 import machine
 import tokenizer as tokenizers
+from beams import keep_rows, read, room, search
 from configurator import die
 from model import Attention, Embedding, Linear, Transformer, flat
 from prepare.prompts import Printer, chat_ids, hole_ids, prefix_ids, splice, stop_ids
@@ -48,14 +49,6 @@ def pick(logits, temperature, top_k, top_p, u):
     return (choice if ids is None else ids.gather(1, choice))[:, 0]
 
 
-def keep_rows(cache, index):
-    """The cache of rows `index`: repeated for several samples, dropped when finished, reordered for beams."""
-    cache.k, cache.v, cache.sums = cache.k[:, index], cache.v[:, index], cache.sums[:, :, index]
-    cache.lengths = [cache.lengths[i] for i in index]
-    if cache.enc is not None:
-        cache.enc, cache.enc_mask = [[t[index] for t in pair] for pair in cache.enc], cache.enc_mask[index]
-
-
 @torch.inference_mode()
 def tokens(model, prompts, max_new_tokens, ended, temperature=0.0, top_k=0, top_p=1.0, seed=1337, num_samples=1, allowed=None, enc=None):
     """Draw ids row by row until `ended(row, id)` says so or `max_new_tokens` are there; row = prompt * num_samples + sample.
@@ -63,21 +56,14 @@ def tokens(model, prompts, max_new_tokens, ended, temperature=0.0, top_k=0, top_
     prompts: lists of ids, each read once. allowed: a mask (P, V) of ids that may be drawn. enc: for an encoder-decoder, the
     encoder's ids of every prompt. A row's random numbers depend on seed and sample alone.
     """
-    device, cap = model.embed.weight.device, model.cfg.max_len
-    longest = max(map(len, prompts))
-    if longest >= cap:
-        die(f"a prompt of {longest} tokens leaves no room: the model accepts {cap}; shorten it")
-    count, row = min(max_new_tokens, cap - longest), torch.arange(len(prompts)).repeat_interleave(num_samples).tolist()
+    device, count = model.embed.weight.device, room(model, prompts, max_new_tokens)
+    row = torch.arange(len(prompts)).repeat_interleave(num_samples).tolist()
     streams = [torch.Generator().manual_seed(seed + 1_000_003 * (i % num_samples)) for i in range(len(row))]
     u = torch.stack([torch.rand(count, generator=stream, dtype=torch.float64) for stream in streams]).to(device)
     cached, texts, live = model.cfg.causal, [list(prompts[i]) for i in row], list(range(len(row)))
     if cached:  # read every prompt once, then a row per sample
-        cache = model.new_cache(len(prompts), longest + count)
-        if enc is not None:
-            model.read_encoder(flat(enc, device), cache)
-        ids = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=device)
-        hidden = model.step(ids, cache, [len(p) for p in prompts])  # (P, T, D)
-        hidden = hidden[torch.arange(len(prompts)), torch.tensor([len(p) - 1 for p in prompts])][row]
+        cache, hidden = read(model, prompts, count, enc)
+        hidden = hidden[row]
         if num_samples > 1:
             keep_rows(cache, row)
     for t in range(count):
@@ -103,7 +89,7 @@ def tokens(model, prompts, max_new_tokens, ended, temperature=0.0, top_k=0, top_
 
 @torch.inference_mode()
 def generate(model, tokenizer, prompt, max_new_tokens=128, temperature=0.0, top_k=0, top_p=1.0, num_samples=1, seed=1337, chat=False,
-             stop=(), on_text=None, mode=None):  # fmt: skip
+             stop=(), on_text=None, mode=None, beams=1):  # fmt: skip
     """The continuation of `prompt` (a text, a list of texts or, with `chat`, a list of messages), without the prompt.
 
     One text for one prompt and one sample; else a list: every sample of the first prompt, then of the second. `stop`: texts that end
@@ -144,7 +130,11 @@ def generate(model, tokenizer, prompt, max_new_tokens=128, temperature=0.0, top_
         return cut >= 0 or i in stops
 
     allowed = None if bool(allowed.all()) else allowed.to(model.embed.weight.device)
-    tokens(model, ids, max_new_tokens, ended, temperature, top_k, top_p, seed, num_samples, allowed, enc)
+    if beams > 1:
+        for row, best in enumerate(search(model, ids, max_new_tokens, stops, beams, allowed, enc)):
+            any(ended(row, i) for i in best)
+    else:
+        tokens(model, ids, max_new_tokens, ended, temperature, top_k, top_p, seed, num_samples, allowed, enc)
     for row, printer in enumerate(printers):
         say(row, printer.end() if printer else "")  # a character that the last token left unfinished
         if holes[row]:
@@ -199,10 +189,12 @@ def converse(model, tok, messages, options):
 def main(argv):
     defaults = {"ckpt": str, "prompt": None, "chat": False, "max_new_tokens": 256, "temperature": 0.8, "top_k": 0, "top_p": 1.0}
     defaults |= {"num_samples": 1, "seed": 1337, "device": "auto", "dtype": "auto", "lines": False, "system": "", "mode": None}
-    opt = configurator.args(defaults | {"allow_noncausal": False}, argv, __doc__)
+    opt = configurator.args(defaults | {"allow_noncausal": False, "beams": 1}, argv, __doc__)
     good = {"max_new_tokens": opt.max_new_tokens > 0, "temperature": opt.temperature >= 0, "num_samples": opt.num_samples > 0}
     good |= {"top_k": opt.top_k >= 0, "top_p": 0 < opt.top_p <= 1, "dtype": opt.dtype in ("auto", "float32", "bfloat16")}
-    good |= {"system": opt.chat or not opt.system, "mode": opt.mode is None or opt.mode in "RXSI"}
+    good |= {"system": opt.chat or not opt.system, "mode": opt.mode is None or opt.mode in "RXSI", "beams": opt.beams > 0}
+    if opt.beams > 1 and (opt.temperature or opt.num_samples > 1):
+        die(f"--beams={opt.beams} looks for one likeliest text: add --temperature=0 and no --num_samples")
     for key in [key for key, fine in good.items() if not fine]:
         die(f"--{key}={getattr(opt, key)}: out of range{' without --chat' * (key == 'system')}; --help shows the defaults")
     where = machine.find(opt.device, opt.dtype)
@@ -213,7 +205,7 @@ def main(argv):
     build = lambda cfg: Transformer(dataclasses.replace(cfg, allow_noncausal=cfg.allow_noncausal or opt.allow_noncausal))  # noqa: E731
     model, state = checkpoint.load(opt.ckpt, device=where.device, build=build)
     tok = tokenizers.load(checkpoint.resolve(opt.ckpt).parent)
-    options = {key: getattr(opt, key) for key in ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "mode")}
+    options = {key: getattr(opt, key) for key in ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "mode", "beams")}
     options |= {} if opt.mode or state["config"].get("mode_tokens", True) else {"mode": ""}
     start = [{"role": "system", "content": opt.system}] if opt.system else []
     if opt.chat and opt.prompt is None:
@@ -223,7 +215,7 @@ def main(argv):
     texts, alone = prompts, len(prompts) * opt.num_samples == 1 and "<extra_id_" not in prompt
     if opt.chat:
         prompts = [start + [{"role": "user", "content": p}] for p in prompts]
-    lean(model.set_dtype(where.dtype), len(prompts) * opt.num_samples)
+    lean(model.set_dtype(where.dtype), len(prompts) * opt.num_samples * opt.beams)
     write(0, texts[0] if alone and not opt.chat else "")
     began = time.perf_counter()
     answers = generate(model, tok, prompts, chat=opt.chat, num_samples=opt.num_samples, on_text=write if alone else None, **options)

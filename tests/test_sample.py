@@ -1,6 +1,7 @@
 """sample.py: the same text with and without a cache, alone and in company; honest draws; whole characters; chats that cannot be forged."""
 
 import io
+import itertools
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import beams
 import checkpoint
 import configurator
 import sample
@@ -359,3 +361,41 @@ def test_what_comes_through_a_pipe_is_a_prompt_and_nothing_hangs(tmp_path):
 def test_flat_is_what_the_uncached_path_reads():
     batch = flat([[1, 2], [3]])
     assert batch["cu"].tolist() == [0, 2, 3] and batch["pos"].tolist() == [0, 1, 0]
+
+
+def likeliest(model, ids, n, stop, vocab):
+    """Every text of at most n tokens that ends in `stop` or has n, by brute force: the best mean log-probability."""
+    best = (-1e9, [])
+    for length in range(1, n + 1):
+        for text in itertools.product(range(vocab), repeat=length):
+            if stop in text[:-1] or (length < n and text[-1] != stop):
+                continue
+            row = torch.tensor([[*ids, *text]])
+            with torch.no_grad():
+                logp = model.predict(model(rectangle(row)))[len(ids) - 1 : -1].log_softmax(-1)
+            best = max(best, (float(logp[range(length), list(text)].mean()), list(text)))
+    return best[1]
+
+
+def test_beams_find_the_likeliest_text_and_one_beam_is_greedy():
+    model = tiny(vocab_size=6, init_std=0.15)
+    texts = [[1, 2, 3], [4, 0], [5, 5, 1, 2]]
+    assert len(beams.search(model, texts, 4, {0, 2, 4}, 3)) == 3  # several stops: enough go on all the same
+    wide = beams.search(model, texts, 3, {2}, 36)  # as many beams as there are beginnings: nothing can be lost
+    assert wide == [likeliest(model, text, 3, 2, 6) for text in texts]
+    greedy = drawn(model, texts, 8, stop={2})
+    assert beams.search(model, texts, 8, {2}, 1) == greedy and any(row[-1] != 2 for row in greedy)
+    four = beams.search(model, texts, 8, {2}, 4)
+    assert four == [beams.search(model, [text], 8, {2}, 4)[0] for text in texts]  # neighbours do not matter
+
+
+def test_beams_of_an_encoder_decoder(run, monkeypatch, capsys):
+    model = tiny(arch="encdec", vocab_size=361, n_sentinels=100)
+    enc, start = [[1, 2, 3, 4, 5], [9, 8]], [[256], [256]]
+    allowed = torch.arange(361).expand(2, -1) < 200
+    rows = [[], []]
+    sample.tokens(model, start, 6, lambda row, i: rows[row].append(i), allowed=allowed, enc=enc)
+    assert beams.search(model, start, 6, set(), 1, allowed, enc) == rows and max(map(max, rows)) < 200
+    with pytest.raises(SystemExit):
+        sample.main([f"--ckpt={run}", "--prompt=a", "--beams=3"])
+    assert "--temperature=0" in capsys.readouterr().err

@@ -1,0 +1,76 @@
+"""Beam search: the likeliest text instead of a drawn one. `python sample.py --ckpt=out/RUN --beams=4 --temperature=0`
+And what it shares with drawing: reading prompts, moving the rows of a cache.
+
+Hypotheses of all prompts share one cache, whose rows are reordered as beams die and split. Finished ones compete by their mean
+log-probability per token, the end token included; one beam is greedy decoding. Read next: sample.py, which calls this.
+"""
+
+import torch
+
+from configurator import die
+from model import flat
+
+
+def keep_rows(cache, index):
+    """The cache of rows `index`: repeated for several samples, dropped when finished, reordered for beams."""
+    cache.k, cache.v, cache.sums = cache.k[:, index], cache.v[:, index], cache.sums[:, :, index]
+    cache.lengths = [cache.lengths[i] for i in index]
+    if cache.enc is not None:
+        cache.enc, cache.enc_mask = [[t[index] for t in pair] for pair in cache.enc], cache.enc_mask[index]
+
+
+def room(model, prompts, wanted):
+    """How many of the `wanted` tokens fit behind the longest prompt."""
+    longest, cap = max(map(len, prompts)), model.cfg.max_len
+    return min(wanted, cap - longest) if longest < cap else die(f"a prompt of {longest} tokens: the model accepts {cap}; shorten it")
+
+
+def read(model, prompts, count, enc=None):
+    """Every prompt read once: a cache with room for `count` more, and the hidden state (P, D) behind each prompt."""
+    device, longest = model.embed.weight.device, max(map(len, prompts))
+    cache = model.new_cache(len(prompts), longest + count)
+    if enc is not None:
+        model.read_encoder(flat(enc, device), cache)
+    ids = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=device)
+    hidden = model.step(ids, cache, [len(p) for p in prompts])  # (P, T, D)
+    return cache, hidden[torch.arange(len(prompts)), torch.tensor([len(p) - 1 for p in prompts])]
+
+
+@torch.inference_mode()
+def search(model, prompts, max_new_tokens, stops, beams, allowed=None, enc=None):
+    """The best continuation of each prompt, as ids: `stops` end it. allowed, enc: as in sample.tokens."""
+    count = room(model, prompts, max_new_tokens)
+    cache, hidden = read(model, prompts, count, enc)
+    rows = torch.arange(len(prompts)).repeat_interleave(beams)
+    keep_rows(cache, rows.tolist())
+    hidden, vocab = hidden[rows], model.cfg.vocab_size
+    score = torch.full((len(prompts), beams), -torch.inf, device=hidden.device)
+    score[:, 0] = 0  # all beams of a prompt begin alike: only one may branch
+    live, done = [[[] for _ in range(beams)] for _ in prompts], [[] for _ in prompts]  # ids; (mean log-probability, ids)
+    for t in range(count):
+        logits = model.predict(hidden)
+        if allowed is not None:
+            logits.masked_fill_(~allowed[rows.to(allowed.device)], -torch.inf)
+        total = score.view(-1, 1) + logits.log_softmax(-1)  # (P B, V)
+        best, at = total.view(len(prompts), -1).topk(beams * min(vocab, 1 + len(stops)))  # `beams` of them go on, whatever ends
+        source, text, tail = [], [], []
+        for p, (values, places) in enumerate(zip(best.tolist(), at.tolist(), strict=True)):
+            going, ends = [], done[p] if len(done[p]) < beams else []  # a prompt that has its texts does not gain by waiting for others
+            for rank, (value, place) in enumerate(zip(values, places, strict=True)):
+                parent, i = divmod(place, vocab)
+                ids = [*live[p][parent], i]
+                if i in stops:
+                    ends += [(value / len(ids), ids)] * (rank < beams)
+                elif len(going) < beams:
+                    going.append((value, p * beams + parent, ids))
+            tail.append([value for value, *_ in going])
+            source += [parent for _, parent, _ in going]
+            text.append([ids for *_, ids in going])
+        live, score = text, torch.tensor(tail, device=hidden.device)
+        if t + 1 == count or all(len(ended) >= beams for ended in done):
+            break
+        keep_rows(cache, source)
+        hidden = model.step(torch.tensor([[ids[-1]] for some in live for ids in some], device=hidden.device), cache)[:, 0]
+    for p, values in enumerate(score.tolist()):
+        done[p] += [(value / len(ids), ids) for value, ids in zip(values, live[p], strict=True)] if len(done[p]) < beams else []
+    return [max(ended)[1] for ended in done]

@@ -219,6 +219,22 @@ def test_what_is_asked_is_the_beginning_of_what_was_trained():
             assert ids.count(added["<|im_end|>"]) == 5 and ids.count(vocab["ĊĊĊ"]) == 1  # the system's, as transformers has it
 
 
+def test_thinking_and_qwen3s_own_template():
+    """Past thinking is a marker that the template drops; written by a user it is text."""
+    transformers = pytest.importorskip("transformers", reason="pip install -e '.[export]': transformers is the reference")
+    if not (ROOT / ".parts" / "qwen3").exists():
+        pytest.skip("python -m prepare.parts qwen3")
+    tok, theirs = tokenizer.load(ROOT / ".parts" / "qwen3"), transformers.AutoTokenizer.from_pretrained(ROOT / ".parts" / "qwen3")
+    talk = [("system", "\nBe brief"), ("user", "\n\n Hi  "), ("assistant", "<think>\nhm\n</think>\n\nHello"), ("user", "2+2?"),
+            ("assistant", "4"), ("user", "why\n\n")]  # fmt: skip
+    talk = [{"role": role, "content": content} for role, content in talk]
+    for n in (2, 4, 6):
+        for options in ({}, {"enable_thinking": False}):
+            asked = theirs.apply_chat_template(talk[:n], add_generation_prompt=True, tokenize=True, return_dict=False, **options)
+            assert prompts.chat_ids(tok, talk[:n], **options) == asked
+    assert tok.special["<think>"] not in prompts.chat_ids(tok, [{"role": "user", "content": "<think>"}])
+
+
 def test_templates_are_sandboxed_and_may_refuse(chatty, capsys):
     tok = tokenizer.load(chatty)
     tok.chat_template = "{{ raise_exception('roles must alternate') }}"

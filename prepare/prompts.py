@@ -4,7 +4,7 @@
     stops = prompts.stop_ids(tokenizer, chat=True)
     enc, dec, allowed = prompts.hole_ids(model.cfg, tokenizer, "It was <extra_id_0> in Paris.")     for an encoder-decoder
 
-Markers inside a message are text, so nobody can end his turn by writing <|im_end|>. Used by sample.py, eval/ and, so that what is asked is
+Markers inside a message are text, so nobody can end a turn by writing <|im_end|>. Used by sample.py, eval/ and, so that what is asked is
 what was trained, prepare/chat.py. Read next: sample.py.
 """
 
@@ -64,7 +64,9 @@ def chat_parts(tokenizer, messages, reply=True, **options):
     names = sorted({*tokenizer.special, *CHATML}, key=len, reverse=True)
     quoted = {name: f"\ue000{i}\ue001" for i, name in enumerate(names)}  # private characters no template touches
     cut = re.compile("|".join(map(re.escape, names)))
-    messages = [m | {"content": cut.sub(lambda found: quoted[found[0]], m["content"])} for m in messages]
+    for i, m in enumerate(messages := list(messages)):  # the assistant's own thinking and calls stay markers, which templates look for
+        own = SHOWN if m["role"] == "assistant" else ()
+        messages[i] = m | {"content": cut.sub(lambda found: found[0] if found[0] in own else quoted[found[0]], m["content"])}
     text_of = {i: name for name, i in tokenizer.special.items()}
     words = {"bos_token": "".join(text_of[i] for i in prefix_ids(tokenizer)), "eos_token": release(tokenizer) or text_of[tokenizer.eos_id]}
     words |= {"messages": messages} | options

@@ -1,6 +1,8 @@
 """The encoder-decoder against an independent dense fp64 reference, against transformers, and against itself cut differently."""
 
 import dataclasses
+import itertools
+import json
 import math
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch.nn.functional as F
 import denoise
 import denoise_stream
 import hub
+import train
 from model import ModelConfig, build, merged_rectangle
 from tests.test_denoise_stream import padded
 
@@ -289,3 +292,51 @@ def test_loss_at_the_start_and_overfitting_one_pack():
         loss.backward()
         optimizer.step()
     assert loss.detach() < 0.7, loss
+
+
+FLAGS = (
+    ("--ffn=swiglu", "--ffn=polyglu"),
+    ("--precision=bf16", "--precision=fp8 --fp8_emulate=True"),
+    ("--cross_rope=none", "--cross_rope=continue"),
+    ("--mixture=recommended_curriculum", "--mixture=t5"),
+    ("--optimizer=adamw", "--optimizer=muon"),
+    ("--dtype=float32", "--dtype=bfloat16"),
+    *[
+        ("", flag)
+        for flag in ("--remat=1", "--qk_norm=False", "--embed_rank=16", "--mode_tokens=False", "--closing_sentinel=True", "--snap=True")
+    ],
+)
+
+
+def covering(knobs):
+    """Few choices of one value for every knob such that each value of one meets each value of any other."""
+    pairs = lambda row: set(itertools.combinations(enumerate(row), 2))  # noqa: E731
+    missing = {((i, x), (j, y)) for (i, a), (j, b) in itertools.combinations(enumerate(knobs), 2) for x in a for y in b}
+    rng, rows = np.random.default_rng(0), []
+    while missing:
+        tries = [[values[rng.integers(len(values))] for values in knobs] for _ in range(300)]
+        rows.append(max(tries, key=lambda row: len(pairs(row) & missing)))
+        missing -= pairs(rows[-1])
+    return rows
+
+
+def test_every_pair_of_knobs_trains(corpus, tmp_path):
+    """A PolyGLU encoder in FP8 under UL2, and all that lies between, through the loop as a user runs it."""
+    rows = covering(FLAGS)
+    assert len(rows) < 12
+    base = ["config/encdec_debug.py", f"--data={corpus}", "--d_model=32", "--n_head=2", "--n_kv_head=1", "--max_enc=64", "--max_dec=64"]
+    base += [
+        "--tokens_per_step=256",
+        "--max_steps=3",
+        "--n_layer=1",
+        "--warmup=1",
+        "--log_every=1",
+        "--eval_every=0",
+        "--save_every=0",
+        "--progress=False",
+    ]
+    for i, row in enumerate(rows):
+        train.main([*base, f"--out={tmp_path / str(i)}", *" ".join(row).split()])
+        loss = [json.loads(line).get("train/loss") for line in (tmp_path / str(i) / "metrics.jsonl").read_text().splitlines()]
+        loss = [value for value in loss if value is not None]
+        assert len(loss) == 3 and max(loss) < 7 and loss[2] < loss[0], (row, loss)

@@ -66,7 +66,7 @@ def render(tok, turns):
 
 
 def encode(o, task, tok, out, count):
-    """The job of a worker, see shards.work."""
+    """The job of a worker, see pool.work."""
     docs = []
     for row in sources.rows(task, count):
         turns = messages(row)

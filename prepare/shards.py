@@ -6,16 +6,13 @@ again with the same command: the open shards are cut back to that note and go on
 directory is no data set. The format is described at `data.Shards`, which reads it."""
 
 import collections
+import fcntl
 import glob
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
-import signal
-import threading
 import time
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
@@ -23,42 +20,22 @@ from tqdm import tqdm
 
 import tokenizer
 from configurator import die
+from prepare.pool import encoded
 from prepare.sources import CHUNK
 
 NOTE_EVERY = 2.0  # seconds
-worker = {}  # what a worker process holds: the job, the tokenizer, the folder for its files
-
-
-def begin(job, folder, scratch):
-    worker.update(job=job, tok=tokenizer.load(folder), scratch=scratch)
-
-
-def begin_process(*what):
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism: no pool of threads in each
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops us
-    parent = multiprocessing.parent_process()  # and if it is killed, nobody would
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-    begin(*what)
-
-
-def work(number, task):
-    """job(task, tok, out, count) writes uint32 ids to `out` -> [(tokens, bytes, split)] of its documents, split 0 train, 1 val."""
-    count = collections.Counter()
-    with open(os.path.join(worker["scratch"], str(number)), "wb") as out:
-        docs = worker["job"](task, worker["tok"], out, count)
-    return np.array(docs, dtype=np.int64).reshape(-1, 3), count
 
 
 class Writer:
     """The open shard of one split, and the list of those that are done."""
 
-    def __init__(self, out, split, first, limit, state):
-        self.out, self.split, self.first, self.limit = out, split, first, limit
+    def __init__(self, out, split, limit, state):
+        self.out, self.split, self.limit = out, split, limit
         self.done, (self.tokens, self.documents, self.bytes) = state or ([], (0, 0, 0))
         self.open()
 
     def open(self):
-        self.name = f"{self.split}-{self.first + len(self.done):05d}"
+        self.name = f"{self.split}-{len(self.done):05d}"
         self.files, self.hashes = [], []
         for kind, size in ("bin", 4 * self.tokens), ("idx", 8 * (self.documents + 1) if self.documents else 0):
             path = os.path.join(self.out, f"{self.name}.{kind}")
@@ -128,76 +105,99 @@ def write_json(path, value):
     sync(os.path.dirname(path))
 
 
+def hold(path):
+    """The lock of a folder, until the process ends; None if another process has it."""
+    handle = open(path, "a")  # noqa: SIM115
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return None
+    return handle
+
+
+def stored(todo, folder):
+    """The same, of tasks that parts of the job encoded before."""
+    for number, task, size in todo:
+        found = json.loads(tokenizer.read(os.path.join(folder, f"{number}.json")))
+        yield number, task, size, os.path.join(folder, f"{number}.bin"), np.array(found["docs"], np.int64).reshape(-1, 3), found["count"]
+
+
 def build(out, tok, tasks, job, settings, shard_tokens, max_tokens=0, max_documents=0, workers=0, part=(0, 1), total=0):
-    """-> (manifest, seconds, bytes read now). `tasks(done, rows)` yields (task, bytes of input) from this part's task number `done`
-    on; `settings` is all that decides the output."""
-    mark = "-{}-of-{}".format(*part) if part[1] > 1 else ""
-    note_path, manifest_path = os.path.join(out, f"progress{mark}.json"), os.path.join(out, f"manifest{mark}.json")
-    settings = json.loads(
-        json.dumps(settings | {"shard_tokens": shard_tokens, "max_tokens": max_tokens, "max_documents": max_documents, "parts": part[1]})
-    )
+    """-> (manifest, seconds, bytes read now), or None from a part of a job that is not the last one to end. `tasks(done, rows)` yields
+    (task, bytes of input) from task number `done` on; `settings` is all that decides the output. Part (i, n) encodes every n-th task
+    into out/parts; the last one to end writes them all as one job would have."""
+    note_path, manifest_path, parts = (os.path.join(out, name) for name in ("progress.json", "manifest.json", "parts"))
+    settings = json.loads(json.dumps(settings | {"shard_tokens": shard_tokens, "max_tokens": max_tokens, "max_documents": max_documents}))
+    mark = "{}-of-{}".format(*part)
     note = {"settings": settings, "tasks": 0, "rows": 0, "count": {}, "writers": [None, None]}
-    if path := next((p for p in (manifest_path, note_path) if os.path.exists(p)), None):
-        note = json.loads(tokenizer.read(path))
-        if other := [k for k in settings if note.get("settings", {}).get(k) != settings[k]]:
+    for path in (*glob.glob(os.path.join(parts, "settings-*.json")), note_path, manifest_path):
+        found = json.loads(tokenizer.read(path, "{}"))
+        if other := [k for k in settings if found and found.get("settings", {}).get(k) != settings[k]]:
             die(f"{out} was written with another {', '.join(other)}: choose another --out, or remove it")
-        if path == manifest_path:
-            return note, 0, 0
-    os.makedirs(out, exist_ok=True)
+        if found and path == manifest_path:
+            return found, 0, 0
+        note |= found
+    os.makedirs(parts if part[1] > 1 else out, exist_ok=True)
+    lock = hold(os.path.join(parts, f"lock-{mark}") if part[1] > 1 else os.path.join(out, ".lock"))
+    if not lock:
+        die(f"{out}: another process is writing {'this part' if part[1] > 1 else 'here'}; wait for it, or choose another --out")
     tok.save(folder := os.path.join(out, "tokenizer"))
-    for path in (*(os.path.join(folder, name) for name in os.listdir(folder)), folder, os.path.dirname(os.path.abspath(out))):
+    for path in (*glob.glob(os.path.join(folder, "*")), folder, os.path.dirname(os.path.abspath(out))):
         sync(path)
-    for old in glob.glob(os.path.join(out, f"scratch{mark}.*")):
+    for old in glob.glob(os.path.join(out, f"scratch-{mark}.*")):
         shutil.rmtree(old)
-    scratch = os.path.join(out, f"scratch{mark}.{os.getpid()}")
+    scratch = os.path.join(out, f"scratch-{mark}.{os.getpid()}")
     os.mkdir(scratch)
-    first = part[0] * 100_000 if part[1] > 1 else 0
-    writers = [Writer(out, split, first, shard_tokens, state) for split, state in zip(("train", "val"), note["writers"], strict=True)]
-    count = collections.Counter(note["count"])
-    seen = sum(sum(s["tokens"] for s in w.done) + w.tokens for w in writers)
     workers = workers or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count()))
     workers = min(workers, total // CHUNK + 1) if total else workers
-    bar = tqdm(total=total or None, unit="B", unit_scale=True, disable=None, desc=os.path.basename(os.path.normpath(out)))
-    what = (job, folder, scratch)
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), begin_process, what) if workers > 1 else None
-    waiting, started, noted, read, full = collections.deque(), time.monotonic(), time.monotonic(), 0, False
+    bar = tqdm(total=total // part[1] or None, unit="B", unit_scale=True, disable=None, desc=os.path.basename(os.path.normpath(out)))
+    started, seen, read = time.monotonic(), 0, 0
 
-    def take(number, task, size, result):
-        """Append the next task's documents; -> whether max_tokens leaves no room for one of them."""
-        nonlocal seen, noted, read
-        docs, counted = result.result() if pool else result
-        fit = int(np.searchsorted(seen + np.cumsum(docs[:, 0]), max_tokens, "right")) if max_tokens else len(docs)
-        if max_documents:
-            fit = min(fit, max_documents - sum(sum(s["documents"] for s in w.done) + w.documents for w in writers))
-        path = os.path.join(scratch, str(number))
-        with open(path, "rb") as source:
-            for run in np.split(docs[:fit], np.flatnonzero(np.diff(docs[:fit, 2])) + 1) if fit else ():
-                writers[run[0, 2]].add(source, run[:, 0], run[:, 1])
-        os.unlink(path)
-        seen, read = seen + int(docs[:fit, 0].sum()), read + size
-        count.update(counted)
-        note["tasks"], note["rows"] = number + 1, note["rows"] + (len(task[1]) if task[0] == "given" else 0)
-        if fit == len(docs) and time.monotonic() - noted > NOTE_EVERY:  # never after a cut task: what follows must stay out
-            write_json(note_path, note | {"count": count, "writers": [w.note() for w in writers]})
-            noted = time.monotonic()
-        bar.set_postfix_str(f"{seen / 1e6:.1f}M tokens", refresh=False)
-        bar.update(int(size))
-        return fit < len(docs)
+    def numbered(done=0, rows=0):
+        return ((number, task, size) for number, (task, size) in enumerate(tasks(done, rows), done))
+
+    def is_stored(number):
+        return os.path.exists(os.path.join(parts, f"{number}.json"))
 
     try:
-        if not pool:
-            begin(*what)
-        for number, (task, size) in enumerate(tasks(note["tasks"], note["rows"]), note["tasks"]):
-            waiting.append((number, task, size, pool.submit(work, number, task) if pool else work(number, task)))
-            full = len(waiting) > (2 * workers if pool else 0) and take(*waiting.popleft())
-            if full:
+        if part[1] > 1:
+            write_json(os.path.join(parts, f"settings-{mark}.json"), {"settings": settings})
+            mine = (item for item in numbered() if item[0] % part[1] == part[0] and not is_stored(item[0]))
+            for number, _, size, path, docs, counted in encoded(mine, job, folder, scratch, workers):
+                sync(path)
+                os.replace(path, os.path.join(parts, f"{number}.bin"))
+                write_json(os.path.join(parts, f"{number}.json"), {"docs": docs.tolist(), "count": counted})
+                bar.update(int(size))
+            lock = all(is_stored(number) for number, _, _ in numbered()) and hold(os.path.join(out, ".lock"))
+            if not lock or os.path.exists(manifest_path):
+                return None
+        writers = [Writer(out, split, shard_tokens, state) for split, state in zip(("train", "val"), note["writers"], strict=True)]
+        count, noted = collections.Counter(note["count"]), time.monotonic()
+        seen = sum(sum(s["tokens"] for s in w.done) + w.tokens for w in writers)
+        todo = numbered(note["tasks"], note["rows"])
+        each = stored(todo, parts) if part[1] > 1 else encoded(todo, job, folder, scratch, workers)
+        for number, task, size, path, docs, counted in each:
+            fit = int(np.searchsorted(seen + np.cumsum(docs[:, 0]), max_tokens, "right")) if max_tokens else len(docs)
+            if max_documents:
+                fit = min(fit, max_documents - sum(sum(s["documents"] for s in w.done) + w.documents for w in writers))
+            with open(path, "rb") as source:
+                for run in np.split(docs[:fit], np.flatnonzero(np.diff(docs[:fit, 2])) + 1) if fit else ():
+                    writers[run[0, 2]].add(source, run[:, 0], run[:, 1])
+            seen, read = seen + int(docs[:fit, 0].sum()), read + size
+            count.update(counted)
+            note["tasks"], note["rows"] = number + 1, note["rows"] + (len(task[1]) if task[0] == "given" else 0)
+            if fit < len(docs):  # max_tokens leaves no room; no note after a cut task: what follows must stay out
                 break
-        while waiting and not full:
-            full = take(*waiting.popleft())
+            if time.monotonic() - noted > NOTE_EVERY:
+                write_json(note_path, note | {"count": count, "writers": [w.note() for w in writers]})
+                noted = time.monotonic()
+            bar.set_postfix_str(f"{seen / 1e6:.1f}M tokens", refresh=False)
+            bar.update(int(size) if part[1] == 1 else 0)
+        each.close()
         for w in writers:
             w.close()
         shards = [s for w in writers for s in w.done]
-        if not shards and part[1] == 1:
+        if not shards:
             die(f"{out}: no document was left to write; dropped: {dict(count)}")
         about = {"name": tok.name, "fingerprint": tok.fingerprint, "vocab_size": tok.vocab_size, "eos_id": tok.eos_id}
         manifest = {"format": 1, "dtype": "uint32", "tokenizer": about, "settings": settings, "dropped": count, "shards": shards}
@@ -210,21 +210,8 @@ def build(out, tok, tasks, job, settings, shard_tokens, max_tokens=0, max_docume
         die(f"{out}: {error}; what is written stays, and the same command goes on from its last note")
     finally:
         bar.close()
-        if pool:
-            pool.shutdown(cancel_futures=True)
         shutil.rmtree(scratch, ignore_errors=True)
     if os.path.exists(note_path):
         os.unlink(note_path)
-    return merge(out, part[1]) or manifest, time.monotonic() - started, read
-
-
-def merge(out, parts):
-    """manifest.json of all parts, once the last of them is done."""
-    paths = [os.path.join(out, f"manifest-{i}-of-{parts}.json") for i in range(parts)]
-    if parts == 1 or not all(map(os.path.exists, paths)):
-        return None
-    each = [json.loads(tokenizer.read(p)) for p in paths]
-    dropped = sum((collections.Counter(m["dropped"]) for m in each), collections.Counter())
-    manifest = each[0] | {"dropped": dropped, "shards": [s for m in each for s in m["shards"]]}
-    write_json(os.path.join(out, "manifest.json"), manifest)
-    return manifest
+    shutil.rmtree(parts, ignore_errors=True)
+    return manifest, time.monotonic() - started, read

@@ -36,7 +36,7 @@ NOTES = """
 --val         share of documents for validation; --val_from=FILES makes those the validation split instead
 --exclude     files (as from prepare.val) whose texts must not be trained on: dropped and counted
 --max_tokens  stop before the document that would exceed it (0: no limit)
---part        i/n: every n-th task of the input, so that n machines fill one --out
+--part        i/n: every n-th task of the input; n machines fill one --out, and the last to end writes what one job would have
 --tokenizer   bytes, a rank file, a tokenizer.json, a folder, or bpe:N: N ids learnt from the first 32 MB of the training documents
 --workers     processes (0: all cores); the output is the same for any number
 --source      math, stem or code: the published mixture, as dataset, config, split, text_field and max_tokens; all: three directories
@@ -60,7 +60,7 @@ def is_val(key, share):
 
 
 def encode(o, held_out, task, tok, out, count):
-    """The job of a worker, see shards.work: every document of `task` is encoded, or dropped and counted."""
+    """The job of a worker, see pool.work: every document of `task` is encoded, or dropped and counted."""
     docs, forced, broken = [], task[0] == "val", sources.repaired[0]
     for slices in sources.documents(task[1] if forced else task, count, o.text_field):
         start, chars, nbytes, blank = out.tell(), 0, 0, True
@@ -161,8 +161,8 @@ def main(argv):
         die(f"--val={o.val} must be in [0, 1), --shard_tokens={o.shard_tokens} at least 1, the other counts not negative")
     part = re.fullmatch(r"(\d+)/(\d+)", o.part) or die(f"--part={o.part}: write i/n")
     this, parts = map(int, part.groups())
-    if this >= parts or (parts > 1 and (o.dataset or o.max_tokens)):
-        die(f"--part={o.part}: i/n with i < n, for local files and without --max_tokens")
+    if this >= parts or (parts > 1 and o.dataset):
+        die(f"--part={o.part}: i/n with i < n, for local files")
     files, vals = (sources.find(spec) if spec else [] for spec in (local, o.val_from))
     o.val = 0.0 if vals else o.val
     held = sources.tasks(vals + (sources.find(o.exclude) if o.exclude else []), None, o.separator)
@@ -178,13 +178,13 @@ def main(argv):
         if o.dataset:
             return sources.hub(o.dataset, o.config, o.split, rows)
         valid = ((("val", task), size) for task, size in sources.tasks(vals, o.text_field, o.separator))
-        return itertools.islice(itertools.chain(sources.tasks(files, o.text_field, o.separator), valid), this + done * parts, None, parts)
+        return itertools.islice(itertools.chain(sources.tasks(files, o.text_field, o.separator), valid), done, None)
 
     settings = {k: getattr(o, k) for k in ("from", "dataset", "config", "split", "text_field", "val", "val_from", "exclude", "min_chars")}
     settings |= {"separator": o.separator.decode("latin-1"), "tokenizer": tok.fingerprint, "files": hash_of([files, vals, len(held_out)])}
     job, total = functools.partial(encode, o, held_out), sum(size for _, size in files + vals)
     result = shards.build(o.out, tok, tasks, job, settings, o.shard_tokens, o.max_tokens, 0, o.workers, (this, parts), total)
-    report(o.out, *result)
+    report(o.out, *result) if result else print(f"{o.out}: part {o.part} is encoded; the last part to end writes the shards")
 
 
 def hash_of(value):

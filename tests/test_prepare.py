@@ -215,14 +215,52 @@ def test_cap_is_never_exceeded_and_exclusions_hold(tmp_path, small, monkeypatch)
     assert read(tmp_path / "vf", "val") == held and not set(read(tmp_path / "vf", "train")) & set(held)
 
 
-def test_parts_on_many_machines_make_one_directory(tmp_path, small):
-    texts = corpus(tmp_path / "a.jsonl")
-    for i in (2, 0, 1):
+def test_parts_on_many_machines_write_what_one_job_writes(tmp_path, small, capsys):
+    corpus(tmp_path / "a.jsonl")
+    args = [f"--from={tmp_path}/a.jsonl", "--val=0.1", "--workers=1", "--shard_tokens=4000"]
+    run(*args, f"out={tmp_path}/one")
+    for i in (2, 0, 2, 1):
         assert not (tmp_path / "out" / "manifest.json").exists()
-        run(f"from={tmp_path}/a.jsonl", f"out={tmp_path}/out", "val=0.1", "workers=1", f"part={i}/3", "shard_tokens=4000")
-    train, val = read(tmp_path / "out", "train"), read(tmp_path / "out", "val")
-    assert sorted(train + val) == sorted(t for t in texts if t.strip()) and not set(train) & set(val)
+        run(*args, f"out={tmp_path}/out", f"part={i}/3")
+    assert digests(tmp_path / "out") == digests(tmp_path / "one") and sorted(os.listdir(tmp_path / "out")) == sorted(
+        os.listdir(tmp_path / "one")
+    )
     run(f"out={tmp_path}/out", "--verify")
+    run(*args, f"out={tmp_path}/out", "part=0/3")
+    assert "nothing to do" in capsys.readouterr().out
+    for end, i in (("--max_tokens=20000", 0), ("--max_tokens=20000", 1)):  # another number of parts, and a cap
+        run(*args, end, f"out={tmp_path}/two", f"part={i}/2")
+    run(*args, "--max_tokens=20000", f"out={tmp_path}/cap")
+    assert digests(tmp_path / "two") == digests(tmp_path / "cap")
+    run(*args, f"out={tmp_path}/mix", "part=0/2")
+    with pytest.raises(SystemExit):
+        run(*args[:-1], f"out={tmp_path}/mix", "part=1/2", "shard_tokens=9")
+    assert "another shard_tokens" in capsys.readouterr().err
+
+
+def test_parts_killed_and_at_once(tmp_path, small):
+    corpus(tmp_path / "a.jsonl")
+    args = [f"--from={tmp_path}/a.jsonl", "--val=0.1", "--workers=1", "--shard_tokens=4000"]
+    run(*args, f"out={tmp_path}/one")
+    parts = [[sys.executable, "-c", DYING, "0", "0", *args, f"--out={tmp_path}/out", f"--part={i}/3"] for i in range(3)]
+    died = subprocess.Popen(parts[1], cwd=ROOT)
+    while not list((tmp_path / "out").glob("parts/*.json")):
+        assert died.poll() is None
+    died.kill()
+    died.wait()
+    assert [p.wait() for p in [subprocess.Popen(part, cwd=ROOT) for part in parts]] == [0, 0, 0]
+    assert digests(tmp_path / "out") == digests(tmp_path / "one")
+
+
+def test_two_processes_on_one_directory_are_refused(tmp_path, capsys):
+    corpus(tmp_path / "a.jsonl")
+    (tmp_path / "out").mkdir()
+    held = shards.hold(tmp_path / "out" / ".lock")
+    with pytest.raises(SystemExit) as stop:
+        run(f"from={tmp_path}/a.jsonl", f"out={tmp_path}/out", "workers=1")
+    assert stop.value.code == 2 and "another process" in capsys.readouterr().err
+    held.close()
+    run(f"from={tmp_path}/a.jsonl", f"out={tmp_path}/out", "workers=1")
 
 
 def test_verify_finds_a_flipped_byte_and_check_shows_a_sample(tmp_path, capsys):

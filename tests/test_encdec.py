@@ -14,6 +14,7 @@ import denoise
 import denoise_stream
 import hub
 import train
+from eval.trace import trace
 from model import ModelConfig, build, merged_rectangle
 from tests.test_denoise_stream import padded
 
@@ -340,3 +341,23 @@ def test_every_pair_of_knobs_trains(corpus, tmp_path):
         loss = [json.loads(line).get("train/loss") for line in (tmp_path / str(i) / "metrics.jsonl").read_text().splitlines()]
         loss = [value for value in loss if value is not None]
         assert len(loss) == 3 and max(loss) < 7 and loss[2] < loss[0], (row, loss)
+
+
+def test_trace_keeps_every_state_and_map():
+    """Maps of merged attention rebuild the layer's output; states are what the model itself computes."""
+    model = model_of(cross_rope="continue")
+    pack = denoise_stream.collate(examples([(9, 5), (4, 1), (17, 11)]))
+    found = trace(model, pack)
+    assert torch.equal(found["decoder"]["states"][-1], model(pack)) and torch.equal(found["encoder"]["states"][-1], model.encode(pack))
+    for stack, shapes in (("encoder", [(4, 9, 9), (4, 4, 4), (4, 17, 17)]), ("decoder", [(4, 5, 14), (4, 1, 5), (4, 11, 28)])):
+        assert len(found[stack]["states"]) == 4 and len(found[stack]["maps"]) == 3
+        for layer in found[stack]["maps"]:
+            assert [tuple(m.shape) for m in layer] == shapes
+            assert all(torch.allclose(m.sum(-1), torch.ones((), dtype=m.dtype)) for m in layer)
+    assert not found["decoder"]["maps"][0][0][:, 0, 10:].any()  # the first decoder token sees its encoder and itself
+    block, x = model.decoder.blocks[0], found["decoder"]["states"][0]
+    v_own = block.attn.qkv(block.norm1(x)).unflatten(-1, (-1, 10))[:5, -2:]
+    v_enc = block.attn.encoder_keys(found["encoder"]["states"][-1], None)[1][:9]
+    v = torch.cat((v_enc, v_own)).repeat_interleave(2, 1).transpose(0, 1)  # (H, S + T, E)
+    h = x[:5] + block.attn.out((found["decoder"]["maps"][0][0] @ v).transpose(0, 1).flatten(1))
+    torch.testing.assert_close(h + block.ffn(block.norm2(h), None), found["decoder"]["states"][1][:5])

@@ -105,7 +105,9 @@ def sync_gradients(model, parallel: str, machine: Machine, now: bool) -> None:
     if machine.world > 1 and parallel == "ddp":
         model.require_backward_grad_sync = now
     elif machine.world > 1:
-        model.set_requires_gradient_sync(now)
+        for part in model.modules():  # what is never trained may never be gathered either, and has no gradient to hold back
+            if hasattr(part, "set_requires_gradient_sync") and any(p.requires_grad for p in part.parameters()):
+                part.set_requires_gradient_sync(now, recurse=False)
 
 
 def total(values: list[float], machine: Machine) -> list[float]:

@@ -14,6 +14,7 @@ import denoise
 import denoise_stream
 import hub
 import train
+from eval.denoising import shuffled
 from eval.trace import trace
 from model import ModelConfig, build, merged_rectangle
 from tests.test_denoise_stream import padded
@@ -293,6 +294,9 @@ def test_loss_at_the_start_and_overfitting_one_pack():
         loss.backward()
         optimizer.step()
     assert loss.detach() < 0.7, loss
+    with torch.no_grad():
+        strangers = shuffled(pack)  # what was learned of one encoder text is of no use with another
+        assert float(model.nll(model(strangers), strangers["targets"])[0]) / n > loss + 0.3
 
 
 FLAGS = (
@@ -341,6 +345,30 @@ def test_every_pair_of_knobs_trains(corpus, tmp_path):
         loss = [json.loads(line).get("train/loss") for line in (tmp_path / str(i) / "metrics.jsonl").read_text().splitlines()]
         loss = [value for value in loss if value is not None]
         assert len(loss) == 3 and max(loss) < 7 and loss[2] < loss[0], (row, loss)
+
+
+def test_a_curriculum_of_denoisers_resumes_to_the_bit_and_its_losses_are_golden(corpus, tmp_path):
+    def run(name, *argv):
+        base = [
+            "config/encdec_debug.py",
+            f"--data={corpus}",
+            "--mixture=recommended_curriculum",
+            "--dtype=float32",
+            "--max_steps=6",
+            "--lr=1e-3",
+        ]
+        base += ["--tokens_per_step=1024", "--n_layer=1", "--log_every=1", "--eval_every=0", "--eval_tokens=512", "--save_every=3", *argv]
+        train.main([*base, f"--out={tmp_path / name}"])
+        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        return [row["train/loss"] for row in rows if "train/loss" in row], (tmp_path / name / "step-000006/model.safetensors").read_bytes()
+
+    whole, weights = run("whole")
+    later, same = run("later", f"--resume={tmp_path}/whole/step-000003")
+    assert later == whole[3:] and same == weights
+    assert whole == pytest.approx(GOLDEN, abs=3e-3), whole
+
+
+GOLDEN = [6.0652, 5.9873, 5.9797, 5.8853, 5.7583, 5.6717]
 
 
 def test_trace_keeps_every_state_and_map():

@@ -166,6 +166,19 @@ def test_later_token_test_fails_a_causal_model(qwen, run, tmp_path):
     assert not later_token.holds(causal) and max(causal.values()) == 0
 
 
+def test_export_import_export_is_the_same_folder(run, tmp_path):
+    pytest.importorskip("sentence_transformers")
+    arguments = ["--to=sentence-transformers", "--max_seq_length=64"]
+    hub.main(["export", f"--ckpt={run}", f"--out={tmp_path / 'one'}", *arguments])
+    hub.main(["import", f"--from={tmp_path / 'one'}", f"--out={tmp_path / 'run'}"])
+    hub.main(["export", f"--ckpt={tmp_path / 'run'}", f"--out={tmp_path / 'two'}", *arguments])
+    for name in ("model.safetensors", "config.json", "modules.json", "1_Pooling/config.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+    texts = ["one text", "another <|endoftext|>", "x" * 90]
+    a, b = (Embedder.load(tmp_path / name).encode(texts) for name in ("one", "two"))
+    assert np.array_equal(a, b)
+
+
 def test_export_refuses(qwen, run, tmp_path, capsys):
     hub.main(["import", f"--from={qwen}", f"--out={tmp_path / 'lm'}"])
     for changes in (

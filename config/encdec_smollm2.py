@@ -1,8 +1,8 @@
 """SmolLM2-135M as an encoder-decoder of 241M parameters: the smallest released model that can be adapted on a CPU.
 
-python -m hub import --from=smollm2.gguf --out=out/smollm2 && python -m prepare.encdec --from=out/smollm2 --out=out/smollm2_encdec --verify
-python -m prepare.text --from='*.parquet' --tokenizer=out/smollm2 --out=data/smol
-python train.py config/encdec_smollm2.py --init_from=out/smollm2_encdec --data=data/smol
+python -m prepare.parts smollm2 && python -m prepare.encdec --from=.parts/smollm2 --out=out/smollm2_encdec --verify
+python -m prepare.text --from='*.parquet' --tokenizer=out/smollm2_encdec --out=data/smol
+python train.py config/encdec_smollm2.py --init_from=out/smollm2_encdec --data=data/smol       # then config/encdec_smollm2_contrast.py
 """
 
 out = "out/encdec_smollm2"

@@ -32,8 +32,7 @@ def show(ids, sp, tok) -> str:
         out.append(tok.decode(run) if run else "")
         run = []
         if i is not None:
-            mark = f"<{i - sp.sentinel}>" if i >= sp.sentinel else f"[{denoise.MODES[i - sp.mode]}]"
-            out.append("<eos>" if i == sp.eos else mark)
+            out.append("<eos>" if i == sp.eos else f"<{i - sp.sentinel}>" if i >= sp.sentinel else f"[{denoise.MODES[i - sp.mode]}]")
     return repr("".join(out))
 
 

@@ -252,3 +252,15 @@ def test_a_million_tokens_per_second(shards):
     began = time.process_time()
     tokens = sum(b["source_tokens"] for _ in range(20) for b in next(stream))
     assert tokens / (time.process_time() - began) > 3e5
+
+
+def test_special_ids_are_shown_wherever_eos_stands():
+    """Qwen's and SmolLM2's EOS lie far from the modes; showing one must not look for a mode of that number."""
+    from eval.denoising import show
+
+    for eos in (0, 7, 256):
+        sp = denoise.special_ids(361, 100, eos=eos)
+        assert (
+            show(np.array([sp.mode + 2, 65, 66, sp.sentinel, sp.sentinel + 9, 67, eos]), sp, tokenizer.load("bytes"))
+            == "'[S]AB<0><9>C<eos>'"
+        )

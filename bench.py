@@ -1,15 +1,15 @@
 """Speed and memory against named peers, as ratios inside one run: both sides interleaved, medians, and the spread of the ratio.
 
     python bench.py --suite=cpu [--only=train,decode1] [--out=results.json] [--rounds=20] [--clock=cpu]
-    python bench.py --suite=gpu                      the same rows at GPU shapes
+    python bench.py --suite=gpu --rounds=10 --out=gpu.json      the same rows at GPU shapes, and the 197M model per precision
     python bench.py --info                           the machine and its libraries
     python bench.py --fp8_table                      on a GPU: measure which FP8 products pay, rewrite config/fp8_table.py
 
 Peers are transformers' Qwen3ForCausalLM of the same shape (its own `generate` for decoding) and T5Gemma2 (padded, as its users train it),
-with the same fused AdamW, clipping and dtype: fp32 masters and bf16 matmuls, which is torch.autocast there. A missing peer stops the
-bench. The floor of a row is the time its matrix products would take, or its weights to be read, at the rates that this machine reached
-in this run with nothing else to do. `--clock=cpu` counts the process's CPU seconds instead of the wall's: the figure to use with
---threads=1 on a machine that others are using.
+with the same fused AdamW, clipping and dtype: fp32 masters and bf16 matmuls, which is torch.autocast there. A row that fails, its
+peer missing perhaps, is reported with its error and makes the exit code 1. The floor of a row is the time its matrix products would
+take, or its weights to be read, at the rates that this machine reached in this run with nothing else to do. `--clock=cpu` counts the
+process's CPU seconds instead of the wall's: the figure to use with --threads=1 on a machine that others are using.
 Read next: LOG.md for what was measured, model.py and kernels.py for what is being measured.
 """
 
@@ -28,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from types import SimpleNamespace
 
 import numpy as np
@@ -40,7 +41,7 @@ import precision
 import sample
 from configurator import die
 from denoise_stream import collate
-from eval import fp8_table
+from eval import fp8_table, speed
 from eval.peers import peer_step, qwen3, step_of, t5gemma2
 from model import build, rectangle
 from train import Config
@@ -270,6 +271,16 @@ def startup(opt, where):
     ]
 
 
+def precisions(opt, where):
+    """The 197M model's own step in bf16, FP8 and TransformerEngine, at both ends of its curriculum, compiled, each in its own process."""
+    with tempfile.TemporaryDirectory() as folder:
+        child_cost(["-m", "prepare.text", "--from=stdlib", "--val=0.02", f"--out={folder}"])
+        shape = ["config/superbpe_197m.py", "config/curriculum_ultra.py", f"--data={folder}"]
+        return [
+            {"name": "precision", "what": "197M training step", **row} for row in speed.table(shape, opt.rounds, speed.here(), (2048, 8))
+        ]
+
+
 ROWS = {
     "train": train,
     "vocab": vocab,
@@ -278,7 +289,8 @@ ROWS = {
     "decode1": lambda *a: decode(*a, 1),
     "decode8": lambda *a: decode(*a, 8),
 }
-ROWS |= {"prepare": prepare, "startup": startup}
+ROWS |= {"prepare": prepare, "startup": startup, "precision": precisions}
+NOT = {"cpu": ("precision",), "gpu": ("prepare", "startup")}  # rows that say nothing of such a machine; --only runs any
 
 
 def about(where, opt):
@@ -313,7 +325,7 @@ def main(argv):
         return print(precision.info())
     if opt.fp8_table:
         return print(fp8_table.write_table(device=machine.find("cuda").device))
-    chosen = opt.only.split(",") if opt.only else list(ROWS)
+    chosen = opt.only.split(",") if opt.only else [name for name in ROWS if name not in NOT.get(opt.suite, ())]
     if opt.suite not in SHAPES or opt.clock not in ("wall", "cpu") or not set(chosen) <= set(ROWS) or opt.rounds < 1:
         die(f"bench: --suite is cpu or gpu, --clock wall or cpu, --rounds positive, --only some of {','.join(ROWS)}; got {' '.join(argv)}")
     if opt.threads:
@@ -322,11 +334,20 @@ def main(argv):
     facts, rows = about(where, opt), []
     print("\n".join(f"{k}: {v}" for k, v in facts.items()), flush=True)
     for name in chosen:
-        rows += ROWS[name](opt, where)
+        try:
+            rows += ROWS[name](opt, where)
+        except (Exception, SystemExit) as error:  # it is reported, it makes the exit code 1, and the other rows are measured all the same
+            rows.append({"name": name, "failed": f"{type(error).__name__}: {error}"})
+            print(f"{name:<10} FAILED {rows[-1]['failed']}\n{traceback.format_exc()}", flush=True)
+        if where.device.type == "cuda":
+            torch.cuda.empty_cache()
     if opt.out:
         with open(opt.out, "w") as file:
             json.dump({"command": ["bench.py", *argv], **facts, "rows": rows}, file, indent=1)
     print(f"peak memory of the bench {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB")
+    if failed := [row["name"] for row in rows if "failed" in row]:
+        print(f"failed: {', '.join(failed)}")
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """bench.py: its arithmetic, its refusals and its account of a child's memory; the speeds themselves are no test."""
 
+import json
 import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import bench
 import machine
@@ -29,6 +31,19 @@ def test_a_missing_peer_stops_the_bench(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ModuleNotFoundError, match="transformers"):  # which prelude.py says in one line
         bench.qwen3({}, None)
+
+
+def test_a_row_that_fails_loses_no_other(monkeypatch, tmp_path, capsys):
+    def sick(opt, where):
+        raise torch.OutOfMemoryError("of memory")
+
+    rows = {"first": sick, "second": lambda *a: bench.die("no peer"), "third": lambda *a: [{"name": "third", "ratio": 2.0}]}
+    monkeypatch.setattr(bench, "ROWS", rows)
+    with pytest.raises(SystemExit) as stop:
+        bench.main(["--suite=cpu", f"--out={tmp_path}/r.json"])
+    said, kept = capsys.readouterr().out, json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert stop.value.code == 1 and "failed: first, second" in said and "first      FAILED OutOfMemoryError: of memory" in said
+    assert [row.get("ratio") for row in kept] == [None, None, 2.0] and "OutOfMemoryError" in kept[0]["failed"]
 
 
 @pytest.mark.parametrize("arg", ["--suite=tpu", "--only=nothing", "--clock=sun", "--rounds=0", "--round=3"])

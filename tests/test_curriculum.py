@@ -17,7 +17,7 @@ import optim
 import prepare.text
 import tokenizer
 import train
-from eval import ablation
+from eval import ablation, speed
 from eval.perplexity import domain_batches, score
 from model import build, rectangle
 from tests.test_data import make_docs, write_shards
@@ -496,6 +496,23 @@ def test_benchmark_prints_a_table_and_leaves_nothing(shards, tmp_path, capsys):
     rate = float(row["tok/s"].replace(",", ""))
     assert rate == pytest.approx(256 / float(row["ms"]) * 1e3, rel=0.01) and not (tmp_path / "out").exists()
     assert "precision: bf16 requested, fp32 used" in "\n".join(lines)
+
+
+def test_speed_table_keeps_what_ran_and_says_what_did_not(shards, tmp_path, capsys):
+    """Two stages by two precisions, each in a process of its own; TransformerEngine is not here, so the exit code says 1."""
+    settings = [
+        a for a in short(shards, tmp_path / "run", "--fp8_emulate=True") if not a.startswith(("--log_every", "--eval_", "--keep", "--out"))
+    ]
+    argv = [*settings, "--steps=2", "--precisions=bf16,te", "--lengths=64", f"--out={tmp_path}/speed.json"]
+    assert speed.main(argv) == 1
+    rows = json.loads((tmp_path / "speed.json").read_text())["rows"]
+    assert [(r["precision"], r["L"], "failed" in r) for r in rows] == [(p, n, p == "te") for n in ("64",) for p in ("bf16", "te")]
+    assert "transformer_engine is not installed" in rows[1]["failed"] and float(rows[0]["ms"]) > 0 and rows[0]["tokens"] == "256"
+    assert "failed: precision: te requested" in capsys.readouterr().out and not (tmp_path / "run").exists()
+    assert speed.here("cpu") == ["bf16"]
+    with pytest.raises(SystemExit):
+        speed.main([*settings, "--lengths=17"])
+    assert "17 is no stage" in capsys.readouterr().err
 
 
 # ---- the ablation -------------------------------------------------------------------------------------------------------

@@ -32,8 +32,8 @@ latent: .venv/.train ## two small readers, one packet between them, and everythi
 	$(PY) train.py config/latent_toy.py --resume=auto
 	$(PY) -m eval.latent --ckpt=out/latent_toy --data=data/factqa/test.jsonl --samples=1024 --bytes="(40, 55)"
 
-faults: .venv/.test ## a hundred kills, half of them inside saves; every one must resume to the bit
-	KILLS=100 OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_faults.py -k kill_9
+faults: .venv/.test ## every promise of README's table, the long way (half an hour), and its figures
+	KILLS=100 FUZZ=20 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist=worksteal tests/test_faults.py tests/test_scale.py tests/test_fuzz.py
 
 .venv/.train: pyproject.toml
 	test -x $(PY) || python3 -m venv .venv

@@ -115,6 +115,13 @@ def hold(path):
     return handle
 
 
+def tidy(note, parts):
+    """Away with what led to a manifest."""
+    for path in filter(os.path.exists, (note, note + ".tmp")):
+        os.unlink(path)
+    shutil.rmtree(parts, ignore_errors=True)
+
+
 def stored(todo, folder):
     """The same, of tasks that parts of the job encoded before."""
     for number, task, size in todo:
@@ -135,6 +142,7 @@ def build(out, tok, tasks, job, settings, shard_tokens, max_tokens=0, max_docume
         if other := [k for k in settings if found and found.get("settings", {}).get(k) != settings[k]]:
             die(f"{out} was written with another {', '.join(other)}: choose another --out, or remove it")
         if found and path == manifest_path:
+            tidy(note_path, parts)
             return found, 0, 0
         note |= found
     os.makedirs(parts if part[1] > 1 else out, exist_ok=True)
@@ -142,7 +150,7 @@ def build(out, tok, tasks, job, settings, shard_tokens, max_tokens=0, max_docume
     if not lock:
         die(f"{out}: another process is writing {'this part' if part[1] > 1 else 'here'}; wait for it, or choose another --out")
     tok.save(folder := os.path.join(out, "tokenizer"))
-    for path in (*glob.glob(os.path.join(folder, "*")), folder, os.path.dirname(os.path.abspath(out))):
+    for path in (*glob.glob(os.path.join(folder, "*")), folder, out, os.path.dirname(os.path.abspath(out))):
         sync(path)
     for old in glob.glob(os.path.join(out, f"scratch-{mark}.*")):
         shutil.rmtree(old)
@@ -211,7 +219,5 @@ def build(out, tok, tasks, job, settings, shard_tokens, max_tokens=0, max_docume
     finally:
         bar.close()
         shutil.rmtree(scratch, ignore_errors=True)
-    if os.path.exists(note_path):
-        os.unlink(note_path)
-    shutil.rmtree(parts, ignore_errors=True)
+    tidy(note_path, parts)
     return manifest, time.monotonic() - started, read

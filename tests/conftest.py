@@ -19,6 +19,14 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+def pytest_terminal_summary(terminalreporter):
+    """What a test measured, `record_property("figure", text)`, whatever process it ran in."""
+    for report in terminalreporter.stats.get("passed", []):
+        for kind, text in getattr(report, "user_properties", ()):
+            if kind == "figure":
+                terminalreporter.write_line(text)
+
+
 def story(i: int) -> str:
     """A learnable text: the same few sentences with other numbers and names, 200 to 700 characters."""
     names = ("Ada", "Grace", "Alan", "Edsger", "Barbara", "Donald")

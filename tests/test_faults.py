@@ -1,7 +1,7 @@
 """Nothing is ever lost: kill -9 anywhere, signals, full disks, damaged files, numbers that are not finite. Every promise has its test.
 
-    python -m pytest tests/test_faults.py                            about a minute
-    KILLS=100 python -m pytest -s tests/test_faults.py               the long loop: 100 kills, one at every file operation, 10,000 steps
+    python -m pytest tests/test_faults.py                   about a minute
+    KILLS=100 python -m pytest tests/test_faults.py         the long loop: 100 kills, one at every file operation, 10,000 steps
 
 Runs are real runs of train.py on a tiny model, in processes forked from one that has imported torch already.
 """
@@ -34,11 +34,12 @@ import optim
 import tokenizer
 import train
 from model import build
+from prepare import text as text_job
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(train.__file__).parent), str(Path(__file__).parent)])
 forks = multiprocessing.get_context("forkserver")
-forks.set_forkserver_preload(["train", "test_data", "torch.distributed.tensor", "torch._dynamo"])
+forks.set_forkserver_preload(["train", "test_data", "prepare.text", "torch.distributed.tensor", "torch._dynamo"])
 
 TINY = {
     "n_layer": 1,
@@ -243,7 +244,7 @@ class Disk:
                 os.truncate(f"{new}/{name}", safe if self.lost() or size <= safe else self.rng.randint(safe, size))
 
 
-def test_kill_9_anywhere_loses_nothing(shards, reference, tmp_path):
+def test_kill_9_anywhere_loses_nothing(shards, reference, tmp_path, record_property):
     rng, kills, chain, newest = random.Random(time.time_ns() if "KILLS" in os.environ else 0), 0, 0, -1
     wanted = int(os.environ.get("KILLS", 16))
     while kills < wanted or newest >= 0:
@@ -272,10 +273,10 @@ def test_kill_9_anywhere_loses_nothing(shards, reference, tmp_path):
         assert not list(out.glob(".tmp-step*"))
         shutil.rmtree(out)
         chain, newest = chain + 1, -1
-    print(f"{kills} kills, {chain} runs finished, each equal to the bit")
+    record_property("figure", f"training: {kills} kills, {chain} runs finished, each equal to the bit")
 
 
-def test_every_file_operation_of_a_save_may_be_the_last(shards, reference, tmp_path):
+def test_every_file_operation_of_a_save_may_be_the_last(shards, reference, tmp_path, record_property):
     """Not at random: one kill at each operation between the second save and the third, always resumed and finished."""
     if "KILLS" not in os.environ:
         pytest.skip("part of the long loop: set KILLS")
@@ -291,6 +292,53 @@ def test_every_file_operation_of_a_save_may_be_the_last(shards, reference, tmp_p
         shutil.rmtree(out)
         number, count = number + 1, count + 1
     assert count > 50
+    record_property("figure", f"training: killed at each of {count} file operations, every run equal to the bit")
+
+
+def prepare_child(argv, log, note_every, *fault):
+    os.dup2(handle := os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
+    os.dup2(handle, 2)
+    text_job.shards.CHUNK = text_job.sources.CHUNK = 3000
+    text_job.shards.NOTE_EVERY = note_every
+    if fault:
+        fault[0](*fault[1:])
+    text_job.main(argv)
+
+
+def test_shards_are_the_same_bytes_after_kills_and_power_cuts(tmp_path, record_property):
+    """Right before any operation on a file, or at any time; alone, or as one part of two. The same command goes on to the same bytes."""
+    rng, wanted, kills, jobs = random.Random(3), int(os.environ.get("KILLS", 12)), 0, 0
+    lines = [json.dumps({"text": "".join(rng.choices("abc déf", k=rng.randint(5, 90)))}) for _ in range(600)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    argv = [f"--from={tmp_path}/a.jsonl", "--val=0.1", "--shard_tokens=9000", "--tokenizer=bytes"]
+    content = lambda out: {p.relative_to(out): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()}  # noqa: E731
+    log = str(tmp_path / "log")
+
+    def start_job(out, part, *fault):
+        more = [f"--out={out}", f"--workers={rng.choice([1, 1, 1, 2])}", f"--part={part}"]
+        process = forks.Process(target=prepare_child, args=(argv + more, log, rng.choice([0, 0.05, 2]), *fault))
+        process.start()
+        return process
+
+    start_job(tmp_path / "whole", "0/1").join()
+    want = content(tmp_path / "whole")
+    while kills < wanted:
+        out, todo, jobs = tmp_path / f"out{jobs}", rng.choice([["0/1"], ["0/2", "1/2"]]), jobs + 1
+        while todo:
+            fault = (kill_at_file_operation, out, rng.randint(1, 120), rng.random() < 0.5) if rng.random() < 0.8 and kills < wanted else ()
+            process = start_job(out, todo[0], *fault)
+            if not fault and kills < wanted:
+                process.join(rng.uniform(0.1, 1.0))
+                process.kill()
+            process.join(60)
+            assert process.exitcode in (0, -signal.SIGKILL), Path(log).read_text()[-3000:]
+            kills += process.exitcode != 0
+            todo = todo[process.exitcode == 0 :]
+            if not out.exists():  # a power cut before the folder's own name was safe: every part of it is to be done again
+                todo = sorted({*todo, "0/2"} if "1/2" in todo else todo)
+        assert content(out) == want, f"after {kills} kills"
+        shutil.rmtree(out)
+    record_property("figure", f"preparing: {kills} kills, {jobs} data sets finished, each equal to the byte")
 
 
 # ---- signals -------------------------------------------------------------------------------------------------------------
@@ -785,7 +833,7 @@ def test_no_pickle_is_ever_loaded(shards, tmp_path):
 # ---- long runs -----------------------------------------------------------------------------------------------------------------
 
 
-def test_memory_and_step_time_stay_flat(shards, tmp_path):
+def test_memory_and_step_time_stay_flat(shards, tmp_path, record_property):
     """Three hundred steps; ten thousand in the long loop. Time is that of the process's own CPU: others may use the machine."""
     steps, out = 10_000 if "KILLS" in os.environ else 300, tmp_path / "run"
     keys = {"max_steps": steps, "eval_every": steps // 20, "save_every": steps // 20, "log_every": steps // 100, "lr": 1e-4}
@@ -802,7 +850,8 @@ def test_memory_and_step_time_stay_flat(shards, tmp_path):
         cost = lambda a, b: (seen[b] - seen[a]) / (b - a)  # noqa: E731
         at = [min(seen, key=lambda step: abs(step - share * steps)) for share in (0.1, 0.4, 0.7, 1)]
         thirds = [cost(a, b) for a, b in zip(at, at[1:], strict=False)]
-        print(f"{steps} steps: memory grew by {growth:.2%} after the first tenth; ms of CPU a step {[round(1000 * t, 2) for t in thirds]}")
+        times = " ".join(f"{1000 * t:.2f}" for t in thirds)
+        record_property("figure", f"{steps} steps: memory grew by {growth:.2%} after the first tenth; ms of CPU a step, by thirds: {times}")
         assert thirds[-1] < 1.1 * thirds[0]
     assert not children_of(process.pid) and not [p for p in Path("/dev/shm").glob("*") if str(process.pid) in p.name]
 

@@ -1,7 +1,7 @@
 """Files from elsewhere, damaged or malicious: text, tables, archives, tokenizers, weights. Each is read correctly or refused in one line.
 
     python -m pytest tests/test_fuzz.py                some seconds
-    FUZZ=20 python -m pytest -s tests/test_fuzz.py     twenty times as many mutations
+    FUZZ=20 python -m pytest tests/test_fuzz.py        twenty times as many mutations
 
 Shards, checkpoints, safetensors and manifests are in test_faults.py, which also holds `mutate` and `refused`.
 """
@@ -48,6 +48,11 @@ def within(seconds):
         signal.alarm(0)
 
 
+def figure(record_property, text):
+    if "FUZZ" in os.environ:
+        record_property("figure", text)
+
+
 def written(folder):
     """Every document of the split train as text."""
     if not any(s["split"] == "train" and s["tokens"] > 1 for s in data.read_manifest(folder)["shards"]):
@@ -83,7 +88,7 @@ BYTES = [b"a ", b"\n", "é".encode(), "日".encode(), "🙂".encode(), b"\xff", 
 
 
 @pytest.mark.parametrize("long", [1 << 18, 100])
-def test_jsonl_of_any_content(tmp_path, monkeypatch, capsys, long):
+def test_jsonl_of_any_content(tmp_path, monkeypatch, capsys, record_property, long):
     """Every line that is an object with a text is written as it stands, every other one is counted; lines over `long` go another way."""
     monkeypatch.setattr(sources, "LONG", long)
     rng, seen = random.Random(long), Counter()
@@ -99,7 +104,7 @@ def test_jsonl_of_any_content(tmp_path, monkeypatch, capsys, long):
         assert found == expected(raw.split(b"\n")), i
         seen.update(json.loads((tmp_path / f"o{i}" / "manifest.json").read_text())["dropped"])
     assert min(seen["not a JSON object"], seen["no text in 'text'"], seen["repaired"]) > 1
-    print(seen)
+    figure(record_property, f"{25 * ROUNDS} files of jsonl: each as a plain reader sees it; {dict(seen)}")
 
 
 def test_text_that_is_cut_anywhere_is_decoded_as_if_it_were_whole(monkeypatch):
@@ -143,7 +148,7 @@ def test_a_line_beyond_the_limit_is_counted_and_its_neighbours_are_kept(tmp_path
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow", "jsonl.gz", "txt.gz"])
-def test_tables_and_archives_of_any_content(tmp_path, capsys, kind):
+def test_tables_and_archives_of_any_content(tmp_path, capsys, record_property, kind):
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     rng, kept, source = random.Random(kind), 0, tmp_path / f"a.{kind}"
     texts = [f"{i} {rng.choice(ODD)}" for i in range(60)]
@@ -168,7 +173,7 @@ def test_tables_and_archives_of_any_content(tmp_path, capsys, kind):
         if kind != "arrow":  # its bytes are under checksums
             assert not set(found or ()) - set(whole), i
     assert kept < rounds
-    print(kind, rounds, "mutations,", kept, "read")
+    figure(record_property, f"{kind}: {rounds} mutations, {kept} read, the others refused in one line")
 
 
 # ---- tokenizers and weights ---------------------------------------------------------------------------------------------------
@@ -186,7 +191,7 @@ def vocabulary(tmp_path_factory):
     return dir
 
 
-def test_tokenizers_of_any_content(tmp_path, capsys, vocabulary):
+def test_tokenizers_of_any_content(tmp_path, capsys, record_property, vocabulary):
     from prepare import tokenizer as converter
 
     converter.main([f"--from={vocabulary}", f"--out={tmp_path}/json"])
@@ -199,7 +204,7 @@ def test_tokenizers_of_any_content(tmp_path, capsys, vocabulary):
                     act = lambda: (tok := tokenizer.load(folder)) and (tok.encode("the thin 12 <|endoftext|>"), tok.fingerprint)  # noqa: B023, E731
                     kept += refused(capsys, act) is not None
             file.write_bytes(good)
-            print(file.name, kept)
+            figure(record_property, f"{file.name}: {15 * ROUNDS} mutations, {kept} read, the others refused in one line")
 
 
 def imported(source, out):
@@ -225,7 +230,7 @@ def weights(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["gguf", "pt"])
-def test_weights_of_any_content(tmp_path, capsys, kind):
+def test_weights_of_any_content(tmp_path, capsys, record_property, kind):
     """Headers above all: half of the mutations fall into the first 3,000 bytes, and into the last ones, where a zip has its directory."""
     (tmp_path / "in").mkdir()
     source, rng, kept = weights(tmp_path, kind), random.Random(kind), 0
@@ -238,7 +243,7 @@ def test_weights_of_any_content(tmp_path, capsys, kind):
         source.write_bytes(bad)
         with within(30):
             kept += refused(capsys, lambda: imported(source, tmp_path / "out")) is not None
-    print(kind, kept)
+    figure(record_property, f"{kind}: {25 * ROUNDS} mutations, {kept} read, the others refused in one line")
     assert kept < 25 * ROUNDS and sorted(p.name for p in tmp_path.iterdir() if p.name != "out") == ["in"]
     assert [p.name for p in (tmp_path / "in").iterdir()] == [source.name]
 

@@ -1,7 +1,7 @@
 """One process, two, four, several nodes: the same run. Every architecture under DDP and FSDP2, two torchrun agents, the Slurm file, parts.
 
     python -m pytest tests/test_scale.py                       the pairs that differ most
-    KILLS=1 python -m pytest -s tests/test_scale.py            every architecture x DDP, FSDP2 x 2, 4 ranks, with the largest difference
+    KILLS=1 python -m pytest tests/test_scale.py               every architecture x DDP, FSDP2 x 2, 4 ranks, with the largest difference
 
 `uneven` holds so few trained tokens that ranks, micro-batches and whole steps have none.
 """
@@ -91,12 +91,15 @@ def one(uneven, tmp_path_factory):  # noqa: F811
 
 
 @pytest.mark.parametrize("kind, parallel, world", ALL if "KILLS" in os.environ else USUAL, ids=lambda x: str(x))
-def test_any_number_of_ranks_is_one_run(one, uneven, tmp_path, kind, parallel, world):  # noqa: F811
+def test_any_number_of_ranks_is_one_run(one, uneven, tmp_path, record_property, kind, parallel, world):  # noqa: F811
     want, argv = one(kind), arguments(tmp_path / "run", uneven, kind, parallel=parallel)
     ranks = start_ranks(world, argv, tmp_path / "log")
     join_ranks(ranks, tmp_path / "log")
     worst = differences(tmp_path / "run", want)
-    print(f"{kind}, {parallel}, {world} ranks: losses {worst['loss']:.1e}, weights {worst['weight']:.1e}")
+    if "KILLS" in os.environ:
+        record_property(
+            "figure", f"{kind}, {parallel}, {world} ranks: losses within {worst['loss']:.1e}, weights within {worst['weight']:.1e}"
+        )
     assert within(worst), worst
     before, after = (load(want / name) for name in ("step-000002", "step-000004"))
     assert any(not torch.equal(p, after[name]) for name, p in before.items()), "nothing was trained"

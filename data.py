@@ -254,7 +254,7 @@ class Source:
         return self.block[i % BLOCK]
 
     def take_row(self, seq_len):
-        """-> documents for one row: the one that waited longest, then always the longest that still fits. An epoch is used up first."""
+        """-> (col, start, size) of a row's documents: the one that waited longest, then the longest that fits. Epochs are used up first."""
         waiting, row, room = self.state["waiting"], [], seq_len
         while not row:
             while len(waiting) < WAITING and (not waiting or self.state["taken"] % self.units):
@@ -266,7 +266,7 @@ class Source:
             while fits := [piece for piece in waiting if piece[1] <= room]:
                 best = max(fits, key=lambda piece: piece[1]) if row else fits[0]
                 waiting.remove(best)
-                row.append(best)
+                row.append((seq_len - room, *best))
                 room -= best[1]
         return row
 
@@ -324,7 +324,7 @@ class Stream:
         states = [src.state for src in self.sources]
         s = max((i for i, w in enumerate(weights) if w > 0), key=lambda i: states[i]["credit"] + weights[i] * size)
         pieces = take(self.sources[s])
-        size = sum(n for _, n in pieces)
+        size = sum(n for *_, n in pieces)
         for state, weight in zip(states, weights, strict=True):
             state["credit"] += weight * size
         states[s]["credit"] -= size
@@ -356,14 +356,9 @@ class Stream:
 
     def fill_documents(self, n_rows, seq_len, weights):
         """-> source (R,), pieces (row, col, start, size): whole documents."""
-        source, pieces = np.empty(n_rows, np.int64), []
-        for row in range(n_rows):
-            source[row], documents = self.draw(weights, seq_len, lambda src: src.take_row(seq_len))
-            col = 0
-            for start, size in documents:
-                pieces.append((row, col, start, size))
-                col += size
-        return source, tuple(np.array(pieces).T)
+        drawn = [self.draw(weights, seq_len, lambda src: src.take_row(seq_len)) for _ in range(n_rows)]
+        pieces = [(row, *piece) for row, (_, documents) in enumerate(drawn) for piece in documents]
+        return np.array([source for source, _ in drawn]), tuple(np.array(pieces).T)
 
 
 def open_sources(cfg, log):
@@ -407,18 +402,27 @@ def epoch_tokens(cfg):
     return total
 
 
-def val_batches(dir, seq_len, tokens=0, micro_tokens=0, doc_mask=True):
-    """About `tokens` tokens (0: all) of the split val as micro-batches: always the same windows, evenly spread; each says its `bytes`."""
-    shards = Shards(dir, "val")
+def val_batches(dir, seq_len, tokens=0, micro_tokens=0, doc_mask=True, packing="windows"):
+    """About `tokens` tokens (0: all) of the split val as micro-batches: always the same windows, evenly spread, or, as they are trained,
+    whole documents; each batch says its `bytes`."""
+    shards, rows = Shards(dir, "val"), []
     total = math.ceil((shards.n_tokens - 1) / seq_len)
     n_rows = min(total, max(1, tokens // seq_len)) if tokens else total
     start = np.arange(n_rows) * total // n_rows * seq_len
-    size, zero = np.minimum(seq_len, shards.n_tokens - 1 - start) + 1, np.zeros(n_rows, np.int64)
+    pieces = np.arange(n_rows), np.zeros(n_rows, np.int64), start, np.minimum(seq_len, shards.n_tokens - 1 - start) + 1
+    if packing == "documents":
+        source = Source("val", shards, 0, 0, lambda text: None)
+        if all((np.diff(idx) > seq_len).all() for idx in shards.idxs):
+            die(f"{dir}: every document of the split val is longer than seq_len = {seq_len}: raise it, or prepare val again")
+        while (source.state["taken"] < source.units or source.state["waiting"]) and (not tokens or len(rows) < n_rows):
+            rows.append(source.take_row(seq_len))
+        pieces = tuple(np.array([(row, *piece) for row, documents in enumerate(rows) for piece in documents]).T)
+        n_rows = len(rows)
     batches, per_micro = [], max(1, micro_tokens // seq_len) if micro_tokens else n_rows
     for first in range(0, n_rows, per_micro):
-        rows = np.arange(first, min(first + per_micro, n_rows))
-        pieces = (rows - first, zero[rows], start[rows], size[rows])
-        batches.append(collate([shards], zero[rows], rows, seq_len, pieces, doc_mask, byte_lengths=shards.byte_lengths))
+        mine, here = slice(*np.searchsorted(pieces[0], [first, first + per_micro])), np.arange(first, min(first + per_micro, n_rows))
+        part = pieces[0][mine] - first, *(array[mine] for array in pieces[1:])
+        batches.append(collate([shards], 0 * here, here, seq_len, part, doc_mask, byte_lengths=shards.byte_lengths))
     return batches
 
 

@@ -155,8 +155,8 @@ def rank_file(path):
 
     raw, beside = read(path), os.path.splitext(path)[0] + ".json"
     ranks = {base64.b64decode(t): int(r) for t, r in (line.split() for line in raw.splitlines() if line)}
-    if missing := {bytes([i]) for i in range(256)} - set(ranks):
-        die(f"{path}: {len(missing)} single bytes have no rank, {min(missing)} for one: not every text could be encoded; copy it again")
+    if {bytes([i]) for i in range(256)} - set(ranks) or len(set(ranks.values())) < len(ranks):
+        die(f"{path}: a single byte has no rank, or a rank has two tokens; copy it again")
     known, eos = RANKS.get(hashlib.sha256(raw).hexdigest()), EOS
     if known:
         name, pattern, special, nfc = known

@@ -538,3 +538,21 @@ def test_a_large_batch_takes_milliseconds_and_memory_stays_constant(tmp_path):
             next(stream)
         assert tracemalloc.get_traced_memory()[0] - before < 200_000
         tracemalloc.stop()
+
+
+def test_whole_documents_are_held_out_as_they_are_trained(tmp_path, capsys):
+    """No conversation of the split val is cut: each is in one row, once; those longer than a row are left out, as in training."""
+    rng = np.random.default_rng(0)
+    docs, tok = [[i + 1] * int(n - 1) + [256] for i, n in enumerate(rng.integers(3, 40, 60))], bytes_tokenizer(tmp_path / "d")
+    write_shards(tmp_path / "d", docs, "val", vocab=tok.vocab_size, eos=tok.eos_id, tokenizer=tok.fingerprint)
+    found = []
+    for batch in data.val_batches(tmp_path / "d", 32, micro_tokens=64, packing="documents"):
+        cuts = batch["cu"].tolist()
+        assert len(batch["ids"]) % 32 == 0 and all(a // 32 == (b - 1) // 32 for a, b in zip(cuts, cuts[1:], strict=False))
+        found += [batch["ids"][a:b].tolist() for a, b in zip(cuts, cuts[1:], strict=False) if 256 in batch["ids"][a:b]]
+    assert sorted(found) == sorted(doc for doc in docs if len(doc) <= 32) and len(found) < len(docs)
+    few = data.val_batches(tmp_path / "d", 32, tokens=96, packing="documents")
+    assert len(few[0]["ids"]) == 96
+    with pytest.raises(SystemExit):
+        data.val_batches(tmp_path / "d", 2, packing="documents")
+    assert "longer than seq_len" in capsys.readouterr().err

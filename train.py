@@ -17,6 +17,7 @@ import errno
 import json
 import math
 import os
+import random
 import shutil
 import signal
 import sys
@@ -26,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -206,9 +208,10 @@ def held_out(cfg, length=0) -> dict[str, list]:
     if cfg.benchmark:
         return {}
     if cfg.objective == "lm":
-        micro = min(cfg.micro_tokens or cfg.tokens_per_step, 16384)
         longest = length or max([row.get("seq_len", cfg.seq_len) for row in cfg.stages], default=cfg.seq_len)
-        val = {name: data.val_batches(path, longest, cfg.eval_tokens, max(micro, longest)) for name, path in sources(cfg).items()}
+        micro = max(min(cfg.micro_tokens or cfg.tokens_per_step, 16384), longest)
+        how = {"packing": "windows" if length else cfg.packing}
+        val = {name: data.val_batches(path, longest, cfg.eval_tokens, micro, **how) for name, path in sources(cfg).items()}
         return val | domains(cfg, 1 if cfg.auto_mix else None, length or 2048)
     if cfg.objective == "denoise":
         import denoise_stream
@@ -299,7 +302,8 @@ def main(argv):
     resume_from = checkpoint.find_resume(out, cfg.resume)
     check_vocabulary(cfg)
 
-    torch.manual_seed(cfg.seed)
+    for seed in (torch.manual_seed, np.random.seed, random.seed):  # the last two for your own code: equal runs leave equal files
+        seed(cfg.seed % 2**32)
     raw = objective.build(cfg)
     if cfg.parameters not in (0, raw.num_params()):
         die(f"parameters={cfg.parameters:,}, but this model has {raw.num_params():,}: set --parameters={raw.num_params()}, or 0")

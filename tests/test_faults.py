@@ -374,6 +374,16 @@ def test_a_stopped_run_goes_on_to_the_same_end(shards, reference, tmp_path):
     assert same(got, reference)
 
 
+def test_equal_runs_leave_equal_files(shards, tmp_path):
+    """Byte for byte, the optimizer's file and the state with its random numbers included; only logs tell the time."""
+    for name in ("a", "b"):
+        run(settings(tmp_path / "run", shards, max_steps=4), tmp_path / "log")
+        (tmp_path / "run").rename(tmp_path / name)
+    files = {p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("step-*/*")}
+    assert len(files) == 3 * 2
+    assert all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files)
+
+
 def signal_at_step(step):
     """SIGTERM while the step-th step is computed."""
     plain, seen = train.token_sums, [0]

@@ -13,7 +13,8 @@ repaired = [0]  # characters, so far
 
 def decode(raw):
     text = raw.decode("utf-8", "replace")
-    repaired[0] += text.count("\ufffd") - raw.count(b"\xef\xbf\xbd")
+    if "\ufffd" in text:
+        repaired[0] += text.count("\ufffd") - raw.count(b"\xef\xbf\xbd")
     return text
 
 

@@ -172,7 +172,7 @@ def rotate(run, step, keep):
 
 def save(run, step, model, optimizer, state: dict, keep, metric=None, is_best=False):
     """Called by every rank, written by the first; -> bytes on disk. Keeps the newest `keep` steps and the best."""
-    weights, moments = {name: whole(t) for name, t in model.state_dict().items()}, {}
+    weights, moments = {n: whole(t) for n, t in model.state_dict().items()}, {f"fp8/{k}": t.cpu() for k, t in state.pop("fp8", {}).items()}
     for name, p in model.named_parameters() if optimizer else ():
         moments |= {f"{name}.{kind}": whole(value) for kind, value in optimizer.state.get(p, {}).items()}
     if int(os.environ.get("RANK", 0)):
@@ -288,6 +288,7 @@ def load_training(path, model, optimizer) -> dict:
         die(f"{folder}: was trained with {state['optimizer']}; resume with the same --optimizer, or begin anew with --init_from={folder}")
     put_weights(model, read_tensors(folder, FILES[0], state), folder / FILES[0])
     saved, params = read_tensors(folder, FILES[1], state), dict(model.named_parameters())
+    state["fp8"] = {key[4:]: saved.pop(key) for key in list(saved) if key.startswith("fp8/")}
     for key in saved:
         name, _, kind = key.rpartition(".")
         if name not in params or (saved[key].ndim and saved[key].shape != params[name].shape):

@@ -207,19 +207,18 @@ def scope(model):
 
 
 def memory(model):
-    """Delayed scaling's histories as lists of numbers, exact in json; {} for every stateless choice."""
+    """Delayed scaling's histories, plain fp32 tensors by name; {} for every stateless choice."""
     state = getattr(model, "fp8", None)
     if not state or not state.delayed or state.used == "bf16":
         return {}
-    tensors = te_tensors(state) if state.used == "te" else {key: getattr(state, key) for key in ("history", "scale", "saturated")}
-    return {key: t.tolist() for key, t in tensors.items()}
+    return te_tensors(state) if state.used == "te" else {key: getattr(state, key).clone() for key in ("history", "scale", "saturated")}
 
 
 def load_memory(model, saved):
     """Resume delayed scaling; after a run that kept no such memory it starts with one step of current scaling."""
     state = getattr(model, "fp8", None)
     if state and state.delayed:
-        saved = {key: torch.tensor(value, device=state.now.device) for key, value in saved.items()}
+        saved = {key: value.to(state.now.device) for key, value in saved.items()}
         if state.used == "te":
             te_load(state, saved)
         elif "history" in saved and saved["history"].shape == state.history.shape:

@@ -3,6 +3,7 @@
 Used by train.py, sample.py, bench.py and eval/. Read next: train.py.
 """
 
+import contextlib
 import ctypes
 import os
 import resource
@@ -131,6 +132,20 @@ def to_device(batch: dict, device: torch.device) -> dict:
     if device.type == "cpu":
         return batch
     return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+
+@contextlib.contextmanager
+def enough_memory(cfg, row):
+    """What a forward and backward of this row of the plan do not find room for ends in one line with the remedy."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        lengths = {stage.get("seq_len", cfg.seq_len) for stage in cfg.stages} | {row.seq_len}
+        total, half = row.micro_tokens * row.accum, row.micro_tokens // 2
+        fits = next((n for n in range(half, 0, -1) if total % n == 0 and not any(n % length for length in lengths)), 0)
+        remedy = f"--micro_tokens={fits}" if fits and not any("rows" in stage for stage in cfg.stages) else "half the rows, twice the accum"
+        rows = f"{row.micro_tokens // row.seq_len} rows"
+        die(f"out of memory in stage {row.stage}: L={row.seq_len}, {rows} per micro-batch, precision={cfg.precision}; try {remedy}")
 
 
 def wait(device: torch.device) -> None:

@@ -14,6 +14,7 @@ Read next: model.py (what is trained), data.py (the batches), optim.py (the plan
 import prelude  # isort: skip  # noqa: F401
 
 import errno
+import itertools
 import json
 import math
 import os
@@ -285,6 +286,34 @@ def complain(step, losses, groups, model, machine) -> tuple[str, bool]:
     return f"step {step}: not finite: {text}", any(each["weight"] for each in everywhere)
 
 
+def warm_up(cfg, objective, model, call, raw, plan, step, machine) -> str:
+    """Every stage's shapes, in each phase of precision, compiled and met by the allocator before the clock runs. On a stream of its own
+    and without a step: parameters, optimizer, random states, the stream and FP8's histories stay what they are, to the bit."""
+    began, state = time.perf_counter(), getattr(raw, "fp8", None)
+    stream, phases = data.open_stream(cfg, plan, machine.rank, machine.world, log=lambda text: None), {()}
+    if state and state.used == "fp8":
+        phases = {(state.on, state.warm), (True, state.warm), (True, state.delayed)}
+    elif state and state.used == "te" and state.delayed:
+        phases = set()  # its histories would hear these batches
+    kept = (state.on, state.warm, state.now.clone()) if state else ()
+    stages = plan.stages[plan(step).stage :]
+    for stage in stages:
+        stream.step = stage.first
+        batches = [to_device(batches[0], machine.device) for batches in itertools.islice(stream, 2)]  # documents come in several counts
+        for phase, batch in itertools.product(sorted(phases), batches):
+            if phase:
+                state.on, state.warm = phase
+            hardware.sync_gradients(model, cfg.parallel, machine, now=cfg.parallel == "fsdp")
+            with hardware.enough_memory(cfg, plan(stage.first)), fp8.scope(raw):
+                sum(objective.sums(call, raw, batch)[0].values()).backward()
+            raw.zero_grad(set_to_none=True)
+    if state:
+        state.on, state.warm = kept[:2]
+        state.now.copy_(kept[2])
+    hardware.wait(machine.device)
+    return f"warmed up {len(stages)} stages x {len(phases)} phases of precision in {time.perf_counter() - began:.1f} s"
+
+
 # ---- the loop ------------------------------------------------------------------------------------------------------------
 
 
@@ -326,8 +355,8 @@ def main(argv):
     fp8.load_memory(raw, state.pop("fp8", {}))
     if cfg.auto_mix:
         plan.state = state.pop("auto_mix", None) or plan.state
-    if cfg.compile:  # a shape for each stage and power of two of documents; past torch's limit of 8 it would go on uncompiled
-        torch._dynamo.config.recompile_limit = 64
+    if cfg.compile:  # a shape for each stage, phase and power of two of documents; past torch's limit of 8 it would go on uncompiled
+        torch._dynamo.config.recompile_limit = 256
     call = torch.compile(model, dynamic=False) if cfg.compile else model
     stream, val, tune = data.prefetch(stream, cfg.prefetch), held_out(cfg), domains(cfg, 0) if cfg.auto_mix else {}
 
@@ -367,6 +396,10 @@ def main(argv):
         if lead:
             log.say(f"saved {out}/step-{step:06d}{' (best so far)' if best else ''}")
 
+    if cfg.objective == "lm" and (cfg.compile or machine.device.type == "cuda") and step < plan.steps:
+        line = warm_up(cfg, objective, model, call, raw, plan, step, machine)
+        if lead:
+            log.say(line)
     params = [p for p in raw.parameters() if p.requires_grad]
     visible = lead and cfg.progress and sys.stderr.isatty()
     bar = tqdm(total=plan.steps, initial=step, unit="step", disable=not visible, dynamic_ncols=True)
@@ -401,10 +434,11 @@ def main(argv):
         for i, batch in enumerate(batches):
             hardware.sync_gradients(model, cfg.parallel, machine, now=i == len(batches) - 1)
             batch = to_device(batch, machine.device)
-            with fp8.scope(raw):
-                term, each = objective.sums(call, raw, batch)
-            loss = sum(objective.weights.get(t, 1.0) * term[t] / max(count[t], 1.0) for t in term)
-            (loss * machine.world).backward()
+            with hardware.enough_memory(cfg, row):
+                with fp8.scope(raw):
+                    term, each = objective.sums(call, raw, batch)
+                loss = sum(objective.weights.get(t, 1.0) * term[t] / max(count[t], 1.0) for t in term)
+                (loss * machine.world).backward()
             sums += torch.stack([term[t].detach().double() if t in term else sums.new_zeros(()) for t in terms])
             if each is not None:
                 meter.add(batch, each)
@@ -483,11 +517,8 @@ def main(argv):
             log.say(f"{precision.splitlines()[0]}; compile={cfg.compile}, {machine.why}")
             log.say(monitor.benchmark(laps, int(tokens), row.seq_len, raw, machine, sources(cfg)))
     elif lead:
-        log.say(
-            f"stopped by a signal at step {step}; --resume goes on"
-            if step < plan.steps
-            else f"done: {step} steps, {state['tokens']:,} tokens"
-        )
+        stopped = step < plan.steps
+        log.say(f"stopped by a signal at step {step}; --resume goes on" if stopped else f"done: {step} steps, {state['tokens']:,} tokens")
         log.close()
     if machine.world > 1:
         torch.distributed.barrier()  # rank 0 still saves and logs when the others are done; a peer that left would hang it

@@ -361,7 +361,52 @@ def test_resume_around_a_switch_is_bitwise(shards, tmp_path, capsys):
         a, b = (load_file(d / "step-000012" / "model.safetensors") for d in (tmp_path / "whole", part))
         assert all(torch.equal(a[k], b[k]) for k in a)
         states = [json.loads((d / "step-000012" / "state.json").read_text()) for d in (tmp_path / "whole", part)]
-        assert states[0]["fp8"] == states[1]["fp8"] and states[0]["stream"] == states[1]["stream"]
+        a, b = (load_file(d / "step-000012" / "optim.safetensors") for d in (tmp_path / "whole", part))
+        assert all(torch.equal(a[k], b[k]) for k in a) and a["fp8/history"].any() and "fp8" not in states[0]
+        assert states[0]["stream"] == states[1]["stream"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_warming_up_compiles_every_stage_and_changes_nothing(shards, tmp_path, monkeypatch, capsys):
+    """bf16 steps, FP8's first one, delayed scaling: no switch compiles a graph, and the run is the same to the bit."""
+    real, graphs, seen = torch.compile, [], []
+    two = ("--stages=({'start': 0, 'seq_len': 16}, {'start': 3, 'seq_len': 32})", "--max_steps=5", "--eval_every=0", "--fp8_filter=down")
+
+    def compiled(model, **keys):
+        return real(model, backend=lambda graph, inputs: graphs.append(1) or graph.forward, **keys)
+
+    def warm(*args, warm_up=train.warm_up):
+        line = warm_up(*args)
+        seen.append(len(graphs))
+        return line
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    for name, hook in (("warm", warm), ("cold", lambda *args: "no warm-up")):
+        monkeypatch.setattr(train, "warm_up", hook)
+        torch._dynamo.reset()
+        train.main(short(shards, tmp_path / name, *FP8[:2], FP8[3], "--fp8_start_step=1", "--compile=True", "--doc_mask=False", *two))
+        seen.append(len(graphs))
+    warmed, after, cold = seen
+    assert 0 < warmed == after and cold - after > 3  # the cold run compiled as it went, the warm one never again
+    assert "warmed up 2 stages x 3 phases of precision in" in capsys.readouterr().out
+    a, b = (load_file(tmp_path / d / "step-000005" / "model.safetensors") for d in ("warm", "cold"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    states = [json.loads((tmp_path / d / "step-000005" / "state.json").read_text()) for d in ("warm", "cold")]
+    a, b = (load_file(tmp_path / d / "step-000005" / "optim.safetensors") for d in ("warm", "cold"))
+    assert all(torch.equal(a[k], b[k]) for k in a) and a["fp8/history"].any() and states[0]["stream"] == states[1]["stream"]
+    assert rows_of(tmp_path / "warm") == rows_of(tmp_path / "cold")
+
+
+def test_out_of_memory_names_the_stage_and_the_remedy(shards, tmp_path, monkeypatch, capsys):
+    def full(model, raw, batch):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train, "token_sums", full)
+    with pytest.raises(SystemExit) as stop:
+        train.main(short(shards, tmp_path / "out"))
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and "stage 0: L=16, 8 rows per micro-batch, precision=bf16; try --micro_tokens=64" in err
 
 
 def test_any_precision_resumes_any(shards, tmp_path, capsys):

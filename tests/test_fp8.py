@@ -4,7 +4,6 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import json
 import sys
 import types
 from types import SimpleNamespace
@@ -211,7 +210,7 @@ def test_delayed_scale_is_the_maximum_over_the_history(algo):
 def test_delayed_state_resumes_to_the_bit():
     model, cfg, _ = model_of(fp8_recipe="delayed", fp8_history=4)
     train(model, 3)
-    weights, memory = copy.deepcopy(model.state_dict()), json.loads(json.dumps(fp8.memory(model)))
+    weights, memory = copy.deepcopy(model.state_dict()), fp8.memory(model)
     assert set(memory) == {"history", "scale", "saturated"} and not any("fp8" in k for k in weights)
     rest = train(model, 3, first=3)
     again = build(cfg).train()
@@ -282,6 +281,10 @@ def test_composes_with_polyglu_and_merged_attention():
     assert torch.equal(qkv.matmul(x, qkv.weight[rows], None), x @ qkv.weight[rows].t())
 
 
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
 def test_recomputed_blocks_give_the_same_gradients_and_histories():
     grads, memories = [], []
     for every in (0, 1):
@@ -291,7 +294,7 @@ def test_recomputed_blocks_give_the_same_gradients_and_histories():
             fp8.refresh(model)
         grads.append([p.grad for p in model.parameters()])
         memories.append(fp8.memory(model))
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True)) and memories[0] == memories[1]
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True)) and same(*memories)
 
 
 def test_bias_is_added_once():
@@ -467,7 +470,7 @@ def test_statistics_name_the_worst_operand_and_leave_no_trace():
     assert [r["snr_db"] for r in rows] == sorted(r["snr_db"] for r in rows)
     usual = next(r for r in rows if r["name"] == "decoder.blocks.1.ffn.down.x")
     assert 20 < usual["snr_db"] < 40 and usual["saturation"] < 0.01
-    assert fp8.memory(model) == before and not model.fp8.now.any()
+    assert same(fp8.memory(model), before) and not model.fp8.now.any()
     assert monitor.fp8_statistics(model_of(precision="bf16")[0], None) == []
 
 
@@ -575,8 +578,8 @@ def test_te_state_is_plain_tensors(te):
     for i, twin in enumerate(model.fp8.twins):
         twin.init_fp8_metadata(1)
         twin.fp8_meta["scaling_bwd"].scale.fill_(i + 2.0)
-    tensors = json.loads(json.dumps(fp8.memory(model)))
-    assert len(tensors) == 8 * 4 and tensors["te.3.bwd.scale"] == [5.0, 5.0]
+    tensors = fp8.memory(model)
+    assert len(tensors) == 8 * 4 and tensors["te.3.bwd.scale"].tolist() == [5.0, 5.0]
     other, _, _ = te_model(fp8_recipe="delayed")
     fp8.load_memory(other, tensors)
     assert te[-1]["enabled"] and vars(te[-1]["recipe"])["amax_history_len"] == 16  # inside the scope that the forward will have

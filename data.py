@@ -416,8 +416,7 @@ def val_batches(dir, seq_len, tokens=0, micro_tokens=0, doc_mask=True, packing="
             die(f"{dir}: every document of the split val is longer than seq_len = {seq_len}: raise it, or prepare val again")
         while (source.state["taken"] < source.units or source.state["waiting"]) and (not tokens or len(rows) < n_rows):
             rows.append(source.take_row(seq_len))
-        pieces = tuple(np.array([(row, *piece) for row, documents in enumerate(rows) for piece in documents]).T)
-        n_rows = len(rows)
+        pieces, n_rows = tuple(np.array([(row, *piece) for row, documents in enumerate(rows) for piece in documents]).T), len(rows)
     batches, per_micro = [], max(1, micro_tokens // seq_len) if micro_tokens else n_rows
     for first in range(0, n_rows, per_micro):
         mine, here = slice(*np.searchsorted(pieces[0], [first, first + per_micro])), np.arange(first, min(first + per_micro, n_rows))

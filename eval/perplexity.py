@@ -3,10 +3,11 @@
     python -m eval.perplexity --ckpt=out/RUN                          the val split of what the run was trained on
     python -m eval.perplexity --ckpt=out/RUN --data=data/math,code    folders of shards, or names from the run's config
     python -m eval.perplexity --ckpt=out/RUN --domains=data/val       every NAME.jsonl of {"text": ...} there (prepare.val)
-                              [--windows=244] [--seq_len=0] [--eval_len=2048] [--reference=other.json] [--out=result.json]
+            [--windows=244] [--seq_len=0] [--eval_len=2048] [--window_stride=1.0] [--reference=other.json] [--out=result.json]
 
 Windows: `windows` rows of `seq_len` tokens, evenly spread over the split, documents isolated. Domains: every document alone, from an EOS
-context, longer ones in consecutive windows, each text token scored once, no EOS target. Only the val split is ever opened.
+context, longer ones in windows that begin every window_stride x eval_len tokens, each text token scored once, no EOS target. Only the
+val split is ever opened.
 bits per byte = nats / (ln 2 x UTF-8 bytes) is the one figure that compares tokenizers. Intervals: bootstrap over windows or documents.
 Read next: eval/harness.py (tasks), eval/routing.py (what the neurons chose).
 """
@@ -28,7 +29,16 @@ from configurator import die
 from eval import OPEN, bootstrap, load_tokenizer, open_run, suffix, write_json
 from machine import to_device
 
-OPTIONS = OPEN | {"data": "", "domains": "", "windows": 244, "seq_len": 0, "eval_len": 2048, "batch_tokens": 16384, "reference": ""}
+OPTIONS = OPEN | {
+    "data": "",
+    "domains": "",
+    "windows": 244,
+    "seq_len": 0,
+    "eval_len": 2048,
+    "batch_tokens": 16384,
+    "window_stride": 1.0,
+    "reference": "",
+}
 COLUMNS = ("nats", "tokens", "top1", "top5", "entropy")
 
 
@@ -46,7 +56,7 @@ def token_scores(model, hidden, targets, chunk=512):
     return torch.cat(rows)
 
 
-def domain_batches(folder, tok, eval_len=2048, batch_tokens=16384, half=None):
+def domain_batches(folder, tok, eval_len=2048, batch_tokens=16384, half=None, stride=1.0):
     """{domain: flat micro-batches} of every NAME.jsonl in `folder`; besides what every batch holds, `document` (S,) names each segment's
     document, and `bytes` counts the text whose first window is here. train.py's evaluation reads these as it reads the val split.
     `half`: 0 the documents of even hash (what auto_mix may look at), 1 the others."""
@@ -57,16 +67,17 @@ def domain_batches(folder, tok, eval_len=2048, batch_tokens=16384, half=None):
     for path in files:
         texts = [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         texts = [t for t in texts if half is None or hashlib.blake2b(t.encode()).digest()[0] % 2 == half]
-        pieces, batches, held = [], [], 0  # (document, ids with one more in front, bytes)
+        pieces, batches, held = [], [], 0  # (document, ids with one more in front, bytes, targets scored before)
         for i, text in enumerate(texts):
             ids = [tok.eos_id, *tok.encode(text)]
-            for at in range(0, len(ids) - 1, eval_len):
+            step, done = max(1, int(stride * eval_len)), 0  # targets before `done` were scored by an earlier window
+            for at in range(0, max(1, len(ids) - 1 - eval_len + step), step):
                 piece = ids[at : at + eval_len + 1]
                 if pieces and held + len(piece) - 1 > batch_tokens:
                     batches.append(pack(pieces))
                     pieces, held = [], 0
-                pieces.append((i, piece, 0 if at else len(text.encode())))
-                held += len(piece) - 1
+                pieces.append((i, piece, 0 if at else len(text.encode()), done - at))
+                held, done = held + len(piece) - 1, at + len(piece) - 1
         domains[path.stem] = batches + ([pack(pieces)] if pieces else [])
         if not domains[path.stem]:
             die(f"{path}: holds no text")
@@ -74,18 +85,18 @@ def domain_batches(folder, tok, eval_len=2048, batch_tokens=16384, half=None):
 
 
 def pack(pieces):
-    lengths = torch.tensor([len(ids) - 1 for _, ids, _ in pieces])
+    lengths = torch.tensor([len(ids) - 1 for _, ids, *_ in pieces])
     return {
-        "ids": torch.tensor([i for _, ids, _ in pieces for i in ids[:-1]]),
-        "targets": torch.tensor([i for _, ids, _ in pieces for i in ids[1:]]),
+        "ids": torch.tensor([i for _, ids, *_ in pieces for i in ids[:-1]]),
+        "targets": torch.tensor([-100 if k < seen else i for _, ids, _, seen in pieces for k, i in enumerate(ids[1:])]),
         "pos": torch.cat([torch.arange(n) for n in lengths.tolist()]),
         "cu": torch.cat((lengths.new_zeros(1), lengths.cumsum(0))).int(),
         "max_len": int(lengths.max()),
         "rows": torch.zeros(1, dtype=torch.long),
         "source": torch.zeros(1, dtype=torch.long),
         "tokens": int(lengths.sum()),
-        "document": torch.tensor([i for i, _, _ in pieces]),
-        "bytes": sum(size for _, _, size in pieces),
+        "document": torch.tensor([i for i, *_ in pieces]),
+        "bytes": sum(size for _, _, size, _ in pieces),
     }
 
 
@@ -151,10 +162,14 @@ def main(argv):
     model, state, device, facts = open_run(o)
     if model.cfg.arch != "decoder":
         die(f"arch={model.cfg.arch!r} predicts no next token; python -m eval.denoising --ckpt={o.ckpt} measures it")
+    if not 0 < o.window_stride <= 1:
+        die(f"--window_stride={o.window_stride}: a share of eval_len above 0, at most 1")
     seq_len = o.seq_len or min(state["config"].get("seq_len", model.cfg.max_len), model.cfg.max_len)
     sets, results, began = {}, {}, time.time()
     if o.domains:
-        sets |= domain_batches(o.domains, load_tokenizer(o.ckpt), min(o.eval_len, model.cfg.max_len), o.batch_tokens)
+        sets |= domain_batches(
+            o.domains, load_tokenizer(o.ckpt), min(o.eval_len, model.cfg.max_len), o.batch_tokens, stride=o.window_stride
+        )
     if o.data or not o.domains:
         sets |= window_batches(o.data, sources(state), seq_len, o.windows, o.batch_tokens)
     for name, batches in sets.items():

@@ -1,6 +1,7 @@
 """The 197M model's arithmetic and every curriculum table, from the config files as a user loads them."""
 
 import functools
+import itertools
 import json
 import math
 import random
@@ -366,36 +367,38 @@ def test_resume_around_a_switch_is_bitwise(shards, tmp_path, capsys):
         assert states[0]["stream"] == states[1]["stream"]
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_warming_up_compiles_every_stage_and_changes_nothing(shards, tmp_path, monkeypatch, capsys):
-    """bf16 steps, FP8's first one, delayed scaling: no switch compiles a graph, and the run is the same to the bit."""
+def test_warming_up_compiles_every_stage(shards, tmp_path, monkeypatch, capsys):
+    """After it no switch of stage compiles a graph."""
     real, graphs, seen = torch.compile, [], []
-    two = ("--stages=({'start': 0, 'seq_len': 16}, {'start': 3, 'seq_len': 32})", "--max_steps=5", "--eval_every=0", "--fp8_filter=down")
-
-    def compiled(model, **keys):
-        return real(model, backend=lambda graph, inputs: graphs.append(1) or graph.forward, **keys)
 
     def warm(*args, warm_up=train.warm_up):
         line = warm_up(*args)
         seen.append(len(graphs))
         return line
 
-    monkeypatch.setattr(torch, "compile", compiled)
-    for name, hook in (("warm", warm), ("cold", lambda *args: "no warm-up")):
-        monkeypatch.setattr(train, "warm_up", hook)
-        torch._dynamo.reset()
-        train.main(short(shards, tmp_path / name, *FP8[:2], FP8[3], "--fp8_start_step=1", "--compile=True", "--doc_mask=False", *two))
-        seen.append(len(graphs))
-    warmed, after, cold = seen
-    assert 0 < warmed == after and cold - after > 3  # the cold run compiled as it went, the warm one never again
-    assert "warmed up 2 stages x 3 phases of precision in" in capsys.readouterr().out
-    a, b = (load_file(tmp_path / d / "step-000005" / "model.safetensors") for d in ("warm", "cold"))
-    assert all(torch.equal(a[k], b[k]) for k in a)
-    states = [json.loads((tmp_path / d / "step-000005" / "state.json").read_text()) for d in ("warm", "cold")]
-    a, b = (load_file(tmp_path / d / "step-000005" / "optim.safetensors") for d in ("warm", "cold"))
-    assert all(torch.equal(a[k], b[k]) for k in a) and a["fp8/history"].any() and states[0]["stream"] == states[1]["stream"]
-    assert rows_of(tmp_path / "warm") == rows_of(tmp_path / "cold")
+    keep = lambda graph, inputs: graphs.append(1) or graph.forward  # noqa: E731
+    monkeypatch.setattr(torch, "compile", lambda model, **keys: real(model, backend=keep, **keys))
+    monkeypatch.setattr(train, "warm_up", warm)
+    torch._dynamo.reset()
+    stages = "--stages=({'start': 0, 'seq_len': 16}, {'start': 2, 'seq_len': 32})"
+    train.main(short(shards, tmp_path, "--compile=True", "--doc_mask=False", stages, "--max_steps=4"))
+    assert seen and 1 < seen[0] == len(graphs)
+    assert "warmed up 2 stages x 1 phases of precision in" in capsys.readouterr().out
+
+
+def test_warming_up_changes_nothing(shards, tmp_path, monkeypatch, capsys):
+    """bf16 steps, FP8's first one, delayed scaling: the run is the same to the bit, histories and stream too."""
+    monkeypatch.setattr(torch, "compile", lambda model, **keys: model)
+    for name in ("warm", "cold"):
+        train.main(short(shards, tmp_path / name, *FP8, "--compile=True"))
+        monkeypatch.setattr(train, "warm_up", lambda *args: "no warm-up")
+    assert "warmed up 3 stages x 3 phases of precision in" in capsys.readouterr().out
+    for file in ("model.safetensors", "optim.safetensors"):
+        a, b = (load_file(tmp_path / d / "step-000012" / file) for d in ("warm", "cold"))
+        assert all(torch.equal(a[k], b[k]) for k in a) and (file[0] == "m" or a["fp8/history"].any())
+    streams = [json.loads((tmp_path / d / "step-000012" / "state.json").read_text())["stream"] for d in ("warm", "cold")]
+    assert streams[0] == streams[1] and rows_of(tmp_path / "warm") == rows_of(tmp_path / "cold")
 
 
 def test_out_of_memory_names_the_stage_and_the_remedy(shards, tmp_path, monkeypatch, capsys):
@@ -510,6 +513,21 @@ def test_an_evaluation_says_what_it_saw(shards, tmp_path, capsys):
         assert rows[6][key] == pytest.approx(nats / tokens, rel=1e-5), key
     assert rows[6]["val_L/both/loss"] != rows[6]["val/both/loss"]
     assert all(0 < rows[s]["alpha_grad/layer_0"] < math.inf for s in range(1, 7)) and "polyglu: torch, row blocks" in said
+
+
+def test_overlapping_windows_score_every_token_once_and_with_more_before_it(shards, tmp_path):
+    tok, texts = tokenizer.load(shards["one"]), ["x" * 5, "abcdefghij" * 3 + "k", "y" * 16, "z" * 17]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in texts))
+    for length, stride in ((8, 1.0), (8, 0.5), (8, 0.25), (16, 0.5)):
+        (batch,) = domain_batches(tmp_path, tok, length, stride=stride)["a"]
+        kept = batch["targets"] >= 0
+        document = batch["document"].repeat_interleave(batch["cu"].diff().long())
+        assert [tok.decode(batch["targets"][kept & (document == i)].tolist()) for i in range(4)] == texts
+        first = torch.tensor([int(batch["pos"][lo:hi][kept[lo:hi]][0]) for lo, hi in itertools.pairwise(batch["cu"].tolist())])
+        assert set(first.tolist()) == (
+            {0} if stride == 1 else {0, length - int(length * stride)}
+        )  # what stands before the first scored one
+        assert batch["bytes"] == sum(map(len, texts))
 
 
 def test_the_shape_is_asserted_at_the_start(shards, tmp_path, capsys):

@@ -35,7 +35,7 @@ def arms(layers, width):
     more = round((4 * f + 4 + 32 * (width + 1) + 132) / (3 * width))
     published = ["silu"] * 3 + ["gelu"] * 7 + ["silu"] * 6 + ["tanh"] * 12
     fixed = [published[int((i + 0.5) * 28 / layers)] for i in range(layers)]
-    poly = {"ffn": "polyglu", "d_ff": f, "gate_noise": False, "gate_block": 32}
+    poly = {"ffn": "polyglu", "d_ff": f, "gate_noise": False}
     return {
         "swiglu": {"d_ff": f},
         "swiglu-iso": {"d_ff": f + more},
@@ -44,7 +44,7 @@ def arms(layers, width):
         "running": poly,
         "running+noise": poly | {"gate_noise": True},
         "token": poly | {"gate": "token"},
-        "lagged": poly | {"gate": "lagged"},
+        "lagged": poly | {"gate": "lagged", "gate_block": 32},
     }
 
 

@@ -596,7 +596,7 @@ def test_te_runs_outside_of_compiled_graphs(te):
     twin.register_forward_pre_hook(lambda *args: seen.append(torch.compiler.is_compiling()))
     compiled, b = torch.compile(model, backend="eager"), batch()
     with fp8.scope(model):
-        assert torch.equal(compiled(b), model(b))
+        assert torch.allclose(compiled(b), model(b), atol=1e-6)  # compiled norms are the plain formula
     assert seen == [False, False] and len(twin.rows) == 2
 
 

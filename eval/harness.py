@@ -131,7 +131,7 @@ class PrismLM(TemplateLM):
             pieces, wanted, end = [], [], 0
             for i, (_, (context, continuation)) in enumerate(batch):
                 ids = (context + continuation)[-(self.max_length + 1) :]
-                pieces.append((i, ids, 0))
+                pieces.append((i, ids, 0, 0))
                 end += len(ids) - 1
                 wanted.append(torch.arange(end - min(len(continuation), len(ids) - 1), end))
             flat = to_device(pack(pieces), self.device)

@@ -122,7 +122,7 @@ def test_documents_from_an_eos_context_each_token_once(home, tmp_path, capsys):
 def test_uniform_model_is_as_surprised_as_it_must_be():
     model = build(ModelConfig(vocab_size=257, n_layer=1, n_head=2, d_model=16))
     model.embed.weight.data.zero_()
-    batch = perplexity.pack([(0, [256, *b"hello"], 5)])
+    batch = perplexity.pack([(0, [256, *b"hello"], 5, 0)])
     sums, size = perplexity.score(model, [batch], torch.device("cpu"))
     row = perplexity.summary(sums, size)
     assert row["bits_per_token"] == pytest.approx(math.log2(257)) and row["entropy"] == pytest.approx(math.log(257), rel=1e-6)

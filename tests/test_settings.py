@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import time
 from dataclasses import fields
 from pathlib import Path
 
@@ -96,8 +97,13 @@ def test_wandb_and_tensorboard_get_what_the_log_gets(corpus, tmp_path, monkeypat
         logged = [(row["step"], row[key]) for row in rows if key in row]
         assert logged and [(e.step, e.value) for e in board.Scalars(key)] == [(s, pytest.approx(v)) for s, v in logged]
     (kept,) = (tmp_path / "run").glob("wandb/offline-run-*/run-*.wandb")
-    content = kept.read_bytes()
-    assert b"val/mean/bpb" in content and b"tokens_per_step" in content  # metrics, and the config
+    for _ in range(100):  # its own process writes it, and may be late on a busy machine
+        content = kept.read_bytes()
+        if b"val/mean/bpb" in content and b"tokens_per_step" in content:  # metrics, and the config
+            break
+        time.sleep(0.2)
+    else:
+        raise AssertionError("wandb never got the metrics and the config")
 
 
 def test_analyze_batch_prints_examples_and_ends(corpus, tmp_path, capsys):

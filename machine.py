@@ -5,6 +5,7 @@ Used by train.py, sample.py, bench.py and eval/. Read next: train.py.
 
 import contextlib
 import ctypes
+import gc
 import os
 import resource
 import subprocess
@@ -99,6 +100,13 @@ def wrap(model, parallel: str, machine: Machine):
         for block in stack.blocks if stack is not None else ():
             fully_shard(block, mesh=mesh, mp_policy=policy)
     return fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def leave() -> None:
+    """Ends the process group, once no wrapped model is left: the last to let go of it waits for its threads, and a wrapper would do so
+    with Python's lock in hand, which they may need (LOG.md)."""
+    gc.collect()
+    dist.destroy_process_group()
 
 
 def sync_gradients(model, parallel: str, machine: Machine, now: bool) -> None:

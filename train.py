@@ -417,9 +417,9 @@ def main(argv):
         if machine.world > 1 and os.getppid() != parent:
             asked.append("torchrun is gone")
         *count, tokens, stop = total([sum(c.get(t, 0.0) for c in counts) for t in terms] + [tokens, len(asked)], machine)
+        count = dict(zip(terms, count, strict=True))
         if stop:
             break
-        count = dict(zip(terms, count, strict=True))
         for group in optimizer.param_groups:
             group["lr"] = row.lr
         raw.tau.fill_(row.tau)
@@ -507,8 +507,7 @@ def main(argv):
         if evaluating or saved_at == step:
             meter.restart()
 
-    bar.close()
-    stream.close()
+    bar.close(), stream.close()
     if step > saved_at and not cfg.benchmark:
         save(step, {})
     if cfg.benchmark:
@@ -522,7 +521,8 @@ def main(argv):
         log.close()
     if machine.world > 1:
         torch.distributed.barrier()  # rank 0 still saves and logs when the others are done; a peer that left would hang it
-        torch.distributed.destroy_process_group()
+        del model, call
+        hardware.leave()
     del lock
 
 

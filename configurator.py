@@ -1,7 +1,6 @@
-"""Typed configuration: defaults <- python files <- --key=value. Anything unknown or ill-typed stops with one line.
-
-cfg, files = configurator.load(Config, sys.argv[1:], __doc__) for train.py, whose Config all of it fills; configurator.args for every
-other command. A config file is plain assignments, run alone, seeing the values so far as bare names; `_private` names are scratch."""
+"""Typed configuration: defaults <- python files <- --key=value; anything unknown or ill-typed stops with one line. `load` fills the Config
+of train.py, `args` serves every other command. A config file is plain assignments, run alone, seeing the values so far as bare names;
+`_private` names are scratch."""
 
 import ast
 import copy
@@ -74,8 +73,7 @@ def load(cls, argv, usage=""):
     values = {f.name: getattr(cls, f.name) for f in dataclasses.fields(cls)}
     for path in map(Path, files if not wanted else ()):
         space = copy.deepcopy(values)  # even a default dict changed in place must not reach the class
-        if not path.is_file():
-            die(f"{path}: no such config file; settings are written --key=value")
+        path.is_file() or die(f"{path}: no such config file; settings are written --key=value")
         try:
             exec(compile(path.read_text(encoding="utf-8"), path, "exec"), space)  # noqa: S102
         except (SyntaxError, NameError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:

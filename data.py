@@ -1,7 +1,7 @@
 """Data in flight: shards of tokens on disk -> the micro-batches of a step, in an order that nothing but the config decides.
 
     stream = open_stream(cfg, plan, rank, world)   # next(stream): this rank's micro-batches of the next step
-    stream = prefetch(stream)                      # the same, built ahead of time by a thread
+    stream = Prefetch(stream)                      # the same, built ahead of time by a thread
     stream.state                                   # small, JSON-able, after the last delivered step; stream.load(state) goes on
 
 Every rank computes the same schedule, a few hundred integers: which windows (or documents) fill the rows of the step. The rows, cut
@@ -184,8 +184,7 @@ def read_manifest(dir):
         # A name is that of a file in this very directory, and says its split: nothing called val-* is ever trained on.
         if not good or not re.fullmatch(rf"{re.escape(shard['split'])}-\d+", shard["name"]) or not shard["split"].isidentifier():
             die(f"{path} has an incomplete or misnamed entry, {str(shard)[:80]}: prepare {dir} again")
-    if len({shard["name"] for shard in shards}) < len(shards):
-        die(f"{path} lists a shard twice: prepare {dir} again")
+    len({shard["name"] for shard in shards}) == len(shards) or die(f"{path} lists a shard twice: prepare {dir} again")
     return manifest
 
 
@@ -429,8 +428,8 @@ class Prefetch:
     """Any stream, built ahead by a thread: the same items in the same order, and the state that belongs to the last delivered one.
     An error in the thread is raised by the very next next(). `wait`: seconds that the last next() spent waiting for data."""
 
-    def __init__(self, stream, depth, pin):
-        self.stream, self.depth, self.pin = stream, depth, pin
+    def __init__(self, stream, depth=2, pin=None):
+        self.stream, self.depth, self.pin = stream, depth, torch.cuda.is_available() if pin is None else pin
         self.state, self.wait, self.thread = stream.state, 0.0, None
 
     def work(self, ready, stop):
@@ -477,7 +476,3 @@ class Prefetch:
 
 def pin_memory(batches):
     return [{key: v.pin_memory() if isinstance(v, torch.Tensor) else v for key, v in batch.items()} for batch in batches]
-
-
-def prefetch(stream, depth=2, pin=None):
-    return Prefetch(stream, depth, torch.cuda.is_available() if pin is None else pin)

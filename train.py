@@ -358,7 +358,7 @@ def main(argv):
     if cfg.compile:  # a shape for each stage, phase and power of two of documents; past torch's limit of 8 it would go on uncompiled
         torch._dynamo.config.recompile_limit = 256
     call = torch.compile(model, dynamic=False) if cfg.compile else model
-    stream, val, tune = data.prefetch(stream, cfg.prefetch), held_out(cfg), domains(cfg, 0) if cfg.auto_mix else {}
+    stream, val, tune = data.Prefetch(stream, cfg.prefetch), held_out(cfg), domains(cfg, 0) if cfg.auto_mix else {}
 
     log = Log(cfg, out, step) if lead else None
     if lead:

@@ -435,7 +435,7 @@ class Counter:
 
 
 def test_prefetch_keeps_order_and_the_state_of_what_was_delivered():
-    ahead = data.prefetch(Counter(), depth=3, pin=False)
+    ahead = data.Prefetch(Counter(), depth=3, pin=False)
     assert ahead.state == 0
     for i in range(5):
         assert next(ahead) == i and ahead.state == i + 1 and ahead.wait >= 0
@@ -446,12 +446,12 @@ def test_prefetch_keeps_order_and_the_state_of_what_was_delivered():
     thread = ahead.thread
     ahead.close()
     assert not thread.is_alive()
-    never = data.prefetch(Counter())
+    never = data.Prefetch(Counter())
     never.close()
 
 
 def test_prefetch_closes_while_its_queue_is_full():
-    ahead = data.prefetch(Counter(1000), depth=1, pin=False)
+    ahead = data.Prefetch(Counter(1000), depth=1, pin=False)
     next(ahead)
     time.sleep(0.05)
     thread = ahead.thread
@@ -462,7 +462,7 @@ def test_prefetch_closes_while_its_queue_is_full():
 def test_prefetch_raises_at_once():
     broken = Counter(fail=3)
     broken.gate.clear()
-    ahead = data.prefetch(broken, depth=8, pin=False)
+    ahead = data.Prefetch(broken, depth=8, pin=False)
     assert next(ahead) == 0
     broken.gate.set()
     deadline = time.time() + 5
@@ -473,14 +473,14 @@ def test_prefetch_raises_at_once():
         with pytest.raises(SystemExit):
             next(ahead)
     ahead.close()
-    empty = data.prefetch(Counter(fail=0), depth=1, pin=False)
+    empty = data.Prefetch(Counter(fail=0), depth=1, pin=False)
     with pytest.raises(SystemExit):
         next(empty)
 
 
 def test_prefetched_training_stream_equals_the_plain_one(tmp_path):
     cfg, plan = mixed(tmp_path), make_plan(STAGES, micro=32, mix={"a": 0.5, "b": 0.5})
-    plain, ahead = open_stream(cfg, plan), data.prefetch(open_stream(cfg, plan), pin=False)
+    plain, ahead = open_stream(cfg, plan), data.Prefetch(open_stream(cfg, plan), pin=False)
     for step, micros in enumerate(plain):
         assert digest(next(ahead)) == digest(micros) and ahead.state == plain.state
         if step == 9:

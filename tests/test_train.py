@@ -43,7 +43,7 @@ def test_resume_is_bitwise_the_run_never_interrupted(corpus, tmp_path, extra):
     whole = run(corpus, tmp_path / "whole", "--save_every=1", "--keep=20", "--log_every=1", "--eval_every=4", *extra)
     for step in (4, 5, 6):
         out = tmp_path / f"from-{step}"
-        resumed = run(corpus, out, f"--resume={tmp_path}/whole/step-{step:06d}", "--log_every=1", "--eval_every=4", *extra)
+        resumed = run(corpus, out, f"--resume={tmp_path}/whole/step-{step:06d}", "--log_every=1", "--eval_every=4", "--prefetch=3", *extra)
         assert losses(resumed) == losses(whole)[step:]
         a, b = weights(tmp_path / "whole", 12), weights(out, 12)
         assert all(torch.equal(a[k], b[k]) for k in a)

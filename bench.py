@@ -29,21 +29,19 @@ import sys
 import tempfile
 import time
 import traceback
+from functools import partial
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 
 import configurator
 import machine
-import optim
 import precision
 import sample
 from configurator import die
-from denoise_stream import collate
-from eval import fp8_table, speed
-from eval.peers import peer_step, qwen3, step_of, t5gemma2
-from model import build, rectangle
+from eval import encode, fp8_table, speed
+from eval.peers import encoder_folder, our_step, peer_step, qwen3, ragged_pairs, rows_of_text, t5gemma2
+from model import Embedder, build
 from train import Config
 
 # shape of each row: Config keys, rows x tokens of a step; GPU shapes are those of the presets
@@ -54,6 +52,7 @@ SHAPES = {
         "encdec": ({"vocab_size": 4096, "n_layer": 4, "n_head": 4, "d_model": 256, "d_ff": 768}, 16),
         "polyglu": ({"vocab_size": 4096, "n_layer": 4, "n_head": 4, "d_model": 256, "d_ff": 1024}, 8, 256),
         "decode": ({"vocab_size": 4096, "n_layer": 6, "n_head": 6, "d_model": 384, "d_ff": 1024}, 64, 128),
+        "embed": ({"vocab_size": 4096, "n_layer": 6, "n_head": 6, "n_kv_head": 2, "d_model": 384, "d_ff": 1024}, 192),
     },
     "gpu": {
         "train": ({"vocab_size": 50_304, "n_layer": 12, "n_head": 12, "d_model": 768, "d_ff": 3072}, 16, 2048),
@@ -61,37 +60,9 @@ SHAPES = {
         "encdec": ({"vocab_size": 151_936, "n_layer": 12, "n_head": 16, "d_model": 1024, "d_ff": 3072}, 64),
         "polyglu": ({"vocab_size": 151_936, "n_layer": 28, "n_head": 16, "n_kv_head": 8, "d_model": 1024, "d_ff": 4096}, 8, 2048),
         "decode": ({"vocab_size": 50_304, "n_layer": 12, "n_head": 12, "d_model": 768, "d_ff": 3072}, 64, 256),
+        "embed": ({"vocab_size": 4096, "n_layer": 28, "n_head": 16, "n_kv_head": 8, "d_model": 1024, "d_ff": 3072}, 10_000),
     },
 }
-
-
-# ---- both sides ---------------------------------------------------------------------------------------------------------
-
-
-def our_step(keys, batch, where, compiled=False):
-    """The body of train.py's loop for one micro-batch."""
-    cfg = Config(**keys, max_len=4096, max_steps=1, lr=1e-4)
-    raw = build(cfg).set_dtype(where.dtype).to(where.device).train()
-    model = torch.compile(raw, dynamic=False) if compiled else raw
-    batch = {k: t.to(where.device) if isinstance(t, torch.Tensor) else t for k, t in batch.items()}
-    count = int((batch["targets"] != -100).sum())
-    return step_of(lambda: raw.nll(model(batch), batch["targets"])[0] / count, list(raw.parameters()), optim.build_optimizer(raw, cfg))
-
-
-def rows_of_text(keys, rows, length):
-    """The same random rows for both sides."""
-    ids = torch.randint(keys["vocab_size"], (rows, length), generator=torch.Generator().manual_seed(1))
-    return rectangle(ids) | {"targets": ids.flatten().roll(-1)}, {"input_ids": ids, "labels": ids}
-
-
-def ragged_pairs(keys, count):
-    """Examples of an encoder-decoder, 16 to 256 and 8 to 96 tokens: packed for us, padded to the longest for the peer."""
-    rng = np.random.default_rng(1)
-    draw = lambda low, high: [rng.integers(keys["vocab_size"] - 1, size=n) for n in rng.integers(low, high + 1, count)]  # noqa: E731
-    enc, dec = draw(16, 256), draw(8, 96)
-    pad = lambda some, fill: torch.nn.utils.rnn.pad_sequence([torch.from_numpy(x) for x in some], True, fill)  # noqa: E731
-    peer = {"input_ids": pad(enc, 0), "attention_mask": pad([x * 0 + 1 for x in enc], 0), "labels": pad(dec, -100)}
-    return collate([(e, d, d, 0) for e, d in zip(enc, dec, strict=True)]), peer
 
 
 # ---- measuring ----------------------------------------------------------------------------------------------------------
@@ -176,9 +147,8 @@ def encdec(opt, where):
     ours = our_step(keys | {"arch": "encdec"}, batch, where)
     sides = {"prism": ours, "transformers": peer_step(t5gemma2(keys, where), inputs, where)}
     real, padded = len(batch["ids"]) + len(batch["dec_ids"]), inputs["input_ids"].numel() + inputs["labels"].numel()
-    what = (
-        f"encoder-decoder training step, {count} ragged examples, {real} of {padded} tokens real, 2 x {keys['n_layer']} x {keys['d_model']}"
-    )
+    shape = f"2 x {keys['n_layer']} x {keys['d_model']}"
+    what = f"encoder-decoder training step, {shape}, {count} ragged examples, {real} of {padded} tokens real"
     return [report("encdec", what, race(sides, opt, where), "tokens/s", real)]
 
 
@@ -223,7 +193,7 @@ def polyglu(opt, where):
 def decode(opt, where, batch):
     """Greedy, no end token, after a prompt; both sides hold their weights in the activation dtype."""
     keys, prompt, new = SHAPES[opt.suite]["decode"]
-    model = sample.lean(build(Config(**keys, max_steps=1)).set_dtype(where.dtype).to(where.device).eval(), batch)
+    model = build(Config(**keys, max_steps=1)).set_dtype(where.dtype).to(where.device).eval().lean(batch)
     peer = qwen3(keys, where).to(where.dtype).eval()
     ids = torch.randint(keys["vocab_size"], (batch, prompt), generator=torch.Generator().manual_seed(1))
     mask, rows, ids = torch.ones_like(ids).to(where.device), ids.tolist(), ids.to(where.device)
@@ -240,17 +210,61 @@ def decode(opt, where, batch):
     return [report(f"decode{batch}", what, race(sides, opt, where, warm=1), "tokens/s", batch * new, floor=floor)]
 
 
+def embed(opt, where):
+    """Strings in, arrays out, of one exported folder: in fp32, in the dtype that the machine is fast in, and each at its own default."""
+    from sentence_transformers import SentenceTransformer
+
+    (keys, count), rows = SHAPES[opt.suite]["embed"], []
+    with tempfile.TemporaryDirectory() as folder:
+        child_cost(["-m", "prepare.text", "--from=*.md", "--separator=\n\n", f"--tokenizer=bpe:{keys['vocab_size']}", f"--out={folder}/d"])
+        path = encoder_folder(keys, folder, f"{folder}/d")
+        wide, fast = torch.float32, where.dtype
+        for name, mine, theirs in (("embed", wide, wide), ("embed16", fast, fast), ("embed_auto", fast, wide)):
+            ours, peer = Embedder.load(path, where.device, mine), SentenceTransformer(path, device=str(where.device)).to(theirs)
+            texts = encode.texts_of(count, ours.tok, ours.max_length)
+            sides = {
+                "prism": partial(ours.encode, texts),
+                "sentence-transformers": partial(peer.encode, texts, show_progress_bar=False, convert_to_tensor=True),
+            }
+            same = float((torch.from_numpy(ours.encode(texts)) * sides["sentence-transformers"]().float().cpu()).sum(1).min())
+            weights = ours.model.num_params() - ours.model.embed.weight.numel()
+            floor = 2 * weights * sum(len(ours.ids(text)) for text in texts) / ceilings(where._replace(dtype=mine), opt.clock)[0]
+            what = f"{count} texts, encoder of {keys['n_layer']} x {keys['d_model']}, {str(mine)[6:]} against {str(theirs)[6:]}"
+            what = f"encoding {what}, cosine of the two >= {same:.4f}"
+            rows.append(report(name, what, race(sides, opt, where), "texts/s", count, floor=floor))
+    return rows
+
+
+LIBRARY = """import sys; from tokenizers import Tokenizer; from prepare import sources
+texts = [open(path, encoding="utf-8", errors="replace").read() for path, _ in sources.find("stdlib")]
+Tokenizer.from_file(sys.argv[1]).encode_batch_fast(texts)"""
+
+
 def prepare(opt, where):
-    """The standard library into byte shards by two processes, against one. Wall time, whatever the clock."""
-    seconds, tokens = {"2 processes": [], "1 process": []}, 0
-    for _ in range(3):
-        for name in seconds:
-            with tempfile.TemporaryDirectory() as folder:
-                cost = child_cost(["-m", "prepare.text", "--from=stdlib", f"--out={folder}/d", f"--workers={name[0]}"])
-                seconds[name].append(cost[0])
-                with open(f"{folder}/d/manifest.json") as file:
-                    tokens = sum(s["tokens"] for s in json.load(file)["shards"])
-    return [report("prepare", "prepare.text of the standard library, bytes, start-up included", seconds, "tokens/s", tokens)]
+    """The standard library into shards by two processes and a BPE, against the tokenizer's own threads (which write nothing), and against
+    one process. Wall time, whatever the clock."""
+    with tempfile.TemporaryDirectory() as folder:
+        child_cost(["-m", "prepare.text", "--from=stdlib", "--tokenizer=bpe:4096", f"--out={folder}/d"])
+        child_cost(["-m", "prepare.tokenizer", f"--from={folder}/d", f"--out={folder}/hf"])
+        with open(f"{folder}/d/manifest.json") as file:
+            size = sum(s["bytes"] for s in json.load(file)["shards"]) / 1e6
+        ours = ["-m", "prepare.text", "--from=stdlib", f"--tokenizer={folder}/hf", f"--out={folder}/out"]
+        runs = {
+            "prism": [*ours, "--workers=2"],
+            "tokenizers": ["-c", LIBRARY, f"{folder}/hf/tokenizer.json"],
+            "1 process": [*ours, "--workers=1"],
+        }
+        seconds = {name: [] for name in runs}
+        for _ in range(5):
+            for name, argv in runs.items():
+                shutil.rmtree(f"{folder}/out", ignore_errors=True)
+                seconds[name].append(child_cost(argv)[0])
+    what, alone = (
+        f"prepare.text, {size:.1f} MB, BPE of 4,096 ids, start-up included",
+        {"2 processes": seconds["prism"], "1 process": seconds["1 process"]},
+    )
+    peer = {name: seconds[name] for name in ("prism", "tokenizers")}
+    return [report("prepare", what, peer, "MB/s", size), report("prepare2", what, alone, "MB/s", size)]
 
 
 def startup(opt, where):
@@ -281,15 +295,9 @@ def precisions(opt, where):
         ]
 
 
-ROWS = {
-    "train": train,
-    "vocab": vocab,
-    "encdec": encdec,
-    "polyglu": polyglu,
-    "decode1": lambda *a: decode(*a, 1),
-    "decode8": lambda *a: decode(*a, 8),
-}
-ROWS |= {"prepare": prepare, "startup": startup, "precision": precisions}
+ROWS = {"train": train, "vocab": vocab, "encdec": encdec, "polyglu": polyglu}
+ROWS |= {"decode1": lambda *a: decode(*a, 1), "decode8": lambda *a: decode(*a, 8)}
+ROWS |= {"embed": embed, "prepare": prepare, "startup": startup, "precision": precisions}
 NOT = {"cpu": ("precision",), "gpu": ("prepare", "startup")}  # rows that say nothing of such a machine; --only runs any
 
 
@@ -309,18 +317,8 @@ def cpu_name():
 
 
 def main(argv):
-    keys = {
-        "suite": "cpu",
-        "only": "",
-        "out": "",
-        "rounds": 20,
-        "clock": "wall",
-        "threads": 0,
-        "compile": False,
-        "info": False,
-        "fp8_table": False,
-    }
-    opt = configurator.args(keys, argv, __doc__)
+    keys = {"suite": "cpu", "only": "", "out": "", "rounds": 20, "clock": "wall", "threads": 0, "compile": False}
+    opt = configurator.args(keys | {"info": False, "fp8_table": False}, argv, __doc__)
     if opt.info:
         return print(precision.info())
     if opt.fp8_table:

@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from configurator import die
 from kernels import ACTIVATIONS, glu, gumbel, polyglu_mix
-from ops import Thin, WindowMean, full, linear_cross_entropy, norm_rotate, rms_norm, rotate
+from ops import Gather, Thin, WindowMean, attention, full, laid_out, linear_cross_entropy, norm_rotate, rms_norm, rotate
 
 Gate = Literal["running", "lagged", "token", "static", "sequence"]
 
@@ -110,21 +110,6 @@ def check(cfg: ModelConfig) -> None:
 # ---- attention ----------------------------------------------------------------------------------------------------------
 
 
-class Gather(torch.autograd.Function):
-    """Rows of x by index, where the way back is known too: its backward is a gather again, not a slow scatter-add."""
-
-    @staticmethod
-    def forward(ctx, x, index, back, blank):
-        ctx.save_for_backward(back, blank)
-        return x.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx, grad):
-        back, blank = ctx.saved_tensors
-        grad = grad.index_select(0, back)
-        return grad if blank is None else grad.index_fill_(0, blank, 0), None, None, None
-
-
 class Segments:
     """Which queries see which keys: segment i pairs queries cu_q[i]:cu_q[i+1] with keys cu_k[i]:cu_k[i+1].
 
@@ -198,23 +183,6 @@ class Segments:
             i, j = i + count * n, j + count * m
         y = outs[0] if len(outs) == 1 else torch.cat(outs) if outs else q
         return Gather.apply(y, home, slots, blank) if self.q_slots else y
-
-
-def attention(q, k, v, mask, causal):
-    """q (S, H, n, E), k and v (S, G, m, E) -> (S, H, n, E), one softmax per query.
-
-    SDPA, but for bf16 on a CPU: there it takes up to ten times as long as two matmuls and a softmax (LOG.md), as long as the scores of a
-    few hundred tokens are no burden.
-    """
-    if not (q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= 1024):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
-    shape, share = q.shape, q.shape[1] // k.shape[1]  # the queries of one key head lie behind one another: no key is repeated
-    q, k, v = (t.flatten(0, 1) for t in (q.unflatten(1, (-1, share)).flatten(2, 3), k, v))  # (S G, share n or m, E)
-    later = q.new_full((shape[2], k.shape[1]), -math.inf).triu_(1).repeat(share, 1) if causal else q.new_zeros(1, 1)
-    scores = torch.baddbmm(later, q, k.mT, alpha=shape[-1] ** -0.5)  # an added mask needs no backward: p is 0 there
-    if mask is not None:
-        scores.view(shape[0], -1, share, shape[2], k.shape[1]).masked_fill_(~mask.unsqueeze(-3), -math.inf)  # (S, G, share, n, m)
-    return torch.bmm(scores.softmax(-1), v).view(shape[0], -1, share, *shape[2:]).flatten(1, 2)
 
 
 @functools.cache
@@ -624,7 +592,27 @@ class Transformer(nn.Module):
         cache.end()
         return hidden
 
-    # -- counting
+    # -- as it is used
+
+    def lean(self, rows: int = 1):
+        """Lay out the weights for reading `rows` tokens at once, for good: this model is not trained any more.
+
+        Matmuls then read weights in the activation dtype (a fp32 master cast at every token costs most of the time of decoding).
+        """
+        fast = (
+            self.dtype != torch.float64 and self.embed.weight.device.type == "cpu" and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+        )
+        for module in self.modules():
+            if isinstance(module, (Linear, Embedding)):
+                module.weight.data = module.weight.data.to(self.dtype)
+            if fast and isinstance(module, Linear):
+                module.forward = laid_out(module.weight, rows, module.bias)
+            if isinstance(module, Attention) and module.normed:
+                module.qk_weight = functools.partial(torch.Tensor.detach, module.qk_weight())
+        if fast:
+            head = laid_out(self.head_weight, rows)
+            self.predict = lambda hidden: head(self.head_input(hidden))[..., : self.cfg.vocab_size].float()
+        return self
 
     def set_dtype(self, dtype: torch.dtype):
         """The dtype of activations and matmuls; parameters keep theirs."""
@@ -734,10 +722,9 @@ class Embedder(nn.Module):
     @classmethod
     def load(cls, path, device="cpu", dtype=torch.float32, **settings):
         from prepare.sentence import read  # knows both kinds of folders
-        from sample import lean
 
         model, tok, found = read(path)
-        return cls(lean(model.set_dtype(dtype).to(device).eval(), rows=2048), tok, **found | settings)
+        return cls(model.set_dtype(dtype).to(device).eval().lean(rows=2048), tok, **found | settings)
 
     def forward(self, batch):
         """-> hidden (N, D), pooled (S, D) in fp32."""

@@ -118,6 +118,52 @@ def norm_rotate(x, weight, eps, rope, dtype):
     return _norm_rotate(x, weight, eps, *rope, dtype)
 
 
+# ---- attention on a CPU, and weights laid out for it -------------------------------------------------------------------
+
+
+class Gather(torch.autograd.Function):
+    """Rows of x by index, where the way back is known too: its backward is a gather again, not a slow scatter-add."""
+
+    @staticmethod
+    def forward(ctx, x, index, back, blank):
+        ctx.save_for_backward(back, blank)
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, grad):
+        back, blank = ctx.saved_tensors
+        grad = grad.index_select(0, back)
+        return grad if blank is None else grad.index_fill_(0, blank, 0), None, None, None
+
+
+def attention(q, k, v, mask, causal):
+    """q (S, H, n, E), k and v (S, G, m, E) -> (S, H, n, E), one softmax per query.
+
+    SDPA, but for bf16 on a CPU: there it takes up to ten times as long as two matmuls and a softmax (LOG.md), as long as the scores of a
+    few hundred tokens are no burden.
+    """
+    if not (q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= 1024):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+    shape, share = q.shape, q.shape[1] // k.shape[1]  # the queries of one key head lie behind one another: no key is repeated
+    q, k, v = (t.flatten(0, 1) for t in (q.unflatten(1, (-1, share)).flatten(2, 3), k, v))  # (S G, share n or m, E)
+    later = q.new_full((shape[2], k.shape[1]), -math.inf).triu_(1).repeat(share, 1) if causal else q.new_zeros(1, 1)
+    scores = torch.baddbmm(later, q, k.mT, alpha=shape[-1] ** -0.5)  # an added mask needs no backward: p is 0 there
+    if mask is not None:
+        scores.view(shape[0], -1, share, shape[2], k.shape[1]).masked_fill_(~mask.unsqueeze(-3), -math.inf)  # (S, G, share, n, m)
+    return torch.bmm(scores.softmax(-1), v).view(shape[0], -1, share, *shape[2:]).flatten(1, 2)
+
+
+def laid_out(weight, rows, bias=None):
+    """x -> F.linear(x, weight, bias) for `rows` rows at a time, with the weight in the order that a CPU's vector units want: one row
+    in fp32 streams a transposed matrix twice as fast, everything else takes the blocked form of oneDNN. Later changes are not seen."""
+    if weight.dtype == torch.float32 and rows == 1:
+        if weight.shape[0] >= weight.shape[1]:
+            weight.data = weight.data.t().contiguous().t()
+        return lambda x: F.linear(x, weight, bias)
+    packed, bias = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows), None if bias is None else bias.detach().to(weight.dtype)
+    return lambda x: torch.ops.mkldnn._linear_pointwise.default(x, packed, bias, "none", [], "")
+
+
 # ---- the gate of PolyGLU ------------------------------------------------------------------------------------------------
 
 

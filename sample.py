@@ -17,10 +17,8 @@ import prelude  # isort: skip
 import dataclasses
 import sys
 import time
-from functools import partial
 
 import torch
-import torch.nn.functional as F
 
 import checkpoint
 import configurator
@@ -28,7 +26,7 @@ import machine
 import tokenizer as tokenizers
 from beams import keep_rows, read, room, search
 from configurator import die
-from model import Attention, Embedding, Linear, Transformer, flat
+from model import Transformer, flat
 from prepare.prompts import Printer, chat_ids, hole_ids, prefix_ids, splice, stop_ids
 
 
@@ -143,35 +141,6 @@ def generate(model, tokenizer, prompt, max_new_tokens=128, temperature=0.0, top_
     return texts[0] if rows == 1 and single else texts
 
 
-def lean(model, rows=1):
-    """Lay out the weights for decoding `rows` texts at once; for sampling only, later changes of the weights are not seen.
-
-    Matmuls then read weights in the activation dtype (a fp32 master cast at every token costs most of the time), and on a CPU in the
-    order its vector units want: one row in fp32 streams a transposed matrix twice as fast, everything else takes oneDNN's blocked form.
-    """
-    fast = model.dtype != torch.float64 and model.embed.weight.device.type == "cpu" and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-    for module in model.modules():
-        if isinstance(module, (Linear, Embedding)):
-            module.weight.data = module.weight.data.to(model.dtype)
-        if fast and isinstance(module, Linear):
-            module.forward = laid_out(module.weight, rows, module.bias)
-        if isinstance(module, Attention) and module.normed:
-            module.qk_weight = partial(torch.Tensor.detach, module.qk_weight())
-    if fast:
-        head = laid_out(model.head_weight, rows)
-        model.predict = lambda hidden: head(model.head_input(hidden))[..., : model.cfg.vocab_size].float()
-    return model
-
-
-def laid_out(weight, rows, bias=None):
-    if weight.dtype == torch.float32 and rows == 1:
-        if weight.shape[0] >= weight.shape[1]:
-            weight.data = weight.data.t().contiguous().t()
-        return lambda x: F.linear(x, weight, bias)
-    packed, bias = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows), None if bias is None else bias.detach().to(weight.dtype)
-    return lambda x: torch.ops.mkldnn._linear_pointwise.default(x, packed, bias, "none", [], "")
-
-
 def write(row, piece):
     print(end=piece, flush=True)
 
@@ -209,13 +178,13 @@ def main(argv):
     options |= {} if opt.mode or state["config"].get("mode_tokens", True) else {"mode": ""}
     start = [{"role": "system", "content": opt.system}] if opt.system else []
     if opt.chat and opt.prompt is None:
-        return converse(lean(model.set_dtype(where.dtype)), tok, start, options)
+        return converse(model.set_dtype(where.dtype).lean(), tok, start, options)
     prompt = prelude.listen(opt.prompt)
     prompts = (prompt.splitlines() if opt.lines else [prompt]) or die("--lines: the prompt has no line")
     texts, alone = prompts, len(prompts) * opt.num_samples == 1 and "<extra_id_" not in prompt
     if opt.chat:
         prompts = [start + [{"role": "user", "content": p}] for p in prompts]
-    lean(model.set_dtype(where.dtype), len(prompts) * opt.num_samples * opt.beams)
+    model.set_dtype(where.dtype).lean(len(prompts) * opt.num_samples * opt.beams)
     write(0, texts[0] if alone and not opt.chat else "")
     began = time.perf_counter()
     answers = generate(model, tok, prompts, chat=opt.chat, num_samples=opt.num_samples, on_text=write if alone else None, **options)

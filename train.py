@@ -259,6 +259,7 @@ class Log:
 
     def row(self, row: dict):
         row = {k: v for k, v in row.items() if v is not None and not (isinstance(v, float) and not math.isfinite(v))}  # JSON has no NaN
+        row["time"] = round(time.time(), 2)
         with open(self.path, "a") as f:
             f.write(json.dumps(row) + "\n")
         for write, _ in self.sinks:
@@ -362,14 +363,8 @@ def main(argv):
 
     log = Log(cfg, out, step) if lead else None
     if lead:
-        about = {
-            "commit": hardware.git_commit(),
-            "torch": torch.__version__,
-            "machine": machine.why,
-            "world": machine.world,
-            "files": files,
-        }
-        checkpoint.start_run(out, cfg, about)
+        about = {"commit": hardware.git_commit(), "torch": torch.__version__, "machine": machine.why, "world": machine.world}
+        checkpoint.start_run(out, cfg, about | {"files": files, "started": time.time()})
         default = configurator.to_dict(Config())
         log.say("  ".join(f"{k}={v}" for k, v in configurator.to_dict(cfg).items() if v != default[k]))
         if idle:

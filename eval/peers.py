@@ -1,10 +1,21 @@
-"""The same shapes in transformers, trained as its users train them: what bench.py races against.
+"""Both sides of the races in bench.py: a step of ours, and the same shapes in transformers, trained as its users train them.
 
 Qwen3ForCausalLM for decoders, T5Gemma2 for encoder-decoders (merged attention as ours, batches padded), with the fused AdamW,
 clipping and dtypes that prism has: fp32 masters, and bf16 matmuls under torch.autocast. Read next: bench.py.
 """
 
+import shutil
+from pathlib import Path
+
+import numpy as np
 import torch
+
+import checkpoint
+import configurator
+import optim
+from denoise_stream import collate
+from model import build, rectangle
+from train import Config
 
 NAMES = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "d_model": "hidden_size", "d_ff": "intermediate_size"}
 
@@ -63,3 +74,41 @@ def peer_step(model, inputs, where):
             return model(**inputs, use_cache=False).loss
 
     return step_of(loss, params, optimizer)
+
+
+def our_step(keys, batch, where, compiled=False):
+    """The body of train.py's loop for one micro-batch."""
+    cfg = Config(**keys, max_len=4096, max_steps=1, lr=1e-4)
+    raw = build(cfg).set_dtype(where.dtype).to(where.device).train()
+    model = torch.compile(raw, dynamic=False) if compiled else raw
+    batch = {k: t.to(where.device) if isinstance(t, torch.Tensor) else t for k, t in batch.items()}
+    count = int((batch["targets"] != -100).sum())
+    return step_of(lambda: raw.nll(model(batch), batch["targets"])[0] / count, list(raw.parameters()), optim.build_optimizer(raw, cfg))
+
+
+def rows_of_text(keys, rows, length):
+    """The same random rows for both sides."""
+    ids = torch.randint(keys["vocab_size"], (rows, length), generator=torch.Generator().manual_seed(1))
+    return rectangle(ids) | {"targets": ids.flatten().roll(-1)}, {"input_ids": ids, "labels": ids}
+
+
+def ragged_pairs(keys, count):
+    """Examples of an encoder-decoder, 16 to 256 and 8 to 96 tokens: packed for us, padded to the longest for the peer."""
+    rng = np.random.default_rng(1)
+    draw = lambda low, high: [rng.integers(keys["vocab_size"] - 1, size=n) for n in rng.integers(low, high + 1, count)]  # noqa: E731
+    enc, dec = draw(16, 256), draw(8, 96)
+    pad = lambda some, fill: torch.nn.utils.rnn.pad_sequence([torch.from_numpy(x) for x in some], True, fill)  # noqa: E731
+    peer = {"input_ids": pad(enc, 0), "attention_mask": pad([x * 0 + 1 for x in enc], 0), "labels": pad(dec, -100)}
+    return collate([(e, d, d, 0) for e, d in zip(enc, dec, strict=True)]), peer
+
+
+def encoder_folder(keys, folder, tokens):
+    """A random encoder that reads with the tokenizer of the shards `tokens`, as sentence-transformers loads it."""
+    from prepare import sentence
+
+    run, out = Path(folder, "run"), Path(folder, "encoder")
+    cfg = Config(**keys, arch="encoder")
+    checkpoint.save(run, 0, build(cfg), None, {"config": configurator.to_dict(cfg), "metrics": {}}, keep=1)
+    shutil.copytree(Path(tokens, "tokenizer"), run / "tokenizer")
+    sentence.main([f"--ckpt={run}", "--to=sentence-transformers", f"--out={out}"])
+    return str(out)

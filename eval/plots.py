@@ -2,6 +2,7 @@
 
     python -m eval.plots --run=out/RUN [--events=1000:text,2000:text]         loss.png, entropy.png from metrics.jsonl; routing.png
     python -m eval.plots --run=out/RUN --against=out/SFT                      the loss of a second run in the same picture
+    python -m eval.plots --run=out/RUN --clock='nanoGPT, published:180:1.88'  clock.png: loss against seconds, beside points of others
     python -m eval.plots --harness=a.json,b.json --out=DIR                    tasks.png: benchmarks against chance
     python -m eval.plots --perplexity=a.json,b.json --out=DIR                 domains.png: bits per byte, with intervals
 
@@ -18,7 +19,7 @@ import numpy as np
 import configurator
 from configurator import die
 
-OPTIONS = {"run": "", "against": "", "events": "", "harness": "", "perplexity": "", "out": ""}
+OPTIONS = {"run": "", "against": "", "events": "", "clock": "", "harness": "", "perplexity": "", "out": ""}
 COLORS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8bc3", "#8c8c8c")
 CHANCE = {"hellaswag": 0.25, "arc_easy": 0.25, "arc_challenge": 0.25, "piqa": 0.5, "winogrande": 0.5, "boolq": 0.5, "mmlu_stem": 0.25}
 CHANCE |= {"lambada_openai": 0.0, "openbookqa": 0.25, "sciq": 0.25, "gsm8k": 0.0, "minerva_math": 0.0, "minerva_math500": 0.0}
@@ -101,6 +102,35 @@ def loss_figure(run, against="", events=""):
         axis.legend(lines, [line.get_label() for line in lines], fontsize=7)
     finish(figure, Path(run, "loss.png"), ("run", "step", "loss", "smoothed"), table)
     return Path(run, "loss.png")
+
+
+def clock_figure(run, points):
+    """Held-out and training loss against seconds since the run began, evaluations included; `points`: LABEL:SECONDS:LOSS,... of others."""
+    figure, axes = canvas(1, 1, (8, 5))
+    axis, rows = axes[0, 0], read_metrics(run)
+    began, table = json.loads(Path(run, "config.json").read_text())["started"], []
+    if rows and rows[0].get("time", 0) < began:
+        die(f"{run}: was resumed, and a clock that stood still between says nothing; draw a run in one piece")
+    held = sorted({k for r in rows for k in r if k.startswith("val/") and k.endswith("/loss") and "/mean/" not in k})
+    for n, key in enumerate(["train/loss", *held]):
+        seen = [(r["time"] - began, r["step"], r[key]) for r in rows if key in r]
+        axis.plot(
+            [s for s, _, _ in seen],
+            [v for _, _, v in seen],
+            "-" if n == 0 else "o-",
+            ms=4,
+            color=COLORS[n],
+            label=f"{Path(run).name}: {key}",
+        )
+        table += [(key, round(s, 1), step, v) for s, step, v in seen]
+    for n, (label, second, value) in enumerate(point.rsplit(":", 2) for point in points.split(",")):
+        axis.plot(float(second), float(value), "*", ms=11, color=COLORS[len(held) + 1 + n], label=f"{label}: {value} at {second} s")
+        table.append((label, float(second), "", float(value)))
+    axis.set(xlabel="seconds since train.py set up its run, evaluations included", ylabel="nats per token")
+    axis.grid(alpha=0.25)
+    axis.legend(fontsize=8)
+    finish(figure, Path(run, "clock.png"), ("what", "seconds", "step", "loss"), table)
+    return Path(run, "clock.png")
 
 
 def entropy_figure(run):
@@ -206,7 +236,7 @@ def main(argv):
     o = configurator.args(OPTIONS, argv, __doc__)
     made = []
     if o.run:
-        made += [loss_figure(o.run, o.against, o.events), entropy_figure(o.run)]
+        made += [loss_figure(o.run, o.against, o.events), entropy_figure(o.run), clock_figure(o.run, o.clock) if o.clock else None]
         report = Path(o.run, "routing.json")
         if report.is_file():
             made.append(routing_figure(json.loads(report.read_text()), Path(o.run, "routing.png")))

@@ -139,7 +139,7 @@ def plots(runs, progress):
         ("Speed and memory", train("peak_mem"), "Peak memory", "GB", {"scale": 1e-9}),
         ("Speed and memory", train("wait"), "Waiting for data", "% of the time", {"scale": 100.0}),
     ]
-    seen = {name for _, names, *_ in plan for name in names} | {"step", "tokens", "train/seq_len", "train/stage"}
+    seen = {name for _, names, *_ in plan for name in names} | {"step", "time", "tokens", "train/seq_len", "train/stage"}
     rest = keys(runs, lambda k: k not in seen and not re.search("/(mean|sd)/", k))
     groups = {}
     for name in rest:

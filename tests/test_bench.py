@@ -84,6 +84,16 @@ def test_both_sides_of_an_encoder_decoder_learn_the_same_tokens():
     assert bench.peer_step(peer, inputs, where)() is None and bench.our_step(keys | {"arch": "encdec"}, batch, where)() is None
 
 
+def test_both_sides_of_an_encoder_read_alike(monkeypatch):
+    pytest.importorskip("sentence_transformers")
+    keys = {"vocab_size": 300, "n_layer": 1, "n_head": 2, "d_model": 32, "d_ff": 64}
+    monkeypatch.setitem(bench.SHAPES["cpu"], "embed", (keys, 8))
+    rows = bench.embed(SimpleNamespace(suite="cpu", clock="cpu", rounds=1), machine.find("cpu", "bfloat16"))
+    assert [row["name"] for row in rows] == ["embed", "embed16", "embed_auto"]
+    least = [float(row["what"].rpartition(" ")[2]) for row in rows]
+    assert least[0] > 0.99995 and min(least) > 0.99 and all(0 < row["of_floor"] < 1 for row in rows)
+
+
 def test_help(capsys):
     with pytest.raises(SystemExit) as stop:
         bench.main(["--help"])

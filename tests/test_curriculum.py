@@ -336,7 +336,7 @@ def short(shards, out, *more):
 
 
 def rows_of(out):
-    skip = ("train/tokens_per_sec", "train/wait", "train/peak_mem")
+    skip = ("train/tokens_per_sec", "train/wait", "train/peak_mem", "time")
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if k not in skip} for row in rows]
 

@@ -334,7 +334,7 @@ def test_slots_look_like_words(models):
         assert adapter(z).square().mean().sqrt().item() == pytest.approx(words.square().mean().sqrt().item(), rel=1e-3)
 
 
-def run_train(models, out, *more, **changed):
+def arguments(models, out, **changed):
     keys = dict(
         objective="latent",
         out=str(out),
@@ -354,7 +354,11 @@ def run_train(models, out, *more, **changed):
         dtype="float32",
         optimizer="muon",  # the copied reader has other heads than the run's own settings
     )
-    train.main([f"--{k}={v}" for k, v in (keys | changed).items()] + list(more))
+    return [f"--{k}={v}" for k, v in (keys | changed).items()]
+
+
+def run_train(models, out, *more, **changed):
+    train.main(arguments(models, out, **changed) + list(more))
     return {p.name: (p / "model.safetensors").read_bytes() for p in out.glob("step-*")}
 
 

@@ -1,10 +1,12 @@
 """prepare.text: any input, any number of processes and any kill give the same shards; nothing is lost, doubled or on both sides."""
 
+import gc
 import gzip
 import hashlib
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -186,6 +188,37 @@ def test_a_long_line_and_a_long_file_in_pieces(tmp_path, monkeypatch):
     run(f"from={tmp_path}/*", f"out={tmp_path}/out", "val=0", "workers=1", "shard_tokens=100")
     assert read(tmp_path / "out", "train") == [long, "after", long]
     assert [s["documents"] for s in data.Shards(tmp_path / "out", "train").infos] == [1, 1, 1]
+
+
+def killed_once(o, held_out, task, tok, out, count):
+    """The job of a worker whose machine runs out of memory, the first time: the flag is gone then."""
+    flag = os.path.join(o.out, "kill-me")
+    if os.path.exists(flag) and out.tell() == 0 and "b.txt" in str(task):
+        os.unlink(flag)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return encode(o, held_out, task, tok, out, count)
+
+
+encode = text.encode
+
+
+def test_a_killed_worker_is_one_line_and_loses_nothing(tmp_path, small, monkeypatch, capfd):
+    corpus(tmp_path / "a.jsonl")
+    (tmp_path / "b.txt").write_text("a text that costs a worker its life")
+    job = [f"from={tmp_path}/a.jsonl,{tmp_path}/b.txt", "val=0.1", "workers=2", "shard_tokens=4000"]
+    run(*job, f"out={tmp_path}/one")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "kill-me").touch()
+    monkeypatch.setattr(text, "encode", killed_once)
+    with pytest.raises(SystemExit) as stop:
+        run(*job, f"out={tmp_path}/out")
+    said = capfd.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1 and "a worker process was killed" in said and "--workers=1" in said
+    del stop  # its traceback holds the lock of the folder
+    gc.collect()
+    assert not (tmp_path / "out" / "manifest.json").exists() and not (tmp_path / "out" / "kill-me").exists()
+    run(*job, f"out={tmp_path}/out")
+    assert digests(tmp_path / "out") == digests(tmp_path / "one")
 
 
 def test_cap_is_never_exceeded_and_exclusions_hold(tmp_path, small, monkeypatch):

@@ -68,11 +68,11 @@ def test_lean_weights_write_the_same_text():
         before = drawn(model, texts, 16)
         hidden = model(rectangle(torch.tensor([[1, 2, 3]])))
         logits = model.predict(hidden)
-        sample.lean(model, rows)
+        model.lean(rows)
         assert drawn(model, texts, 16) == before
         with torch.no_grad():
             assert (model.predict(model(rectangle(torch.tensor([[1, 2, 3]])))) - logits).abs().max() < 1e-4
-        model = sample.lean(tiny(**knobs).set_dtype(torch.bfloat16), rows)
+        model = tiny(**knobs).set_dtype(torch.bfloat16).lean(rows)
         assert all(len(row) == 16 for row in drawn(model, texts, 16)) and model.embed.weight.dtype == torch.bfloat16
 
 

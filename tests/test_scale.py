@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_faults import (
     free_port,
     join_ranks,
@@ -26,6 +27,8 @@ from test_faults import (
     uneven,  # noqa: F401
     wait_for,
 )
+from test_latentwire import arguments as latent_arguments
+from test_latentwire import models  # noqa: F401
 
 import checkpoint
 import machine
@@ -59,14 +62,15 @@ def arguments(out, folder, kind, **more):
 
 def differences(a, b):
     """-> the largest difference of a loss at any step, and of a weight at the end; what must be equal is."""
-    (first, one), (second, two), worst = checkpoint.load(a), checkpoint.load(b), {"loss": 0.0, "weight": 0.0}
+    (first, one), (second, two) = ((load(checkpoint.resolve(run)), checkpoint.read_state(checkpoint.resolve(run))) for run in (a, b))
+    worst = {"loss": 0.0, "weight": 0.0}
     assert one["stream"] == two["stream"] and one["tokens"] == two["tokens"] > 0
     for x, y in zip(rows(a), rows(b), strict=True):
         assert x["step"] == y["step"] and x.keys() == y.keys()
         for key in x:
-            if "loss" in key:
+            if "loss" in key or key.count("/") == 2:  # LatentWire logs train/TERM/READER
                 worst["loss"] = max(worst["loss"], abs(x[key] - y[key]) / max(1, abs(y[key])))
-    for (name, p), (same, q) in zip(first.state_dict().items(), second.state_dict().items(), strict=True):
+    for (name, p), (same, q) in zip(first.items(), second.items(), strict=True):
         assert name == same
         worst["weight"] = max(worst["weight"], float((p - q).abs().max()))
     return worst
@@ -109,7 +113,21 @@ def test_any_number_of_ranks_is_one_run(one, uneven, tmp_path, record_property, 
 
 
 def load(step):
-    return checkpoint.load(step)[0].state_dict()
+    return load_file(step / "model.safetensors")
+
+
+@pytest.mark.parametrize("world", (2, 4) if "KILLS" in os.environ else (4,))
+def test_packets_learnt_by_any_number_of_ranks(models, tmp_path, record_property, world):  # noqa: F811
+    """LatentWire: an encoder and adapters are trained, and every rank holds the same frozen readers."""
+    plain = {"optimizer": "adamw", "eps": 1e-3, "micro_tokens": 48, "w_kd": 0.5}
+    run(latent_arguments(models, tmp_path / "one", **plain), tmp_path / "log")
+    ranks = start_ranks(world, latent_arguments(models, tmp_path / "all", **plain), tmp_path / "log")
+    join_ranks(ranks, tmp_path / "log")
+    worst = differences(tmp_path / "all", tmp_path / "one")
+    record_property("figure", f"latent, ddp, {world} ranks: losses within {worst['loss']:.1e}, weights within {worst['weight']:.1e}")
+    assert within(worst), worst
+    before, after = (load(tmp_path / "all" / name) for name in ("step-000002", "step-000006"))
+    assert any(not torch.equal(p, after[name]) for name, p in before.items()), "nothing was trained"
 
 
 def test_a_sharded_run_samples_as_it_lies_there(shards, tmp_path, capsys):  # noqa: F811

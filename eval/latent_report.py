@@ -19,7 +19,8 @@ def table(metrics) -> str:
     j = metrics["joint"]
     lines += ["", f"joint EM {j['em']:.3f}, agreement {j['agreement']:.3f}, oracle {j['oracle']:.3f}; n = {metrics['samples']}"]
     lines += [f"M = {metrics['latent_len']:g}, {metrics['tokens_per_slot']:.1f} source tokens per slot"]
-    lines += [f"text {wire['text_bytes']:.0f} bytes, zlib {wire['zlib']:.0f}, zstd {wire['zstd'] or 0:.0f}", ""]
+    zstd = f"{wire['zstd']:.0f}" if wire["zstd"] else "not measured (it comes with pyarrow)"
+    lines += [f"text {wire['text_bytes']:.0f} bytes, zlib {wire['zlib']:.0f}, zstd {zstd}", ""]
     for lm in lms:
         lines += [
             f"{lm}: {name}: EM {v['em'][0]:+.3f} [{v['em'][1]:+.3f}, {v['em'][2]:+.3f}]" for name, v in metrics["intervals"][lm].items()

@@ -15,6 +15,7 @@ packing="documents" (fine-tuning): whole documents in shuffled order, packed int
 The files are described at `Shards`; prepare/text.py writes them. Read next: optim.py, for the plan that shapes each step.
 """
 
+import functools
 import hashlib
 import itertools
 import json
@@ -24,7 +25,6 @@ import re
 import threading
 import time
 from contextlib import suppress
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -153,15 +153,16 @@ class Shards:
             if new is not None:
                 new[at] = True
 
-    @cached_property
-    def byte_lengths(self):
-        """(vocab,) UTF-8 bytes of each id. Special tokens, EOS among them, are no text and count none."""
-        import tokenizer  # measuring needs it, training does not
 
-        tok = tokenizer.load(self.dir)
-        lengths = np.array([len(tok.token_bytes(i)) for i in range(tok.vocab_size)])
-        lengths[[tok.eos_id, *tok.special.values()]] = 0
-        return lengths
+@functools.cache
+def byte_lengths(dir):
+    """(vocab,) UTF-8 bytes of each id. Special tokens, EOS among them, are no text and count none."""
+    import tokenizer
+
+    tok = tokenizer.load(dir)
+    lengths = np.array([len(tok.token_bytes(i)) for i in range(tok.vocab_size)])
+    lengths[[tok.eos_id, *tok.special.values()]] = 0
+    return lengths
 
 
 def read_manifest(dir):
@@ -420,7 +421,7 @@ def val_batches(dir, seq_len, tokens=0, micro_tokens=0, doc_mask=True, packing="
     for first in range(0, n_rows, per_micro):
         mine, here = slice(*np.searchsorted(pieces[0], [first, first + per_micro])), np.arange(first, min(first + per_micro, n_rows))
         part = pieces[0][mine] - first, *(array[mine] for array in pieces[1:])
-        batches.append(collate([shards], 0 * here, here, seq_len, part, doc_mask, byte_lengths=shards.byte_lengths))
+        batches.append(collate([shards], 0 * here, here, seq_len, part, doc_mask, byte_lengths=byte_lengths(shards.dir)))
     return batches
 
 

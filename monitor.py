@@ -30,9 +30,11 @@ def group_of(batch):
 class Meter:
     """What a step was worth: losses by term and by source, speed without evaluations and saves, memory, time spent waiting for data."""
 
-    def __init__(self, cfg, model, names, machine):
-        self.cfg, self.model, self.names, self.machine = cfg, model, names, machine
-        self.groups = torch.zeros(max(len(names), 1), 2, dtype=torch.float64, device=machine.device)  # nats, targets
+    def __init__(self, cfg, model, names, machine, sizes=None, seen=None):
+        """sizes: bytes of every id, where there are any; seen: {name: bytes trained on before this process}."""
+        self.cfg, self.model, self.names, self.machine, self.seen = cfg, model, names, machine, dict(seen or {})
+        self.sizes = None if sizes is None else torch.from_numpy(sizes).to(machine.device, torch.float64)
+        self.groups = torch.zeros(max(len(names), 1), 3, dtype=torch.float64, device=machine.device)  # nats, targets, bytes of these
         self.here = torch.zeros_like(self.groups)  # of this step, which may yet be refused
         self.restart()
 
@@ -41,7 +43,8 @@ class Meter:
 
     def add(self, batch, each):
         real = batch["targets"] != -100
-        self.here.index_add_(0, group_of(batch), torch.stack((each.double() * real, real.double()), dim=1))
+        size = real if self.sizes is None else self.sizes[batch["targets"].clamp(min=0)] * real
+        self.here.index_add_(0, group_of(batch), torch.stack((each.double() * real, real.double(), size.double()), dim=1))
 
     def accept(self, tokens, waited, good, clipped):
         self.tokens, self.waited = self.tokens + tokens, self.waited + waited
@@ -49,11 +52,17 @@ class Meter:
         self.groups += self.here if good else 0
         self.here.zero_()
 
+    def bytes(self, new=None):
+        """{name: bytes of text that were trained on}, over all ranks, which must all ask."""
+        new = total(self.groups[:, 2].tolist(), self.machine) if new is None else new
+        return {n: self.seen.get(n, 0) + int(b) for n, b in zip(self.names, new, strict=False)} if self.sizes is not None else {}
+
     def read(self, row, terms, sums, count, weights):
         """-> (the record of metrics.jsonl, one line for people). Every rank must ask."""
         values = total([*sums.tolist(), *self.groups.flatten().tolist()], self.machine)
         losses = {t: v / max(count[t], 1.0) for t, v in zip(terms, values, strict=False)}
-        by_name = zip(self.names, values[len(terms) :: 2], values[len(terms) + 1 :: 2], strict=False)
+        by_name = zip(self.names, values[len(terms) :: 3], values[len(terms) + 1 :: 3], strict=False)
+        self.seen = self.bytes(values[len(terms) + 2 :: 3])
         seconds = time.perf_counter() - self.clock
         speed, flops = self.tokens / seconds, self.model.flops_per_token(row.seq_len) if hasattr(self.model, "flops_per_token") else 0.0
         mfu = speed * flops / (self.machine.peak * self.machine.world) if self.machine.peak else 0.0
@@ -61,6 +70,7 @@ class Meter:
         record = {f"train/{t}{suffix}": v for t, v in losses.items()}
         if len(self.names) > 1:
             record |= {f"train/{name}/loss{suffix}": nats / n for name, nats, n in by_name if n}
+        record |= {f"data/{name}/bytes": size for name, size in self.seen.items()}
         record |= {"train/lr": row.lr, "train/seq_len": row.seq_len, "train/stage": row.stage, "train/tokens_per_sec": speed}
         record |= {"train/wait": self.waited / seconds, "train/peak_mem": peak_memory(self.machine.device)}
         record |= {"train/clipped": self.clipped / max(self.steps, 1)}  # share of the steps since the last line

@@ -346,6 +346,7 @@ def main(argv):
     optimizer = optim.build_optimizer(raw, cfg)
     stream = objective.open_stream(cfg, plan, machine.rank, machine.world)
     names = stream.names
+    sizes = data.byte_lengths(stream.shards[0].dir) if cfg.objective == "lm" and not cfg.benchmark else None
 
     step, state = 0, {"tokens": 0, "skipped": 0, "best": None, "metrics": {}}
     if resume_from:
@@ -383,7 +384,7 @@ def main(argv):
         score = metrics.get(cfg.best_metric)
         best = score is not None and (state["best"] is None or score < state["best"])
         state["best"] = score if best else state["best"]
-        now = {"step": step, "stream": position, "metrics": metrics, "tau": float(raw.tau), "fp8": fp8.memory(raw)}
+        now = {"step": step, "stream": position, "bytes": meter.bytes(), "metrics": metrics, "tau": float(raw.tau), "fp8": fp8.memory(raw)}
         full = state | now | {"config": configurator.to_dict(cfg)} | ({"auto_mix": plan.state} if cfg.auto_mix else {})
         if lead:
             checkpoint.sync(log.path)  # what a resumed run keeps of it must be there after a power cut, too
@@ -398,7 +399,7 @@ def main(argv):
     params = [p for p in raw.parameters() if p.requires_grad]
     visible = lead and cfg.progress and sys.stderr.isatty()
     bar = tqdm(total=plan.steps, initial=step, unit="step", disable=not visible, dynamic_ncols=True)
-    meter = monitor.Meter(cfg, raw, names, machine)
+    meter = monitor.Meter(cfg, raw, names, machine, sizes, state.get("bytes"))
     first, saved_at, position = step, step, stream.state  # position: of the stream, after the last step that was taken
     laps = []
 

@@ -58,6 +58,17 @@ def test_the_loss_is_the_same_mean_however_the_batch_is_cut(corpus, tmp_path):
     assert one == pytest.approx(four, rel=2e-5)
 
 
+def test_bytes_trained_on_are_counted_exactly(corpus, tmp_path):
+    """One epoch is every byte once, but for the first of each document, which nothing predicts; also when resumed between two log lines."""
+    mine = [s for s in json.loads(Path(corpus, "manifest.json").read_text())["shards"] if s["split"] == "train"]
+    argv = [*TINY[1:], "--seq_len=64", "--tokens_per_step=4096", "--epochs=1", "--save_every=7", "--keep=0", "--log_every=1000", "--lr=1e-3"]
+    train.main([*argv, f"--data={corpus}", f"--out={tmp_path}/run"])
+    train.main([*argv, f"--data={corpus}", f"--out={tmp_path}/run", f"--resume={tmp_path}/run/step-000007"])
+    last = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines() if "data/" in line][-1]
+    assert last["data/shards/bytes"] == sum(s["bytes"] - s["documents"] for s in mine) and last["data/shards/epochs"] == 1
+    assert checkpoint.read_state(checkpoint.resolve(tmp_path / "run", "latest"))["bytes"] == {"shards": last["data/shards/bytes"]}
+
+
 def test_golden_losses(corpus, tmp_path):
     """The debug model's path on a fixed text; it moves only when the mathematics of a step does."""
     rows = run(corpus, tmp_path / "run", "--log_every=4", "--eval_every=12")

@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from configurator import die
 from kernels import ACTIVATIONS, glu, gumbel, polyglu_mix
-from ops import Gather, Thin, WindowMean, attention, full, laid_out, linear_cross_entropy, norm_rotate, rms_norm, rotate
+from ops import FEW, Gather, Thin, WindowMean, attention, fp16_products, full, laid_out, linear_cross_entropy, norm_rotate, rms_norm, rotate
 
 Gate = Literal["running", "lagged", "token", "static", "sequence"]
 
@@ -599,18 +599,20 @@ class Transformer(nn.Module):
 
         Matmuls then read weights in the activation dtype (a fp32 master cast at every token costs most of the time of decoding).
         """
-        fast = (
-            self.dtype != torch.float64 and self.embed.weight.device.type == "cpu" and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-        )
-        for module in self.modules():
-            if isinstance(module, (Linear, Embedding)):
-                module.weight.data = module.weight.data.to(self.dtype)
+        fast = self.dtype != torch.float64 and self.embed.weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        parts = [module for module in self.modules() if isinstance(module, (Linear, Embedding))]
+        for module in parts:
+            module.weight.data = module.weight.data.to(self.dtype)
+        half = fast and rows <= FEW and all(fp16_products(module.weight) for module in parts)
+        self.dtype = torch.float32 if half else self.dtype  # of activations
+        for module in parts:
             if fast and isinstance(module, Linear):
-                module.forward = laid_out(module.weight, rows, module.bias)
+                module.forward = laid_out(module.weight, rows, module.bias, half)
+        for module in self.modules():
             if isinstance(module, Attention) and module.normed:
                 module.qk_weight = functools.partial(torch.Tensor.detach, module.qk_weight())
         if fast:
-            head = laid_out(self.head_weight, rows)
+            head = laid_out(self.head_weight, rows, half=half)
             self.predict = lambda hidden: head(self.head_input(hidden))[..., : self.cfg.vocab_size].float()
         return self
 

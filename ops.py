@@ -153,15 +153,31 @@ def attention(q, k, v, mask, causal):
     return torch.bmm(scores.softmax(-1), v).view(shape[0], -1, share, *shape[2:]).flatten(1, 2)
 
 
-def laid_out(weight, rows, bias=None):
-    """x -> F.linear(x, weight, bias) for `rows` rows at a time, with the weight in the order that a CPU's vector units want: one row
-    in fp32 streams a transposed matrix twice as fast, everything else takes the blocked form of oneDNN. Later changes are not seen."""
+def fp16_products(weight):
+    """Whether FBGEMM's product of a few fp32 rows with an fp16 matrix can stand for the bf16 one: it streams twice as many weights a second
+    (LOG.md), and every bf16 number of ordinary size is an fp16 number."""
+    here = weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and "fbgemm" in torch.backends.quantized.supported_engines
+    return here and bool(weight.abs().max() < 65504)
+
+
+def laid_out(weight, rows, bias=None, half=False):
+    """x -> F.linear(x, weight, bias) for `rows` rows at a time, with the weight in the order that a CPU's vector units want: in fp32 one
+    row streams a transposed matrix twice as fast; `half` is the above, for fp32 x; everything else takes the blocked form of oneDNN.
+    Later changes of the weight are not seen."""
     if weight.dtype == torch.float32 and rows == 1:
         if weight.shape[0] >= weight.shape[1]:
             weight.data = weight.data.t().contiguous().t()
         return lambda x: F.linear(x, weight, bias)
-    packed, bias = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows), None if bias is None else bias.detach().to(weight.dtype)
+    weight, bias = weight.detach(), None if bias is None else bias.detach().to(weight.dtype)
+    if half:
+        few = torch.ops.quantized.linear_prepack_fp16(weight.float(), None if bias is None else bias.float())
+        many = lambda x: F.linear(x.to(weight.dtype), weight, bias).float()  # noqa: E731 (a prompt)
+        return lambda x: torch.ops.quantized.linear_dynamic_fp16(x, few) if x.shape[0] <= FEW else many(x)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
     return lambda x: torch.ops.mkldnn._linear_pointwise.default(x, packed, bias, "none", [], "")
+
+
+FEW = 3  # rows of a product; from four on the blocked form is as fast
 
 
 # ---- the gate of PolyGLU ------------------------------------------------------------------------------------------------

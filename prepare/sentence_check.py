@@ -66,7 +66,7 @@ def verify(opt, folder) -> bool:
     settings = {"max_length": opt.max_seq_length, "append_eos": opt.append_eos, "normalize": opt.normalize}
     # In fp64: thirty fp32 layers with loud channels are 1e-4 apart from themselves, padded and not. (Norms stay fp32 in transformers.)
     ours = {mode: Embedder.load(folder, dtype=torch.float64, **settings | {"pooling": mode}).double() for mode in POOLING}
-    trained = Embedder.load(checkpoint.resolve(opt.ckpt), pooling=opt.pooling, **settings)
+    trained = Embedder.load(checkpoint.resolve(opt.ckpt), dtype=torch.float32, pooling=opt.pooling, **settings)
     texts = [text for text in TEXTS if text or opt.append_eos]
     rows = [trained.ids(text) for text in texts]
     theirs = tok(texts, truncation=True, max_length=opt.max_seq_length)["input_ids"]
@@ -100,7 +100,7 @@ def verify(opt, folder) -> bool:
         gap = float((want - ours[mode](batch)[1]).detach().abs().max() / want.abs().max())
         check(f"{mode} pooling = sentence-transformers' {name}", gap <= 1e-5, f"{gap:.1e}")
     embedder = SentenceTransformer(str(folder), device="cpu")
-    vectors, want = embedder.encode(texts), Embedder.load(folder, **settings, pooling=opt.pooling).encode(texts)
+    vectors, want = embedder.encode(texts), Embedder.load(folder, dtype=torch.float32, **settings, pooling=opt.pooling).encode(texts)
     gap = float(abs(vectors - want).max() / abs(want).max())
     tolerance = 1e-5 if opt.dtype == "float32" else 2e-2  # sentence-transformers runs in the stored dtype
     check("SentenceTransformer.encode = Embedder.encode", gap <= tolerance and (want == want).all(), f"{gap:.1e}")

@@ -122,7 +122,7 @@ def test_poolings_by_hand():
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "last", "weighted_mean"])
 def test_embedder_does_not_care_about_batches(run, pooling):
-    embedder = Embedder.load(run, pooling=pooling)
+    embedder = Embedder.load(run, dtype=torch.float32, pooling=pooling)
     texts = ["a", "", "some words", "x" * 700, "two men pushed carts"] * 3
     all_at_once = embedder.encode(texts)
     assert all_at_once.shape == (15, 64) and all_at_once.dtype == np.float32 and np.isfinite(all_at_once).all()
@@ -143,7 +143,7 @@ def test_an_embedder_of_a_decoder_is_causal_unless_told(qwen, tmp_path):
     hub.main(["import", f"--from={qwen}", f"--out={tmp_path / 'lm'}"])
     moved = []
     for settings in ({}, {"causal": False}):
-        embedder = Embedder.load(tmp_path / "lm", **settings)
+        embedder = Embedder.load(tmp_path / "lm", dtype=torch.float32, **settings)
         with torch.no_grad():
             a, b = (embedder(flat([[1, 2, 3, last]]))[0] for last in (4, 5))
         moved.append(float((a - b)[:-1].abs().max()))

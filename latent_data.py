@@ -138,13 +138,13 @@ class Side:
         self.anchor = ("chat" if tok.chat_template else "text") if cfg.anchor == "auto" else cfg.anchor
         if self.anchor == "chat" and not tok.chat_template:
             die(f"anchor=chat, but {tok.name} has no chat template; use --anchor=text")
-        self.bos = prompts.prefix_ids(tok)
-        if self.anchor == "chat":
-            from jinja2.sandbox import ImmutableSandboxedEnvironment
-
+        self.bos, chat = prompts.prefix_ids(tok), self.anchor == "chat"
+        self.stops = prompts.stop_ids(tok, chat)  # a chat model closes an answer with its end of turn, not with its end of text
+        self.end = next((tok.special[name] for name in prompts.TURNS if chat and name in tok.special), tok.eos_id)
+        if chat:
             message = {"role": "user", "content": f"Context: {CONTEXT}\nQuestion: {QUESTION}\nAnswer with a few words of the context."}
-            render = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(tok.chat_template).render
-            text = render(messages=[message], add_generation_prompt=True, bos_token="", eos_token="")
+            words = dict(messages=[message], add_generation_prompt=True, bos_token="", eos_token="")
+            text = prompts.compiled(prompts.template_of(tok)).render(**words)
         else:
             text = f"Context: {CONTEXT}" + TEXT[self.anchor]
         self.join = "" if self.anchor == "chat" or text.endswith("\n") else " "  # between anchor and answer
@@ -168,7 +168,7 @@ class Side:
         return out
 
     def gold(self, answer):
-        return (list(self.ids(self.join + answer)) if answer else []) + [self.tok.eos_id]
+        return (list(self.ids(self.join + answer)) if answer else []) + [self.end]
 
     def aligned(self, question, answer):
         """Is the answer's first token the same whether or not it follows the anchor? Hard check of the target at t = 0."""

@@ -282,8 +282,8 @@ class Interlingua(nn.Module):
         return self.embeds(m, ids.clamp(min=0), (ids < 0).nonzero()[:, 0], packet)
 
 
-def greedy(lm, prompts, eos: int, max_new: int) -> list[list[int]]:
-    """Greedy continuations of prompts given as ids [(T_i,)] or as input embeddings [(T_i, d)], without the closing EOS."""
+def greedy(lm, prompts, stops, max_new: int) -> list[list[int]]:
+    """Greedy continuations of prompts given as ids [(T_i,)] or as input embeddings [(T_i, d)], up to the first of `stops`."""
     lengths = [len(p) for p in prompts]
     cache = lm.new_cache(len(prompts), max(lengths) + max_new)
     x = nn.utils.rnn.pad_sequence(prompts, batch_first=True)  # (B, T) or (B, T, d)
@@ -293,7 +293,7 @@ def greedy(lm, prompts, eos: int, max_new: int) -> list[list[int]]:
     for _ in range(max_new):
         ids = lm.predict(last).argmax(-1)
         for i, t in enumerate(ids.tolist()):
-            if t == eos:
+            if t in stops:
                 live.discard(i)
             elif i in live:
                 out[i].append(t)
@@ -312,7 +312,7 @@ def answers(model: Interlingua, context: str, question: str, bits: int = 16, max
     for m in range(len(model.lms)) if only is None else [only]:
         lm, side = model.lms[m], model.sides[m]
         prompt = model.prompt_embeds(m, side.prompt(question, slots=len(packet)), packet)
-        texts.append(side.tok.decode(greedy(lm, [prompt], side.tok.eos_id, max_new_tokens)[0]).strip())
+        texts.append(side.tok.decode(greedy(lm, [prompt], side.stops, max_new_tokens)[0]).strip())
     return len(payload), texts
 
 

@@ -87,7 +87,7 @@ def run_arm(model, m, rows, prompts, packets=None, by_ids=False, opt=None):
             inputs = [torch.tensor(p, device=model.device) for p in part]
         else:
             inputs = [model.prompt_embeds(m, p, mine[j] if mine else None) for j, p in enumerate(part)]
-        texts = [side.tok.decode(ids).strip() for ids in latentwire.greedy(lm, inputs, side.tok.eos_id, opt.max_new_tokens)]
+        texts = [side.tok.decode(ids).strip() for ids in latentwire.greedy(lm, inputs, side.stops, opt.max_new_tokens)]
         pairs = [(t, rows[i]["answers"]) for t, i in zip(texts, which, strict=True)]
         scores = {"em": [exact(*pair) for pair in pairs], "f1": [f1(*pair) for pair in pairs]}
         for name, values in (scores | {"ll": ll, "tokens": tokens, "rank": rank, "text": texts}).items():
@@ -113,7 +113,7 @@ def seconds(model, m, rows, bits, opt):
 
     def by_text(row):
         ids = torch.tensor(side.prompt(row["question"], context=row["context"]), device=model.device)
-        latentwire.greedy(model.lms[m], [ids], side.tok.eos_id, opt.max_new_tokens)
+        latentwire.greedy(model.lms[m], [ids], side.stops, opt.max_new_tokens)
 
     def by_packet(row):
         latentwire.answers(model, row["context"], row["question"], bits, opt.max_new_tokens, only=m)

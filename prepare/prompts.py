@@ -45,6 +45,13 @@ def prefix_ids(tokenizer):
     return []
 
 
+def template_of(tokenizer):
+    template = tokenizer.chat_template
+    if isinstance(template, list):  # several named ones
+        return next((t["template"] for t in template if t["name"] == "default"), None)
+    return template
+
+
 def chat_ids(tokenizer, messages, **options):
     """A conversation by the checkpoint's own template, up to where the assistant speaks."""
     return [i for ids, _ in chat_parts(tokenizer, messages, **options) for i in ids]
@@ -56,9 +63,7 @@ def chat_parts(tokenizer, messages, reply=True, **options):
     What is trained (prepare/chat.py) and what is asked (sample.py) both come from here. A turn is encoded as one piece between its markers,
     as transformers does, but what opens the assistant's is encoded apart from what he says: that is how he is asked to speak.
     """
-    template = tokenizer.chat_template
-    if isinstance(template, list):  # several named ones
-        template = next((t["template"] for t in template if t["name"] == "default"), None)
+    template = template_of(tokenizer)
     if not template:
         die("--chat: this checkpoint has no chat template; drop --chat, or fine-tune on chats (python -m prepare.chat)")
     names = sorted({*tokenizer.special, *CHATML}, key=len, reverse=True)

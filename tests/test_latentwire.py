@@ -19,6 +19,7 @@ import latentwire as lw
 import optim
 import tokenizer
 import train
+from eval import latent
 from model import ModelConfig, build
 from prepare import factqa
 
@@ -158,6 +159,25 @@ def test_layout_per_bos_and_anchor():
     assert side.gold("no") == [*b"no", 256]
     with pytest.raises(SystemExit):
         latent_data.Side(toy_tokenizer(), settings_of(anchor="chat"))
+
+
+def test_a_chat_model_is_taught_and_heard_to_its_end_of_turn(models):
+    """SmolLM2's EOS is <|endoftext|>, but it ends an answer with <|im_end|>, which is no part of the answer."""
+    template = "<|im_start|>{{ messages[0].content }}<|im_end|>{% if add_generation_prompt %}<|im_start|>{% endif %}"
+    tok = toy_tokenizer(template=template)
+    tok.special |= {"<|im_start|>": 1, "<|im_end|>": 2}
+    side = latent_data.Side(tok, settings_of())
+    assert side.anchor == "chat" and side.gold("no") == [*b"no", 2] and side.stops == {2, 256}
+    side = latent_data.Side(tok, settings_of(anchor="text"))
+    assert side.gold("no") == [*b" no", 256] and side.stops == {256}
+    tok.configure(chat_template=[{"name": "tools", "template": "x"}, {"name": "default", "template": template}])
+    assert latent_data.Side(tok, settings_of()).tail[-2:] == [2, 1]
+    model = lw.build(config(models))
+    side, rows = model.sides[0], [{"question": "Where?", "answers": ["x"]}]
+    prompt = side.prompt("Where?", context=TEXTS[0])
+    side.stops = {lw.greedy(model.lms[0], [torch.tensor(prompt)], (), 1)[0][0]}
+    arm = latent.run_arm(model, 0, rows, [prompt], None, True, SimpleNamespace(batch=1, max_new_tokens=4))
+    assert arm["text"] == [""]  # nothing was said before the turn ended
 
 
 def test_targets_are_indexed_once():
@@ -423,8 +443,8 @@ def test_greedy_by_cache_is_the_argmax_of_whole_forwards(models):
     for m, lm in enumerate(model.lms):
         side = model.sides[m]
         prompts = [side.prompt("Where?", context=t) for t in TEXTS[:3]]
-        by_ids = lw.greedy(lm, [torch.tensor(p) for p in prompts], -1, 4)
-        assert by_ids == lw.greedy(lm, [model.prompt_embeds(m, p) for p in prompts], -1, 4)  # replay through embeddings
+        by_ids = lw.greedy(lm, [torch.tensor(p) for p in prompts], (), 4)
+        assert by_ids == lw.greedy(lm, [model.prompt_embeds(m, p) for p in prompts], (), 4)  # replay through embeddings
         for prompt, got in zip(prompts, by_ids, strict=True):
             ids = list(prompt)
             for _ in range(4):

@@ -10,7 +10,6 @@ it fits, spares the first pass. Read next: model.py (Embedder, pool).
 """
 
 import hashlib
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ import data
 import model as M
 import tokenizer
 from configurator import die
+from prepare import sources
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,7 @@ class PairStream:
         if cfg.data.endswith(".jsonl"):
             if not Path(cfg.data).is_file():
                 die(f"data: {cfg.data} is no file; give rows {{query, positive}}, one a line")
-            with open(cfg.data, encoding="utf-8") as file:
-                self.rows = [json.loads(line) for line in file if line.strip()]
+            self.rows = sources.read(cfg.data)
             if not self.rows or any(not {"query", "positive"} <= set(row) for row in self.rows):
                 die(f"{cfg.data}: every row needs a query and a positive, and there must be one")
         else:

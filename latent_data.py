@@ -6,7 +6,6 @@ Position arithmetic happens once, in `pack`: the token that predicts each target
 A step is a pure function of (seed, step): any world size sees the same sources in the same order. Read next: latentwire.py.
 """
 
-import json
 import random
 import re
 import struct
@@ -20,7 +19,7 @@ import torch
 
 import data
 from configurator import die
-from prepare import prompts
+from prepare import prompts, sources
 
 
 @dataclass(frozen=True)
@@ -277,14 +276,10 @@ def read_rows(path):
     path = path / "train.jsonl" if path.is_dir() else path
     if not path.is_file():
         die(f"{path} does not exist; write it with `python -m prepare.factqa` or `python -m prepare.squad`")
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        return pyarrow.parquet.read_table(path).to_pylist()
-    text = path.read_text(encoding="utf-8")
-    rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines() if line.strip()]
-    for row in rows:
-        if "text" not in row and not {"context", "question", "answers"} <= set(row):
+    for row in (rows := sources.read(path)):
+        if {"context", "question", "answers"} <= set(row):
+            row["answers"] = list(row["answers"]) or [""]  # a question without an answer
+        elif "text" not in row:
             die(f"{path}: a row is {{context, question, answers}} or {{text}}, not {sorted(row)}")
     return rows
 
@@ -296,7 +291,7 @@ def sources_of(rows, cfg, sides):
         if "text" in row:
             out.append((row["text"], None))
             continue
-        answer = row["answers"][0] if row["answers"] else ""  # trained on the first reference; evaluation takes the best over all
+        answer = row["answers"][0]  # trained on the first reference; evaluation takes the best over all
         if not all(side.aligned(row["question"], answer) for side in sides):
             dropped += 1
             continue

@@ -9,7 +9,6 @@ sentence1, sentence2, score; prepare.sts writes them) and retrieval/{corpus,quer
 random model passes its similarity part. Missing data: exit code 2. Read next: eval/mteb.py, prepare/sts.py, eval/sample_retrieval.json.
 """
 
-import csv
 import json
 import sys
 import time
@@ -25,6 +24,7 @@ import model as M
 import tokenizer
 from configurator import die
 from machine import find
+from prepare import sources
 
 OPTIONS = {
     "ckpt": str, "data": "data/sts", "output_dir": "", "pooling": "", "causal": None, "dtype": "float32", "batch_size": 64,
@@ -79,14 +79,7 @@ def read_rows(stem: Path) -> list[dict]:
     for kind in ("jsonl", "tsv", "csv", "parquet"):
         path = stem.with_name(f"{stem.name}.{kind}")
         if path.is_file():
-            if kind == "parquet":
-                import pyarrow.parquet
-
-                return pyarrow.parquet.read_table(path).to_pylist()
-            text = path.read_text(encoding="utf-8")
-            if kind == "jsonl":
-                return [json.loads(line) for line in text.splitlines() if line.strip()]
-            return list(csv.DictReader(text.splitlines(), delimiter="\t" if kind == "tsv" else ","))
+            return sources.read(path)
     die(f"{stem}.jsonl (or tsv, csv, parquet) is missing: python -m prepare.sts --help says how to get it, --data=DIR where it is")
 
 

@@ -28,7 +28,7 @@ import numpy as np
 import configurator
 import tokenizer
 from data import UNTRAINED
-from prepare import shards
+from prepare import shards, sources
 
 # attribute | two ways to say it, of a subject {s} or of its owner {p} | the question about {n}; then 32 values
 FACTS = """
@@ -154,10 +154,6 @@ def write_jsonl(path: Path, rows) -> None:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def read_jsonl(path: Path) -> list[dict]:
-    return [json.loads(line) for line in open(path, encoding="utf-8")]
-
-
 def settings_of(cfg) -> dict:
     """All that decides the jsonl files."""
     return {k: v for k, v in vars(cfg).items() if k not in ("out", "shards", "bpe", "passage_every")}
@@ -208,7 +204,7 @@ def encode_rows(passage_every, n_val, task, tok, out, count):
 
 def write_shards(cfg) -> None:
     out, dest = Path(cfg.out), Path(cfg.shards)
-    rows = {name: read_jsonl(out / f"{file}.jsonl") for name, file in (("facts", "lm"), ("text", "natural"))}
+    rows = {name: sources.read(out / f"{file}.jsonl") for name, file in (("facts", "lm"), ("text", "natural"))}
     if cfg.bpe:
         sample = ["Context: {}\nQuestion: {}\nAnswer: {}".format(r["context"], *r["qa"][0]) for r in rows["facts"]]
         train_bpe(sample + [r["text"] for r in rows["text"]], cfg.bpe, dest / "tokenizer")
@@ -228,7 +224,7 @@ def main(argv=None) -> None:
     if not note.exists() or json.loads(note.read_text()) != settings_of(cfg):  # what is done is not done twice
         generate(cfg)
         note.write_text(json.dumps(settings_of(cfg)))
-    size = sum(len(row["context"].encode()) for row in read_jsonl(Path(cfg.out) / "test.jsonl")) / max(cfg.test, 1)
+    size = sum(len(row["context"].encode()) for row in sources.read(Path(cfg.out) / "test.jsonl")) / max(cfg.test, 1)
     bits = cfg.facts * math.log2(math.comb(cfg.values, cfg.value_words))
     print(f"{cfg.out}: {cfg.train}/{cfg.dev}/{cfg.test} passages, {size:.0f} bytes each, of which {bits:.0f} bits are values")
     if cfg.shards:

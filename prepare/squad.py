@@ -10,12 +10,12 @@ Every reference answer is kept; a question without an answer has answers [""]. H
 supporting sentences only and marks every row with "oracle": true, for that is no longer the task. Read next: latentwire.py.
 """
 
-import gzip
 import json
 import sys
 from pathlib import Path
 
 import configurator
+from prepare import sources
 
 DEFAULTS = dict(
     source=str,  # file, or name of a dataset
@@ -35,13 +35,7 @@ def read(source: str, split: str):
         import datasets
 
         return list(datasets.load_dataset(source, split=split))
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        return pyarrow.parquet.read_table(path).to_pylist()
-    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    text = raw.decode("utf-8")
-    return json.loads(text) if path.name.removesuffix(".gz").endswith(".json") else [json.loads(line) for line in text.splitlines() if line]
+    return sources.read(path)
 
 
 def squad_file(data):

@@ -267,6 +267,16 @@ def test_sts_reader(tmp_path, capsys):
     assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
+def test_tables_are_read_as_their_kind_says(tmp_path):
+    """A lone quote in a tsv is text; in a csv a quoted cell may hold a line break; only a line feed ends a line of jsonl."""
+    (tmp_path / "a.tsv").write_text('sentence1\tsentence2\tscore\n"Hello, he said.\tb\t1\nc"\td\u2028e\t2\n')
+    assert [r["sentence1"] for r in E.read_rows(tmp_path / "a")] == ['"Hello, he said.', 'c"']
+    (tmp_path / "b.csv").write_text('sentence1,sentence2\n"one\ntwo","a ""b"""\n')
+    assert E.read_rows(tmp_path / "b") == [{"sentence1": "one\ntwo", "sentence2": 'a "b"'}]
+    (tmp_path / "c.jsonl").write_text('{"sentence1": "x\u2028y"}\n')
+    assert E.read_rows(tmp_path / "c") == [{"sentence1": "x\u2028y"}]
+
+
 def test_nothing_of_dev_or_test_is_trained_on(tmp_path):
     lines = {
         "train": ["A dog runs.\tThe dog is running.", "A cat sits!\tOne cat sits there.", "Same.\tsame"],

@@ -1,5 +1,6 @@
 """The evaluation of packets: official answer measures, honest budgets, replay equal to text, files as promised, an overfit."""
 
+import gzip
 import json
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ import train
 from eval import latent
 from eval.answers import best_first, budget_arms, cut_bytes, cut_tokens, exact, f1, interval, normalise
 from model import ModelConfig, build
-from prepare import factqa, squad
+from prepare import factqa, sources, squad
 
 
 def test_measures_as_in_the_official_script():
@@ -57,7 +58,7 @@ def test_prepare_factqa_splits_by_person_and_value(tmp_path):
     factqa.main([f"--out={tmp_path}", f"--shards={tmp_path}/s", *sizes])
     facts = {}
     for split in ("train", "dev", "test"):
-        rows = factqa.read_jsonl(tmp_path / f"{split}.jsonl")
+        rows = sources.read(tmp_path / f"{split}.jsonl")
         assert len(rows) == (180 if split == "train" else 30) and len({r["id"] for r in rows}) == len(rows)
         for row in rows:
             value = row["answers"][0]
@@ -74,7 +75,7 @@ def test_prepare_factqa_splits_by_person_and_value(tmp_path):
     idx = np.fromfile(tmp_path / "s" / "facts" / "train-00000.idx", "<u8")
     doc = ids[int(idx[0]) : int(idx[1])]
     trained = tok.decode(doc[doc < 1 << 31].tolist())
-    row = factqa.read_jsonl(tmp_path / "lm.jsonl")[1]
+    row = sources.read(tmp_path / "lm.jsonl")[1]
     assert trained == "".join(f" {a}<|endoftext|>" for _, a in row["qa"])  # answers only, but in one document of eight
 
 
@@ -83,7 +84,7 @@ def test_prepare_squad_and_hotpot(tmp_path):
            {"id": "2", "question": "q2", "answers": [], "is_impossible": True}]  # fmt: skip
     (tmp_path / "s.json").write_text(json.dumps({"data": [{"paragraphs": [{"context": "c", "qas": qas}]}]}))
     squad.main([f"--source={tmp_path}/s.json", f"--out={tmp_path}/o"])
-    rows = factqa.read_jsonl(tmp_path / "o" / "train.jsonl")
+    rows = sources.read(tmp_path / "o" / "train.jsonl")
     assert [r["answers"] for r in rows] == [["x", "y"], [""]] and rows[0]["context"] == "c"
     lists = {"_id": "h", "question": "q", "answer": "yes", "context": [["T", ["a.", "b."]], ["U", ["c."]]], "supporting_facts": [["T", 1]]}
     dicts = {"id": "h", "question": "q", "answer": "yes", "context": {"title": ["T", "U"], "sentences": [["a.", "b."], ["c."]]},
@@ -92,10 +93,10 @@ def test_prepare_squad_and_hotpot(tmp_path):
         (tmp_path / f"{name}.json").write_text(json.dumps([row]))
         squad.main([f"--source={tmp_path}/{name}.json", f"--out={tmp_path}/{name}"])
         squad.main([f"--source={tmp_path}/{name}.json", f"--out={tmp_path}/{name}", "--split=gold", "--oracle"])
-        assert factqa.read_jsonl(tmp_path / name / "train.jsonl") == [
+        assert sources.read(tmp_path / name / "train.jsonl") == [
             {"context": "T: a. b.\nU: c.", "question": "q", "answers": ["yes"], "id": "h"}
         ]
-        (gold,) = factqa.read_jsonl(tmp_path / name / "gold.jsonl")
+        (gold,) = sources.read(tmp_path / name / "gold.jsonl")
         assert gold["context"] == "T: b." and gold["oracle"] is True
     with pytest.raises(SystemExit):
         squad.main([f"--source={tmp_path}/none.json", f"--out={tmp_path}/x"])
@@ -223,6 +224,18 @@ def test_what_every_arm_reads_went_over_the_wire(overfit, monkeypatch):
     )
     for arms in json.loads((overfit / "w" / "metrics.json").read_text())["arms"].values():
         assert max(arms[a]["em"] for a in ("latent16", "latent8", "shuffled")) < 1
+
+
+def test_only_a_line_feed_ends_a_row(tmp_path):
+    """U+2028 and U+0085 may stand inside a JSON string; a file of no rows at all is named in one line."""
+    rows = [{"context": "one\u2028two\x85three\u2029", "question": "q", "answers": []}, {"text": "t\u2028"}]
+    factqa.write_jsonl(tmp_path / "x.jsonl", rows)
+    assert latent_data.read_rows(tmp_path / "x.jsonl") == [rows[0] | {"answers": [""]}, rows[1]]
+    (tmp_path / "y.jsonl.gz").write_bytes(gzip.compress((tmp_path / "x.jsonl").read_bytes()))
+    assert sources.read(tmp_path / "y.jsonl.gz") == rows
+    (tmp_path / "z.jsonl").write_text("{broken\n")
+    with pytest.raises(SystemExit):
+        sources.read(tmp_path / "z.jsonl")
 
 
 def test_rows_without_what_is_needed_are_refused(tmp_path):

@@ -316,7 +316,8 @@ class Stream:
     def __init__(self, cfg, plan, rank, world, sides, reader, log=print):
         self.cfg, self.plan, self.rank, self.world, self.sides, self.reader = cfg, plan, rank, world, sides, reader
         files = cfg.data if isinstance(cfg.data, dict) else {"qa": cfg.data}
-        self.sources, self.names, self.step = {}, [], 0  # one loss per term, not per source: the terms say which source they are of
+        self.log, self.sources, self.step = log, {}, 0
+        self.names = []  # one loss per term, not per source: the terms say which source they are of
         for name, path in files.items():
             self.sources[name], dropped = sources_of(read_rows(path), cfg, sides)
             if not self.sources[name]:
@@ -350,12 +351,14 @@ class Stream:
         chosen = [(*self.take(name), rng.random()) for name in names]
         rng.shuffle(chosen)  # every micro-batch gets its share of each source
         bits = rng.choice(self.cfg.wire_bits) if self.cfg.wire_bits and row.eta >= self.cfg.wire_start else 0
-        micros = []
+        micros, cut = [], self.reader.cut
         for i in range(row.accum):
             first = (i * self.world + self.rank) * per_micro
             micros.append(
                 self.collate(chosen[first : first + per_micro]) | {"bits": bits, "first_k": self.cfg.first_k, "terms": terms_of(self.cfg)}
             )
+        if self.reader.cut and not cut:
+            self.log(f"data: step {self.step}: a source is longer than seq_len={self.cfg.seq_len}; its end is not read, nor that of others")
         self.step += 1
         return micros
 

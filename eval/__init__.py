@@ -53,10 +53,14 @@ def suffix(model) -> str:
     return "" if model.cfg.causal else "_noncausal"
 
 
-def bootstrap(top, bottom=None, draws=1000, seed=0):
-    """95 % interval of sum(top) / sum(bottom) (of the mean without `bottom`) over resampled documents, windows or runs."""
+def bootstrap(top, bottom=None, draws=1000, seed=0, group=None):
+    """95 % interval of sum(top) / sum(bottom) (of the mean without `bottom`) over resampled documents, windows or runs; what shares a
+    `group`, as questions about one passage do, is drawn together."""
     top = np.asarray(top, float)
     bottom = np.ones_like(top) if bottom is None else np.asarray(bottom, float)
+    if group is not None:
+        group = np.unique(group, return_inverse=True)[1]
+        top, bottom = np.bincount(group, top), np.bincount(group, bottom)
     if len(top) < 2:
         return [math.nan, math.nan]
     rng, values = np.random.default_rng(seed), []

@@ -10,6 +10,8 @@ import string
 
 import numpy as np
 
+from eval import bootstrap
+
 
 def normalise(text: str) -> str:
     text = "".join(c for c in text.lower() if c not in set(string.punctuation))
@@ -67,11 +69,10 @@ def budget_arms(side, row, n, cut, size):
     }
 
 
-def interval(a, b, resamples, seed):
-    """Mean of a - b and its paired bootstrap 95 % interval."""
+def interval(a, b, resamples, seed, group=None):
+    """Mean of a - b and its paired bootstrap 95 % interval; questions of one `group`, a passage, are drawn together."""
     d = np.array(a) - np.array(b)
-    means = d[np.random.default_rng(seed).integers(0, len(d), (resamples, len(d)))].mean(1)
-    return [float(d.mean()), *(float(x) for x in np.percentile(means, (2.5, 97.5)))]
+    return [float(d.mean()), *bootstrap(d, None, resamples, seed, group)]
 
 
 def zstd_size(raw: bytes):

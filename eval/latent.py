@@ -162,16 +162,17 @@ def arms_of(model, m, rows, packets, payload_bytes, opt):
     return arms
 
 
-def joint(model, rows, results, packets, bits):
+def joint(model, rows, results, packets, opt):
     """Every model's packet answer, scored by all models under the same packet; the likeliest one is the joint answer."""
-    arm, n_lms = f"latent{bits}", range(len(model.lms))
+    arm, packets, n_lms = f"latent{opt.bits[0]}", packets[opt.bits[0]], range(len(model.lms))
     answers = [[results[arm, m]["text"][i] for m in n_lms] for i in range(len(rows))]
     total = np.zeros((len(model.lms), len(rows)))
     for c in n_lms:
         for m in n_lms:
             side = model.sides[m]
-            prompts = [side.prompt(r["question"], slots=len(p)) for r, p in zip(rows, packets[bits], strict=True)]
-            total[c] += teacher_forced(model, m, prompts, [side.gold(a[c]) for a in answers], packets[bits])[0]
+            prompts = [side.prompt(r["question"], slots=len(p)) for r, p in zip(rows, packets, strict=True)]
+            for at in (slice(i, i + opt.batch) for i in range(0, len(rows), opt.batch)):
+                total[c, at] += teacher_forced(model, m, prompts[at], [side.gold(a[c]) for a in answers[at]], packets[at])[0]
     chosen = [a[c] for a, c in zip(answers, total.argmax(0), strict=True)]
     em = [exact(a, r["answers"]) for a, r in zip(chosen, rows, strict=True)]
     return {
@@ -182,17 +183,17 @@ def joint(model, rows, results, packets, bits):
     }
 
 
-def differences(results, m, opt):
+def differences(results, m, rows, opt):
     """The comparisons that decide; budgets are represented by their best kind on this very set, which favours them."""
 
     def best(prefix):
         return max((name for name, k in results if k == m and name.startswith(prefix + ":")), key=lambda n: np.mean(results[n, m]["em"]))
 
-    first, out = f"latent{opt.bits[0]}", {}
+    first, out, passage = f"latent{opt.bits[0]}", {}, [r["context"] for r in rows]
     pairs = [(first, "text"), (first, "none"), (first, best("tokens")), ("zero", "none"), ("shuffled", "none"), ("replay", "text")]
     pairs += [(f"latent{b}", best(f"bytes@{b}bit")) for b in opt.bits] + [(f"latent{b}", first) for b in opt.bits[1:]]
     for a, b in pairs:
-        out[f"{a} - {b}"] = {k: interval(results[a, m][k], results[b, m][k], opt.resamples, opt.seed) for k in ("em", "f1")}
+        out[f"{a} - {b}"] = {k: interval(results[a, m][k], results[b, m][k], opt.resamples, opt.seed, passage) for k in ("em", "f1")}
     return out
 
 
@@ -200,7 +201,9 @@ def read_from_text(opt) -> None:
     """Exact match of plain language models with and without the passage; what is not understood as text cannot be asked of a packet."""
     cfg = SimpleNamespace(compress="context", anchor="auto", bos="first")
     sides = [latent_data.Side(tokenizer.load(path), cfg) for path in opt.lms]
-    model = SimpleNamespace(sides=sides, lms=[latentwire.frozen(path) for path in opt.lms], device=torch.device("cpu"))
+    where = machine.find(opt.device, "auto")
+    lms = [latentwire.frozen(path).set_dtype(where.dtype).to(where.device) for path in opt.lms]
+    model = SimpleNamespace(sides=sides, lms=lms, device=where.device)
     rows = latent_data.read_rows(opt.data)[: opt.samples]
     for m, path in enumerate(opt.lms):
         em = []
@@ -216,22 +219,25 @@ def evaluate(opt) -> dict:
     model, state = latentwire.load(opt.ckpt)
     cfg = state["config"]
     where = machine.find(opt.device, cfg["dtype"])
+    torch.set_float32_matmul_precision("highest")  # fp32 means fp32 here
     model.set_dtype(where.dtype).to(where.device)
     qa = cfg["data"].get("qa") if isinstance(cfg["data"], dict) else cfg["data"]
     data = opt.data or str(Path(qa or "").parent / "test.jsonl")
     rows = [r for r in latent_data.read_rows(data) if "question" in r]
     asked = len(rows)
     rows = [r for r in rows if all(s.aligned(r["question"], r["answers"][0]) for s in model.sides)]
+    dropped = asked - len(rows)
     rows = random.Random(opt.seed).sample(rows, min(opt.samples, len(rows)))
     out = Path(opt.out or Path(opt.ckpt) / "eval")
     out.mkdir(parents=True, exist_ok=True)
-    key = checkpoint.digest_json([state["sha256"], [[r["context"], r["question"], r["answers"]] for r in rows], opt.max_new_tokens])
+    asks = [[r["context"], r["question"], r["answers"]] for r in rows]
+    key = checkpoint.digest_json([state["sha256"], asks, opt.max_new_tokens, opt.bits[0]])  # zero and shuffled arms are of the first width
     cache = out / "arms.json"
     kept = json.loads(cache.read_text()) if cache.exists() and not opt.fresh else {}
     kept = kept["arms"] if kept.get("key") == key else {}
 
     sources = [model.reader.source(r["context"], r["question"] if cfg["compress"] == "all" else None) for r in rows]
-    packets, payload_bytes = {}, {}
+    cut, packets, payload_bytes = model.reader.cut, {}, {}
     for bits in opt.bits:
         pairs = [model.packets(sources[i : i + opt.batch], bits) for i in range(0, len(rows), opt.batch)]
         packets[bits] = [p for _, ps in pairs for p in ps]
@@ -249,15 +255,16 @@ def evaluate(opt) -> dict:
             metrics["arms"][path] = {name: summary(results[name, m]) for name in arms}
             metrics["arms"][path]["text"]["seconds"] = text_time
             metrics["arms"][path][f"latent{opt.bits[0]}"]["seconds"] = latent_time
-            metrics["intervals"][path] = differences(results, m, opt)
-        metrics["joint"] = joint(model, rows, results, packets, opt.bits[0])
+            metrics["intervals"][path] = differences(results, m, rows, opt)
+        metrics["joint"] = joint(model, rows, results, packets, opt)
     cache.write_text(json.dumps({"key": key, "arms": kept}))
     raw = [r["context"].encode() if cfg["compress"] == "context" else f"{r['context']}\n{r['question']}".encode() for r in rows]
     zstd = [zstd_size(r) for r in raw]
     slots = [len(p) for p in packets[opt.bits[0]]]
     metrics = {
         "samples": len(rows),
-        "dropped": asked - len(rows) if asked < opt.samples else 0,
+        "dropped": dropped,  # their answer begins inside a token
+        "cut": cut,  # sources longer than seq_len, whose end was not read
         "latent_len": statistics.mean(slots),
         "tokens_per_slot": sum(map(len, sources)) / sum(slots),
         "bits": list(opt.bits),

@@ -53,6 +53,16 @@ def test_interval_of_a_paired_difference():
     assert low < mean < high and abs(mean - 0.1) < 0.01 and high - low < 0.01  # paired: the spread of b cancels
 
 
+def test_questions_of_one_passage_are_drawn_together():
+    """All questions of a passage are right or wrong together: the interval is that of the passages, whatever is asked about each."""
+    right = np.random.default_rng(0).random(60) < 0.5
+    one = interval(right * 1.0, right * 0.0, 4000, 1)
+    ten = interval(np.repeat(right, 10) * 1.0, np.zeros(600), 4000, 1, [f"passage {i // 10}" for i in range(600)])
+    assert ten == pytest.approx(one, abs=0.02) and ten[2] - ten[1] > 0.2
+    ragged = [0, 0, 0, 1, 2, 2]  # weighed by questions, not by passages
+    assert interval(np.ones(6), [1, 1, 1, 0, 0, 0], 9, 1, ragged)[0] == 0.5
+
+
 def test_prepare_factqa_splits_by_person_and_value(tmp_path):
     sizes = ["--train=60", "--dev=30", "--test=30", "--lm_docs=40", "--natural_docs=5", "--facts=3", "--distractors=2", "--bpe=300"]
     factqa.main([f"--out={tmp_path}", f"--shards={tmp_path}/s", *sizes])
@@ -195,11 +205,33 @@ def test_arms_are_cached_until_something_changes(overfit, monkeypatch):
     assert len(runs) == 2 * first
     latent.main([*args[:4], "--max_new_tokens=3", args[-1]])
     assert len(runs) == 3 * first
+    latent.main([*args[:2], "--bits=(16,8)", args[3], "--max_new_tokens=3", args[-1]])  # other zero and shuffled packets
+    assert len(runs) == 4 * first + 2 * 4  # and for each model one width more, with its three budgets of bytes
 
 
-def test_readers_that_cannot_read_are_named(overfit, capsys):
+def test_few_at_a_time_and_what_was_left_out_is_counted(overfit, tmp_path, monkeypatch):
+    sizes, real = [], latent.teacher_forced
+    monkeypatch.setattr(latent, "teacher_forced", lambda model, m, prompts, *a: sizes.append(len(prompts)) or real(model, m, prompts, *a))
+    monkeypatch.setattr(latent_data.Side, "aligned", lambda self, question, answer: answer != "b")
+    rows = sources.read(overfit / "train.jsonl")
+    factqa.write_jsonl(tmp_path / "x.jsonl", [*rows, rows[1] | {"context": "long " * 20, "answers": []}])
+    args = f"--ckpt={overfit}/run --data={tmp_path}/x.jsonl --bits=(8,) --resamples=9 --max_new_tokens=2 --out={tmp_path}".split()
+    latent.main([*args, "--batch=3"])
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert max(sizes) == 3 and metrics["samples"] == 8 and metrics["dropped"] == 1 and metrics["cut"] == 1
+    latent.main([*args, "--batch=64", "--samples=5"])
+    again = json.loads((tmp_path / "metrics.json").read_text())
+    assert again["samples"] == 5 and again["dropped"] == 1 and max(sizes) == 5
+
+
+def test_readers_that_cannot_read_are_named(overfit, capsys, monkeypatch):
     lms = f"--lms=('{overfit}/a', '{overfit}/b')"
     latent.main([lms, f"--data={overfit}/train.jsonl", "--max_new_tokens=2"])
+    ran, real = [], latent.run_arm
+    monkeypatch.setattr(latent, "run_arm", lambda model, *a: ran.append(str(model.lms[0].dtype)) or real(model, *a))
+    latent.main([lms, f"--data={overfit}/train.jsonl", "--max_new_tokens=2"])
+    fast = latent.machine.find("auto", "auto").dtype
+    assert set(ran) == {str(fast)}  # as every other evaluation of it, on the device that was asked for
     assert "exact match from text 0.000" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         latent.main([lms, f"--data={overfit}/train.jsonl", "--max_new_tokens=2", "--require=0.95"])

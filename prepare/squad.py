@@ -3,6 +3,8 @@
     python -m prepare.squad --source=train-v1.1.json --out=data/squad                  # the official files of SQuAD v1 and v2
     python -m prepare.squad --source=hotpot_dev_distractor_v1.json --out=data/hotpot --split=dev
     python -m prepare.squad --source=rows.parquet --out=data/mine                      # .json .jsonl .jsonl.gz .parquet
+    python -m prepare.squad --source=rows.jsonl --out=data/mine --passages=600                    # one file, two splits: no passage in both
+    python -m prepare.squad --source=rows.jsonl --out=data/mine --split=test --skip_passages=600
     python -m prepare.squad --source=rajpurkar/squad_v2 --out=data/squad2 --split=validation    # a name that `datasets` knows
 
 Every reference answer is kept; a question without an answer has answers [""]. Hotpot's context is all of its paragraphs as given, each
@@ -24,6 +26,7 @@ DEFAULTS = dict(
     oracle=False,  # hotpot: supporting sentences only
     limit=0,  # questions kept, the first ones; 0: all
     passages=0,  # passages kept, the first ones; 0: all
+    skip_passages=0,  # the first ones are left out: those that went into another split
 )
 
 
@@ -88,10 +91,15 @@ def convert(data, oracle: bool):
 
 def main(argv=None) -> None:
     cfg = configurator.args(DEFAULTS, sys.argv[1:] if argv is None else argv, __doc__)
-    rows, passages, seen = [], set(), set()
+    rows, passages, seen, skipped = [], set(), set(), set()
     for row in convert(read(cfg.source, cfg.split), cfg.oracle):
-        if (cfg.limit and len(rows) == cfg.limit) or (cfg.passages and len(passages | {row["context"]}) > cfg.passages):
+        if len(skipped) < cfg.skip_passages or row["context"] in skipped:
+            skipped.add(row["context"])
+            continue
+        if cfg.limit and len(rows) == cfg.limit:
             break
+        if cfg.passages and len(passages | {row["context"]}) > cfg.passages:
+            continue
         if row["id"] in seen:
             configurator.die(f"{cfg.source}: the id {row['id']} stands there twice")
         seen.add(row["id"])

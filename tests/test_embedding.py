@@ -277,7 +277,7 @@ def test_tables_are_read_as_their_kind_says(tmp_path):
     assert E.read_rows(tmp_path / "c") == [{"sentence1": "x\u2028y"}]
 
 
-def test_nothing_of_dev_or_test_is_trained_on(tmp_path):
+def test_nothing_of_dev_or_test_is_trained_on(tmp_path, monkeypatch):
     lines = {
         "train": ["A dog runs.\tThe dog is running.", "A cat sits!\tOne cat sits there.", "Same.\tsame"],
         "dev": [],
@@ -287,6 +287,10 @@ def test_nothing_of_dev_or_test_is_trained_on(tmp_path):
         (tmp_path / f"sts-{split}.csv").write_text("".join(f"main\tx\t2012\t1\t5.0\t{pair}\n" for pair in pairs))
     sts.main([f"--from={tmp_path}", f"--out={tmp_path / 'sts'}"])
     assert json.loads((tmp_path / "sts/pairs.jsonl").read_text()) == {"query": "A dog runs.", "positive": "The dog is running."}
+    sick = {"sentence1": "The dog is RUNNING", "sentence2": "z", "score": 1.0}
+    monkeypatch.setattr(sts, "from_hub", lambda: sts.from_archive(tmp_path) | {"sickr-test": [sick]})
+    sts.main(["--from=hub", f"--out={tmp_path / 'both'}"])
+    assert not (tmp_path / "both/pairs.jsonl").exists()  # nothing is left: SICK-R scores a sentence of the other pair
 
 
 def test_official_tasks_read_local_files(tmp_path):

@@ -112,6 +112,16 @@ def test_prepare_squad_and_hotpot(tmp_path):
         squad.main([f"--source={tmp_path}/none.json", f"--out={tmp_path}/x"])
 
 
+def test_two_splits_of_one_file_share_no_passage(tmp_path):
+    """Passages come back later in the file, and still stand on one side only."""
+    rows = [{"context": f"c{i * i % 7}", "question": "q", "answers": ["a"], "id": str(i)} for i in range(20)]
+    factqa.write_jsonl(tmp_path / "rows.jsonl", rows)
+    squad.main([f"--source={tmp_path}/rows.jsonl", f"--out={tmp_path}", "--passages=2"])
+    squad.main([f"--source={tmp_path}/rows.jsonl", f"--out={tmp_path}", "--split=test", "--skip_passages=2"])
+    train, test = ({r["context"] for r in sources.read(tmp_path / f"{name}.jsonl")} for name in ("train", "test"))
+    assert train == {"c0", "c1"} and test == {"c2", "c4"} and len(sources.read(tmp_path / "train.jsonl")) == 8
+
+
 @pytest.fixture(scope="module")
 def overfit(tmp_path_factory):
     """Two tiny readers that know nothing, steered by packets alone to eight one-letter answers in some seconds."""

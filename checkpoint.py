@@ -171,11 +171,14 @@ def rotate(run, step, keep):
 
 
 def save(run, step, model, optimizer, state: dict, keep, metric=None, is_best=False):
-    """Called by every rank, written by the first; -> bytes on disk. Keeps the newest `keep` steps and the best."""
+    """Called by every rank (the others help where weights are sharded), written by the first; -> bytes on disk."""
+    helps = int(os.environ.get("RANK", 0))
+    if helps and not any(hasattr(p, "full_tensor") for p in model.parameters()):
+        return 0
     weights, moments = {n: whole(t) for n, t in model.state_dict().items()}, {f"fp8/{k}": t.cpu() for k, t in state.pop("fp8", {}).items()}
     for name, p in model.named_parameters() if optimizer else ():
         moments |= {f"{name}.{kind}": whole(value) for kind, value in optimizer.state.get(p, {}).items()}
-    if int(os.environ.get("RANK", 0)):
+    if helps:
         return 0
     run, name = Path(run), f"step-{step:06d}"
     new, final = run / f".tmp-{name}", run / name

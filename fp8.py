@@ -88,7 +88,8 @@ def matmul(state, one, x, weight, bias):
     if not (state.on and state.live) or weight.shape != one.wq.shape:  # a row slice of a fused weight has no FP8 copy
         return state.plain(x, weight, bias)
     flat = x.reshape(-1, x.shape[-1])
-    padded = F.pad(flat, (0, 0, 0, -flat.shape[0] % 16))  # wgrad contracts over tokens, in sixteens; zero rows add nothing
+    odd = -flat.shape[0] % 16  # wgrad contracts over tokens, in sixteens; zero rows add nothing
+    padded = F.pad(flat, (0, 0, 0, odd)) if odd else flat
     y = Matmul.apply(padded, weight, one.wq, one.wqt, one.inv, state, one.use, one.slot)[: flat.shape[0]]
     if state.watch is not None:
         state.watch(one, flat, weight, y)
@@ -224,5 +225,5 @@ def load_memory(model, saved):
         elif "history" in saved and saved["history"].shape == state.history.shape:
             for key, value in saved.items():
                 getattr(state, key).copy_(value)
-            state.warm = True
+            state.warm = bool(state.history.any())  # saved before the first FP8 step, it has heard nothing yet
     refresh(model, step=False)

@@ -27,9 +27,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
+import ops
 from configurator import die
 from kernels import ACTIVATIONS, glu, gumbel, polyglu_mix
-from ops import FEW, Gather, Thin, WindowMean, attention, fp16_products, full, laid_out, linear_cross_entropy, norm_rotate, rms_norm, rotate
+from ops import Gather, Thin, WindowMean, attention, full, linear_cross_entropy, matmul32, norm_rotate, rms_norm, rotate
 
 Gate = Literal["running", "lagged", "token", "static", "sequence"]
 
@@ -163,7 +164,8 @@ class Segments:
 
     def attend(self, q, k, v):
         """q (Nq, H, E), k and v (Nk, G, E) -> (Nq, H, E)"""
-        if q.device.type != "cpu" and q.dtype in (torch.bfloat16, torch.float16):  # `meta` too: tests trace it as a GPU would run it
+        fits = q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+        if q.device.type != "cpu" and fits:  # `meta` too: tests trace it as a GPU would run it
             window = (-1, 0) if self.causal else (-1, -1)
             return varlen_kernel()(q, k, v, self.cu_q, self.cu_k, self.max_q, self.max_k, window_size=window)
         if self.calls is None:
@@ -405,6 +407,7 @@ class Cache:
         rows, width = ids.shape
         device = ids.device
         self.pos = torch.tensor(self.lengths, device=device)[:, None] + torch.arange(width, device=device)  # (B, T)
+        self.last = torch.tensor(self.count, device=device)[:, None]
         self.rope, self.tau, self.noise = model.rope(self.pos.flatten() + self.offset(model)), model.tau, None
         self.depth = {id(b.attn): i for i, b in enumerate(model.decoder.blocks)}
         self.even, keys = len(set(self.lengths)) == 1, max(self.lengths) + width
@@ -451,8 +454,7 @@ class Cache:
         take = lambda index: total.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, total.shape[-1]))  # noqa: E731
         count = self.pos + 1
         mean = total[:, 1:]
-        first = self.pos[:, :1]
-        last = torch.tensor(self.count, device=p.device)[:, None]
+        first, last = self.pos[:, :1], self.last
         if ffn.gate == "lagged":
             count = self.pos // ffn.gate_block * ffn.gate_block  # tokens before this token's block
             mean = torch.where((count > first)[..., None], take(count - first), before)
@@ -553,8 +555,11 @@ class Transformer(nn.Module):
         return linear_cross_entropy(self.head_input(hidden), self.head_weight, targets, self.cfg.vocab_size, weight)
 
     def predict(self, hidden):
-        """Logits (..., V) in fp32, padding rows left out."""
-        return full(matmul(self.head_input(hidden), self.head_weight[: self.cfg.vocab_size], None))
+        """Logits (..., V) in fp32, padding rows left out; without gradients a GPU never rounds them to bf16."""
+        x, weight = self.head_input(hidden), self.head_weight[: self.cfg.vocab_size]
+        if torch.is_grad_enabled():
+            return full(matmul(x, weight, None))
+        return full(matmul32(x.flatten(0, -2), weight.to(x.dtype).t())).unflatten(0, hidden.shape[:-1])
 
     def logits(self, ids, enc_ids=None):
         """(B, T) ids -> (B, T, V); an encoder-decoder reads enc_ids (B, S) first."""
@@ -594,8 +599,8 @@ class Transformer(nn.Module):
 
     # -- as it is used
 
-    def lean(self, rows: int = 1):
-        """Lay out the weights for reading `rows` tokens at once, for good: this model is not trained any more.
+    def lean(self, rows: int = 1, head: bool = True):
+        """Lay out the weights for reading `rows` tokens at once, for good: this model is not trained any more. head: it also predicts.
 
         Matmuls then read weights in the activation dtype (a fp32 master cast at every token costs most of the time of decoding).
         """
@@ -603,16 +608,16 @@ class Transformer(nn.Module):
         parts = [module for module in self.modules() if isinstance(module, (Linear, Embedding))]
         for module in parts:
             module.weight.data = module.weight.data.to(self.dtype)
-        half = fast and rows <= FEW and all(fp16_products(module.weight) for module in parts)
+        half = fast and ops.half_fits([module.weight for module in parts], rows)
         self.dtype = torch.float32 if half else self.dtype  # of activations
         for module in parts:
             if fast and isinstance(module, Linear):
-                module.forward = laid_out(module.weight, rows, module.bias, half)
+                module.forward = ops.laid_out(module.weight, rows, module.bias, half)
         for module in self.modules():
             if isinstance(module, Attention) and module.normed:
                 module.qk_weight = functools.partial(torch.Tensor.detach, module.qk_weight())
-        if fast:
-            head = laid_out(self.head_weight, rows, half=half)
+        if fast and head:
+            head = ops.laid_out(self.head_weight, rows, half=half)
             self.predict = lambda hidden: head(self.head_input(hidden))[..., : self.cfg.vocab_size].float()
         return self
 
@@ -729,7 +734,7 @@ class Embedder(nn.Module):
 
         dtype = dtype or find(str(device)).dtype
         model, tok, found = read(path)
-        return cls(model.set_dtype(dtype).to(device).eval().lean(rows=2048), tok, **found | settings)
+        return cls(model.set_dtype(dtype).to(device).eval().lean(2048, head=False), tok, **found | settings)
 
     def forward(self, batch):
         """-> hidden (N, D), pooled (S, D) in fp32."""

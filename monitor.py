@@ -1,17 +1,23 @@
-"""What a run tells about itself, and how its data mix may answer: a step's worth, statistics, surprise ratios, auto_mix.
+"""What a run tells about itself, and how its data mix may answer: logs, a step's worth, statistics, surprise ratios, auto_mix.
 
-All but `Meter` runs at evaluations, logged steps or every `stats_every`, on the raw uncompiled module; no other step pays for it.
+All but `Log` and `Meter` runs at evaluations, logged steps or every `stats_every`, on the raw uncompiled module; no other step pays for it.
 Read next: train.py, which logs what these return; fp8.py, whose operands `fp8_statistics` measures.
 """
 
+import json
 import math
+import os
 import statistics as stats
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
+import checkpoint
+import configurator
 import data
 import fp8
 from configurator import die
@@ -84,6 +90,46 @@ class Meter:
         return record, line + (f" | T {row.seq_len}" if self.cfg.stages else "")
 
 
+class Log:
+    """stdout and metrics.jsonl always, wandb and TensorBoard when asked for. Only rank 0 has one."""
+
+    def __init__(self, cfg, out: Path, start: int):
+        self.path, self.bar, self.sinks = out / "metrics.jsonl", None, []
+        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() and start else []
+        lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]  # not what came after the last save
+        checkpoint.write_text(self.path, "".join(lines))
+        if cfg.wandb:
+            import wandb
+
+            kept, ask = out / "wandb_id", os.environ.get  # what the environment says goes first
+            known = ask("WANDB_RUN_ID") or (kept.read_text() if kept.exists() and start else None)
+            where = {"project": ask("WANDB_PROJECT", "prism"), "name": ask("WANDB_NAME", out.name), "dir": ask("WANDB_DIR", str(out))}
+            run = wandb.init(**where, config=configurator.to_dict(cfg), resume="allow", id=known)
+            checkpoint.write_text(kept, run.id)
+            self.sinks.append((lambda row: run.log(row, step=row["step"]), run.finish))
+        if cfg.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            board = SummaryWriter(str(out), purge_step=start or None)
+            self.sinks.append((lambda row: [board.add_scalar(k, v, row["step"]) for k, v in row.items() if k != "step"], board.close))
+
+    def say(self, text):
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+    def row(self, row: dict):
+        row = {k: v for k, v in row.items() if v is not None and not (isinstance(v, float) and not math.isfinite(v))}  # JSON has no NaN
+        row["time"] = round(time.time(), 2)
+        with open(self.path, "a") as f:
+            f.write(json.dumps(row) + "\n")
+        for write, _ in self.sinks:
+            write(row)
+
+    def close(self):
+        for _, close in self.sinks:
+            close()
+
+
 # ---- statistics ---------------------------------------------------------------------------------------------------------
 
 
@@ -136,13 +182,15 @@ def measure(name, x, kind, scale):
 def fp8_statistics(model, loss):
     """One row per FP8 operand, worst signal-to-noise first, from a forward and backward of `loss()`. Touches neither .grad nor the
     histories: a run that looks is the run that does not."""
-    state, rows = getattr(model, "fp8", None), []
+    state, rows = getattr(model, "fp8", None), {}
     if not state or not state.ones or not state.on:
-        return rows
+        return []
 
     def look(name, x, kind, slot):
         old = state.delayed and state.warm and slot is not None
-        rows.append(measure(name, x, kind, state.scale[slot] if old else fp8.scale_of(x.detach().abs().amax(), kind, state.margin)))
+        if name not in rows:  # a recomputed block is met twice
+            scale = state.scale[slot] if old else fp8.scale_of(x.detach().abs().amax(), kind, state.margin)
+            rows[name] = measure(name, x, kind, scale)
 
     def watch(one, x, weight, y):
         look(f"{one.name}.x", x, fp8.E4M3, one.slot)
@@ -154,7 +202,7 @@ def fp8_statistics(model, loss):
     torch.autograd.grad(loss(), next(p for p in model.parameters() if p.requires_grad))
     state.watch = None
     state.now.copy_(now)
-    return sorted(rows, key=lambda row: row["snr_db"])
+    return sorted(rows.values(), key=lambda row: row["snr_db"])
 
 
 def entropy(p):
@@ -234,6 +282,7 @@ def over_domains(rows, suffix=""):
     more = {}
     for metric in ("loss", "bpb"):
         each = {k.split("/")[1]: v for k, v in rows.items() if k.startswith("val/") and k.endswith(metric + suffix)}
+        each = {k: v for k, v in each.items() if k[-6:] != "_split" or k[:-6] not in each}  # a source has a domain of its name
         if each:
             more[f"val/mean/{metric}{suffix}"] = sum(each.values()) / len(each)
         if len(each) > 1:

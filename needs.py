@@ -56,6 +56,10 @@ def idle(cfg, argv=()):
         for key in keys.split() if not any(met(cfg, part) for part in need.split(" or ")) else ():
             if getattr(cfg, key) != getattr(type(cfg), key):
                 found.setdefault(key, need)
+    for given, keys in (("rows", "tokens_per_step micro_tokens"), ("clip", "clip"), ("mix", "mix")):
+        for key in keys.split() if cfg.stages and all(given in row for row in cfg.stages) else ():
+            if getattr(cfg, key) != getattr(type(cfg), key):
+                found.setdefault(key, f"a stage without `{given}`")
     for key, need in found.items():
         if f"--{key}" in typed:
             die(f"--{key}={getattr(cfg, key)} would do nothing here: it needs {need}")

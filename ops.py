@@ -95,8 +95,6 @@ def rms_norm(x, weight, eps):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, statistics in fp32; weight (D,), or (H, D) of its own for every head."""
     if _eager_cpu(x):
         return _on_cpu(x, weight, eps, None, None)
-    if weight.dim() == 1:
-        return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
     return (F.rms_norm(full(x), x.shape[-1:], None, eps) * weight).to(x.dtype)
 
 
@@ -142,6 +140,8 @@ def attention(q, k, v, mask, causal):
     SDPA, but for bf16 on a CPU: there it takes up to ten times as long as two matmuls and a softmax (LOG.md), as long as the scores of a
     few hundred tokens are no burden.
     """
+    if q.is_cuda and q.dtype == torch.float32:  # grouped heads in fp32 would take the slowest kernel there
+        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
     if not (q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= 1024):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
     shape, share = q.shape, q.shape[1] // k.shape[1]  # the queries of one key head lie behind one another: no key is repeated
@@ -153,31 +153,32 @@ def attention(q, k, v, mask, causal):
     return torch.bmm(scores.softmax(-1), v).view(shape[0], -1, share, *shape[2:]).flatten(1, 2)
 
 
-def fp16_products(weight):
-    """Whether FBGEMM's product of a few fp32 rows with an fp16 matrix can stand for the bf16 one: it streams twice as many weights a second
-    (LOG.md), and every bf16 number of ordinary size is an fp16 number."""
-    here = weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and "fbgemm" in torch.backends.quantized.supported_engines
-    return here and bool(weight.abs().max() < 65504)
+FEW = 3  # rows of a product; from four on the blocked form of oneDNN is as fast
+
+
+def half_fits(weights, rows):
+    """Whether FBGEMM's product of a few fp32 rows with an fp16 matrix can stand for the bf16 one: it streams up to twice as many weights
+    a second (LOG.md), and bf16 numbers from 6e-5 to 65,504 are fp16 numbers; smaller ones move by 3e-8 at most."""
+    fits = rows <= FEW and "fbgemm" in torch.backends.quantized.supported_engines
+    return fits and all(w.dtype == torch.bfloat16 and w.device.type == "cpu" and bool(w.abs().max() < 65504) for w in weights)
 
 
 def laid_out(weight, rows, bias=None, half=False):
     """x -> F.linear(x, weight, bias) for `rows` rows at a time, with the weight in the order that a CPU's vector units want: in fp32 one
     row streams a transposed matrix twice as fast; `half` is the above, for fp32 x; everything else takes the blocked form of oneDNN.
     Later changes of the weight are not seen."""
+    bias = None if bias is None else bias.detach().to(weight.dtype)
     if weight.dtype == torch.float32 and rows == 1:
         if weight.shape[0] >= weight.shape[1]:
             weight.data = weight.data.t().contiguous().t()
         return lambda x: F.linear(x, weight, bias)
-    weight, bias = weight.detach(), None if bias is None else bias.detach().to(weight.dtype)
+    weight = weight.detach()
     if half:
         few = torch.ops.quantized.linear_prepack_fp16(weight.float(), None if bias is None else bias.float())
         many = lambda x: F.linear(x.to(weight.dtype), weight, bias).float()  # noqa: E731 (a prompt)
         return lambda x: torch.ops.quantized.linear_dynamic_fp16(x, few) if x.shape[0] <= FEW else many(x)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
     return lambda x: torch.ops.mkldnn._linear_pointwise.default(x, packed, bias, "none", [], "")
-
-
-FEW = 3  # rows of a product; from four on the blocked form is as fast
 
 
 # ---- the gate of PolyGLU ------------------------------------------------------------------------------------------------
@@ -223,14 +224,14 @@ class WindowMean(torch.autograd.Function):
 
     @staticmethod
     def sums(x, start, end):
-        total = F.pad(x.double().cumsum(0), (0, 0, 1, 0))  # (N + 1, C)
+        total = F.pad(x.double().t().contiguous().cumsum(1), (1, 0)).t()  # (N + 1, C); along dim 0 a GPU would walk it with 32 threads
         return total[end] - total[start]
 
 
 # ---- the head -----------------------------------------------------------------------------------------------------------
 
 
-def _matmul32(a, b):
+def matmul32(a, b):
     """bf16 operands, fp32 result. CPUs have no such GEMM: there the result is rounded to bf16 on the way."""
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda and a.dtype == torch.bfloat16 else (a @ b)
 
@@ -283,7 +284,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             rows = slice(lo, min(lo + chunk, n)) if index is None else index[lo : lo + chunk]
             x, ok = h[rows], keep[rows]
             target = targets[rows].clamp(min=0)[:, None]
-            logits = _matmul32(x, w.t())  # (chunk, Vpad)
+            logits = matmul32(x, w.t())  # (chunk, Vpad)
             logits[:, vocab:] = -math.inf
             scale = None if token_weight is None else token_weight[rows].to(acc)[:, None]
             dx, nll[rows] = (_gradient_rows if h.is_cuda else _gradient_blocks)(logits, target, ok, scale)
@@ -293,7 +294,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if dw.dtype == h.dtype:
                     dw.addmm_(dx.t(), x)
                 else:
-                    dw += _matmul32(dx.t(), x)
+                    dw += matmul32(dx.t(), x)
         ctx.grads = (dh, dw)
         ctx.like = weight.shape, weight.dtype
         total = nll.sum() if token_weight is None else (nll * token_weight).sum()

@@ -75,7 +75,9 @@ def resolve(cfg, hw):
         die(f"fp8_attention needs precision=te, te_block, Hopper, cuDNN attention and no block scaling; {asked}: use --fp8_attention=False")
     used, why = cfg.precision, []
     if used == "te" and not hw.te:
-        used, why = "fp8", ["transformer_engine is not installed"]
+        if cfg.fp8_recipe == "block" or cfg.fp8_format == "mxfp8" or cfg.fp8_attention:
+            die(f"transformer_engine is not installed and {asked}: install it, or use --fp8_recipe=current --fp8_format=hybrid")
+        used, why = "fp8", ["transformer_engine is not installed" + ", so te_block has no effect" * cfg.te_block]
     if used != "bf16" and not hw.cuda and not (used == "fp8" and cfg.fp8_emulate):
         used, why = "bf16", [*why, hw.name]
     if used != "bf16" and hw.cuda and hw.capability < (8, 9):
@@ -211,6 +213,7 @@ def te_apply(model, cfg, state, tokens):
     odd = [
         k for k, bad in {"arch": m.arch != "decoder", "ffn": m.ffn != "swiglu" or m.act != "silu", "qkv_bias": m.qkv_bias}.items() if bad
     ]
+    odd += ["fp8_filter"] * (cfg.fp8_filter not in ("all", "table"))  # all of it, whatever the table says
     odd += ["rope_bf16"] * m.rope_bf16 + ["micro_tokens"] * bool(tokens % 32)
     if odd:
         die(f"te_block=True cannot express {odd[0]}={getattr(cfg, odd[0])}: use --te_block=False")
@@ -240,7 +243,8 @@ def te_matmul(state, twin, x, weight, bias):
         return state.plain(x, weight, bias)
     flat = x.reshape(-1, x.shape[-1])
     with torch.autocast("cuda", torch.bfloat16):  # else it refuses fp32 weights
-        y = twin(F.pad(flat, (0, 0, 0, -flat.shape[0] % 32)))[: flat.shape[0]]  # mxfp8 wants 32, the others 16
+        odd = -flat.shape[0] % 32  # mxfp8 wants 32, the others 16
+        y = twin(F.pad(flat, (0, 0, 0, odd)) if odd else flat)[: flat.shape[0]]
     return y.to(x.dtype).reshape(*x.shape[:-1], -1)
 
 

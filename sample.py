@@ -161,7 +161,7 @@ def main(argv):
     opt = configurator.args(defaults | {"allow_noncausal": False, "beams": 1}, argv, __doc__)
     good = {"max_new_tokens": opt.max_new_tokens > 0, "temperature": opt.temperature >= 0, "num_samples": opt.num_samples > 0}
     good |= {"top_k": opt.top_k >= 0, "top_p": 0 < opt.top_p <= 1, "dtype": opt.dtype in ("auto", "float32", "bfloat16")}
-    good |= {"system": opt.chat or not opt.system, "mode": opt.mode is None or opt.mode in "RXSI", "beams": opt.beams > 0}
+    good |= {"system": opt.chat or not opt.system, "mode": opt.mode in (None, *"RXSI"), "beams": opt.beams > 0}
     if opt.beams > 1 and (opt.temperature or opt.num_samples > 1):
         die(f"--beams={opt.beams} looks for one likeliest text: add --temperature=0 and no --num_samples")
     for key in [key for key, fine in good.items() if not fine]:

@@ -108,6 +108,15 @@ class Tokenizer:
             os.replace(new, pathlib.Path(folder, name))
 
 
+def expect_same(run, shards):
+    """Stops unless the ids of text mean the same in both folders. Markers may differ: a run may have added some."""
+    a, b = load(run), load(shards)
+    marks = {*a.special.values(), *b.special.values()}
+    text = lambda tok: [token for i, token in enumerate(tok.table[: min(len(a.table), len(b.table))]) if i not in marks]  # noqa: E731
+    if a.fingerprint != b.fingerprint and (text(a) != text(b) or a.encode(SAMPLE) != b.encode(SAMPLE)):
+        die(f"{shards} is in another tokenizer ({b.name}) than {run} ({a.name}): prepare it again with --tokenizer={run}")
+
+
 def foreign(read):
     """What a reader trips over in a file from elsewhere is that file's fault, and said in one line."""
 

@@ -14,11 +14,12 @@ Read next: model.py (what is trained), data.py (the batches), optim.py (the plan
 import prelude  # isort: skip  # noqa: F401
 
 import errno
+import functools
 import itertools
-import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -173,7 +174,7 @@ def evaluate(model, val, machine, shares: bool) -> dict[str, float]:
             nats = nats + model.nll(model(batch), batch["targets"])[0].double()
             count, size = count + token_counts(batch)["loss"], size + batch.get("bytes", 0)
         nats, count, size = total([float(nats), count, size], machine)
-        rows[f"val/{name}/loss{suffix}"] = nats / max(count, 1)
+        rows |= {f"val/{name}/loss{suffix}": nats / max(count, 1), f"val/{name}/ppl{suffix}": math.exp(min(nats / max(count, 1), 700))}
         if size:
             rows[f"val/{name}/bpb{suffix}"] = nats / (math.log(2) * size)
     if model.cfg.ffn == "polyglu" and model.cfg.arch == "decoder" and val:
@@ -182,14 +183,14 @@ def evaluate(model, val, machine, shares: bool) -> dict[str, float]:
     return rows | monitor.over_domains(rows, suffix)
 
 
-def examine(cfg, model, val, row, step, end, machine) -> dict[str, float]:
+def examine(cfg, model, sets, row, step, end, machine) -> dict[str, float]:
     """One evaluation, in bf16. Domains take part in every `domains_every`-th; without them there is no mean to be the best by."""
-    whole = end or not cfg.eval_every or step // cfg.eval_every % cfg.domains_every == 0
+    whole = end or not cfg.eval_every or step // cfg.eval_every % max(1, cfg.domains_every) == 0
     shares, some = cfg.parallel == "ddp", lambda sets: {k: v for k, v in sets.items() if whole or "document" not in v[0]}
     with fp8.evaluation(model):
-        metrics = evaluate(model, some(val), machine, shares)
+        metrics = evaluate(model, some(sets(0)), machine, shares)
         if cfg.eval_stage:
-            again = evaluate(model, some(held_out(cfg, row.seq_len)), machine, shares)
+            again = evaluate(model, some(sets(row.seq_len)), machine, shares)
             metrics |= {k.replace("val/", "val_L/", 1): v for k, v in again.items() if k.startswith("val/")}
     return metrics if whole else {k: v for k, v in metrics.items() if "/mean/" not in k}
 
@@ -199,10 +200,15 @@ def sources(cfg) -> dict[str, str]:
 
 
 def check_vocabulary(cfg):
+    """The data's ids fit the model, and mean what they meant to the weights that it starts from."""
     for path in sources(cfg).values() if cfg.objective in ("lm", "denoise") else ():
         tokens = data.read_manifest(Path(path))["tokenizer"]["vocab_size"]
         if tokens > cfg.vocab_size:
             die(f"vocab_size={cfg.vocab_size} is too small for the {tokens} tokens of {path}; set --vocab_size={tokens}")
+        if cfg.init_from and (checkpoint.resolve(cfg.init_from).parent / "tokenizer").is_dir():
+            import tokenizer
+
+            tokenizer.expect_same(checkpoint.resolve(cfg.init_from).parent, path)
 
 
 def held_out(cfg, length=0) -> dict[str, list]:
@@ -213,7 +219,8 @@ def held_out(cfg, length=0) -> dict[str, list]:
         micro = max(min(cfg.micro_tokens or cfg.tokens_per_step, 16384), longest)
         how = {"packing": "windows" if length else cfg.packing}
         val = {name: data.val_batches(path, longest, cfg.eval_tokens, micro, **how) for name, path in sources(cfg).items()}
-        return val | domains(cfg, 1 if cfg.auto_mix else None, length or 2048)
+        texts = domains(cfg, 1 if cfg.auto_mix else None, length or 2048)
+        return {f"{k}_split" if k in texts else k: v for k, v in val.items()} | texts
     if cfg.objective == "denoise":
         import denoise_stream
 
@@ -229,45 +236,6 @@ def domains(cfg, half, window=2048) -> dict[str, list]:
     from eval.perplexity import domain_batches
 
     return domain_batches(cfg.domains, tokenizer.load(next(iter(sources(cfg).values()))), min(window, cfg.max_len), half=half)
-
-
-# ---- logs ----------------------------------------------------------------------------------------------------------------
-
-
-class Log:
-    """stdout and metrics.jsonl always, wandb and TensorBoard when asked for. Only rank 0 has one."""
-
-    def __init__(self, cfg, out: Path, start: int):
-        self.path, self.bar, self.sinks = out / "metrics.jsonl", None, []
-        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() and start else []
-        lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]  # not what came after the last save
-        checkpoint.write_text(self.path, "".join(lines))
-        if cfg.wandb:
-            import wandb
-
-            run = wandb.init(project="prism", name=out.name, dir=str(out), config=configurator.to_dict(cfg), resume="allow", id=out.name)
-            self.sinks.append((lambda row: run.log(row, step=row["step"]), run.finish))
-        if cfg.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            board = SummaryWriter(str(out), purge_step=start or None)
-            self.sinks.append((lambda row: [board.add_scalar(k, v, row["step"]) for k, v in row.items() if k != "step"], board.close))
-
-    def say(self, text):
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
-
-    def row(self, row: dict):
-        row = {k: v for k, v in row.items() if v is not None and not (isinstance(v, float) and not math.isfinite(v))}  # JSON has no NaN
-        row["time"] = round(time.time(), 2)
-        with open(self.path, "a") as f:
-            f.write(json.dumps(row) + "\n")
-        for write, _ in self.sinks:
-            write(row)
-
-    def close(self):
-        for _, close in self.sinks:
-            close()
 
 
 def complain(step, losses, groups, model, machine) -> tuple[str, bool]:
@@ -357,12 +325,14 @@ def main(argv):
     fp8.load_memory(raw, state.pop("fp8", {}))
     if cfg.auto_mix:
         plan.state = state.pop("auto_mix", None) or plan.state
-    if cfg.compile:  # a shape for each stage, phase and power of two of documents; past torch's limit of 8 it would go on uncompiled
+    if cfg.compile:  # a shape for each stage, phase and power of four of documents; past torch's limit of 8 it would go on uncompiled
         torch._dynamo.config.recompile_limit = 256
     call = torch.compile(model, dynamic=False) if cfg.compile else model
-    stream, val, tune = data.Prefetch(stream, cfg.prefetch), held_out(cfg), domains(cfg, 0) if cfg.auto_mix else {}
+    stream, tune = data.Prefetch(stream, cfg.prefetch), domains(cfg, 0) if cfg.auto_mix else {}
+    sets = functools.cache(functools.partial(held_out, cfg))  # by window length: 0 is the usual one
+    val = sets(0)
 
-    log = Log(cfg, out, step) if lead else None
+    log = monitor.Log(cfg, out, step) if lead else None
     if lead:
         about = {"commit": hardware.git_commit(), "torch": torch.__version__, "machine": machine.why, "world": machine.world}
         checkpoint.start_run(out, cfg, about | {"files": files, "started": time.time()})
@@ -440,10 +410,12 @@ def main(argv):
                 meter.add(batch, each)
 
         # a gradient that is not finite never reaches the weights
-        norm = torch.nn.utils.clip_grad_norm_(params, row.clip or math.inf)
-        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        whole = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+        norm = float(whole.full_tensor() if hasattr(whole, "full_tensor") else whole)
         good = math.isfinite(norm)
         if good:
+            if row.clip:
+                torch.nn.utils.clip_grads_with_norm_(params, row.clip, whole)
             optimizer.step()
             fp8.refresh(raw)
         else:
@@ -487,10 +459,12 @@ def main(argv):
                 log.say(f"step {step:>6}/{plan.steps} | {line} | norm {norm:.2f}")
         evaluating = val and (end or (cfg.eval_every and step % cfg.eval_every == 0))
         if evaluating:
-            state["metrics"] = examine(cfg, raw, val, row, step, end, machine)
+            state["metrics"] = examine(cfg, raw, sets, row, step, end, machine)
             if lead:
                 log.row({"step": step} | state["metrics"])
-                log.say("  ".join(f"{k} {v:.4f}" for k, v in state["metrics"].items() if "/layer_" not in k and k[:8] != "surprise"))
+                log.say("  ".join(f"{k} {v:.4f}" for k, v in state["metrics"].items() if not re.search("/layer_|^surprise|/ppl", k)))
+                if cfg.best_metric not in state["metrics"] and cfg.domains_every < 2:
+                    log.say(f"best_metric={cfg.best_metric} is not measured here, so no step is marked best; metrics.jsonl has the names")
             if tune and not end:
                 with fp8.evaluation(raw):
                     scores = evaluate(raw, tune, machine, shares=cfg.parallel == "ddp")

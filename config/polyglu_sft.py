@@ -1,7 +1,7 @@
 """Chat fine-tuning of the 600M PolyGLU on conversations with worked mathematics: the same loop, another stream.
 
     python -m prepare.chat --help                                          ChatML shards in data/nemotron_math
-    python train.py config/polyglu_sft.py [--init_from=out/polyglu_h200]
+    python train.py config/polyglu_sft.py [--init_from=out/polyglu_h200]          a few steps only: --epochs=0 --max_steps=50
     python sample.py --ckpt=out/polyglu_sft --chat --prompt='What is 17 * 24?'
 
 Whole conversations are packed into rows of 4,096 and never cut; each is alone in attention and gate. Only what the assistant says is
@@ -26,5 +26,6 @@ seq_len, tokens_per_step, micro_tokens = 4096, 65_536, 32_768
 epochs = 1.0
 lr, warmup, schedule, min_lr_ratio = 2e-5, 100, "cosine", 0.0
 betas, weight_decay, clip = (0.9, 0.95), 0.1, 1.0
+compile = True
 log_every, eval_every, save_every, keep = 10, 500, 500, 2
 eval_tokens = 262_144

@@ -4,7 +4,7 @@
     python train.py config/superbpe_197m.py config/curriculum_ultra.py                        bf16
     python train.py config/superbpe_197m.py config/curriculum_ultra.py --precision=fp8        torch's scaled matmul; te: TransformerEngine
     torchrun --nproc_per_node=8 train.py config/superbpe_197m.py config/curriculum_ultra.py --micro_tokens=12288
-    python train.py config/superbpe_197m.py --max_tokens=100000000 --init_from=out/superbpe_197m --packing=documents --lr=2e-5   SFT
+    python train.py config/superbpe_197m.py --out=out/superbpe_sft --init_from=out/superbpe_197m --data=CHATS --packing=documents --lr=2e-5
 
 layer 6,096,384 = q 589,824 + kv 196,608 + o 589,824 + ffn 4,718,592 + norms 1,536; x 28 = 170,698,752; E 25,600,640; P 98,304;
 final norm 768. --tie=False --parameters=350002304 is the full head.

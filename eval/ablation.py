@@ -133,12 +133,7 @@ def arguments(arm, size, made, total, lr):
         f"--micro_tokens={micro}",
         "--max_tokens=0",
     ]
-    argv += [
-        f"--stages={tuple(stages)}",
-        f"--seq_len={longest}",
-        f"--warmup={max(1, steps // 20)}",
-        f"--eval_every={beat * max(1, round(steps / 6 / beat))}",
-    ]
+    argv += [f"--stages={tuple(stages)}", f"--warmup={max(1, steps // 20)}", f"--eval_every={beat * max(1, round(steps / 6 / beat))}"]
     argv += ["--precision=fp8", "--fp8_filter=" + ("all" if size == "cpu" else "table")] if "F" in arm else ["--precision=bf16"]
     argv += [f"--domains={made['domains']}"] if made["domains"] else []
     argv += [f"--lr={lr * (3e-3 if size == 'cpu' else 6e-4)}", "--best_metric=val/mean/bpb"]

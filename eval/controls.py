@@ -74,7 +74,7 @@ def run(o, name, settings, seed):
         train.main([f"--{k}={v}" for k, v in settings.items()] + ["--resume=auto"])
     seconds = time.process_time() - began
     model, state, device, _ = open_run(SimpleNamespace(**OPEN | {"ckpt": str(out)}))
-    sets = window_batches("", sources, o.seq_len, o.windows, 4096)
+    sets = window_batches(out, "", sources, o.seq_len, o.windows, 4096)
     sums = {source: score(model, batches, device)[0].sum(0).tolist() for source, batches in sets.items()}
     loss = {source: nats / tokens for source, (nats, tokens, *_) in sums.items()}
     row = {"arm": name, "seed": seed, "parameters": model.num_params(), "cpu_seconds": seconds, "steps": state["step"]}
@@ -124,15 +124,16 @@ def main(argv):
     log.parent.mkdir(parents=True, exist_ok=True)
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     done = {(r["arm"], r["seed"]) for r in rows}
+    names = o.arms.split(",") if o.arms else list(table)
     for seed in range(1, o.seeds + 1):
-        for name in o.arms.split(",") if o.arms else table:
+        for name in names:
             if (name, seed) in done or (o.minutes and time.time() - began > 60 * o.minutes):
                 continue
             rows.append(run(o, name, table[name], seed))
             with open(log, "a") as f:
                 f.write(json.dumps(rows[-1]) + "\n")
             print(f"{name} seed {seed}: {rows[-1]['loss']['mean']:.4f} nats/token, {rows[-1]['cpu_seconds']:.0f} CPU s", flush=True)
-    left = len(table) * o.seeds - len(rows)
+    left = len({(name, seed) for name in names for seed in range(1, o.seeds + 1)} - {(r["arm"], r["seed"]) for r in rows})
     print(report(rows, table))
     if left > 0:
         print(f"{left} runs are missing; the same command goes on")

@@ -22,6 +22,7 @@ def measure_table(device, tokens=98304, widths=(768, 1536, 2048), repeats=20, ba
     device, state, found = torch.device(device), SimpleNamespace(margin=0, delayed=False), {}
 
     def clock(f, *args):
+        torch._dynamo.reset()  # the same code for every shape: past eight of them torch would go on uncompiled
         f, times = torch.compile(f, dynamic=False, backend=backend), []
         for _ in range(repeats + 3):
             wait(device)

@@ -166,9 +166,11 @@ class PrismLM(TemplateLM):
             if most >= self.max_length:
                 die(f"a task generates up to {most} tokens, the model reads {self.max_length}; lower max_gen_toks in its yaml")
             asked.append((digest("generate", context, until, most, self.chat), (self.tok_encode(context), until, most)))
-        for batch in self.batches(asked, lambda r: len(r[0]), "texts"):
-            for (key, request), text in zip(batch, self.generate([r for _, r in batch]), strict=True):
-                self.remember(key, self.tok.decode(request[0]), text)
+        for most in sorted({most for _, (_, _, most) in asked}):  # one budget a batch: it decides how much of a prompt fits
+            same = [r for r in asked if r[1][2] == most]
+            for batch in self.batches(same, lambda r: len(r[0]), "texts"):
+                for (key, request), text in zip(batch, self.generate([r for _, r in batch]), strict=True):
+                    self.remember(key, self.tok.decode(request[0]), text)
         return [self.done[key] for key, _ in asked]
 
     def generate(self, requests):
@@ -238,6 +240,8 @@ def main(argv):
     model, state, _, facts = open_run(o)
     if model.cfg.arch != "decoder":
         die(f"arch={model.cfg.arch!r}: the harness scores decoders")
+    if model.cfg.causal:
+        model.lean(o.batch_size)
     step = checkpoint.resolve(o.ckpt)
     out = o.out or str(step.parent / f"harness-{o.suite or o.tasks.replace(',', '-')[:60]}{'-chat' if o.chat else ''}.json")
     facts |= {"lm_eval": version("lm_eval"), "chat": o.chat, "weights": digest(checkpoint.read_state(step).get("sha256", str(step)))}

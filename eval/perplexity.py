@@ -25,9 +25,11 @@ from tqdm import tqdm
 import configurator
 import data
 import monitor
+from checkpoint import resolve
 from configurator import die
 from eval import OPEN, bootstrap, load_tokenizer, open_run, suffix, write_json
 from machine import to_device
+from tokenizer import expect_same
 
 OPTIONS = OPEN | {
     "data": "",
@@ -141,13 +143,14 @@ def summary(sums, size):
     }
 
 
-def window_batches(names, known, seq_len, windows, batch_tokens):
+def window_batches(ckpt, names, known, seq_len, windows, batch_tokens):
     """{name: batches} of val splits; a name is a folder or a source of the run's config."""
     found = {}
     for name in filter(None, names.split(",")) if names else known:
         path = known.get(name, name)
         if not Path(path, "manifest.json").is_file():
             die(f"--data={name}: {path} is no folder of shards; known to this run: {', '.join(known) or 'nothing'}")
+        expect_same(resolve(ckpt).parent, path)
         found[Path(name).name] = data.val_batches(path, seq_len, windows * seq_len, max(batch_tokens, seq_len))
     return found
 
@@ -171,7 +174,7 @@ def main(argv):
             o.domains, load_tokenizer(o.ckpt), min(o.eval_len, model.cfg.max_len), o.batch_tokens, stride=o.window_stride
         )
     if o.data or not o.domains:
-        sets |= window_batches(o.data, sources(state), seq_len, o.windows, o.batch_tokens)
+        sets |= window_batches(o.ckpt, o.data, sources(state), seq_len, o.windows, o.batch_tokens)
     for name, batches in sets.items():
         start = time.time()
         results[name] = summary(*score(model, batches, device, name)) | {"seconds": round(time.time() - start, 2)}

@@ -124,7 +124,14 @@ def clock_figure(run, points):
         )
         table += [(key, round(s, 1), step, v) for s, step, v in seen]
     for n, (label, second, value) in enumerate(point.rsplit(":", 2) for point in points.split(",")):
-        axis.plot(float(second), float(value), "*", ms=11, color=COLORS[len(held) + 1 + n], label=f"{label}: {value} at {second} s")
+        axis.plot(
+            float(second),
+            float(value),
+            "*",
+            ms=11,
+            color=COLORS[(len(held) + 1 + n) % len(COLORS)],
+            label=f"{label}: {value} at {second} s",
+        )
         table.append((label, float(second), "", float(value)))
     axis.set(xlabel="seconds since train.py set up its run, evaluations included", ylabel="nats per token")
     axis.grid(alpha=0.25)

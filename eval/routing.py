@@ -227,7 +227,7 @@ def main(argv):
         die(f"{o.ckpt}: ffn={model.cfg.ffn!r}, arch={model.cfg.arch!r}; only a decoder with ffn='polyglu' has routing to report")
     tok, cfg = load_tokenizer(o.ckpt), model.cfg
     seq_len = o.seq_len or min(state["config"].get("seq_len", cfg.max_len), cfg.max_len)
-    sets = window_batches(o.data, sources(state), seq_len, o.windows, 4096)
+    sets = window_batches(o.ckpt, o.data, sources(state), seq_len, o.windows, 4096)
     layers = survey(model, sets, token_classes(tok, cfg.vocab_size), device)
     rows = [finish(acc, cfg.acts) for acc in layers]
     report = facts | {

@@ -144,7 +144,7 @@ def main(argv):
     if not 256 < o.transition <= o.vocab or o.transition > 0xFFFF:
         die(f"--transition={o.transition}: more than 256, at most --vocab={o.vocab} and 65,535")
     start = time.monotonic()
-    texts = read(getattr(o, "from"), o.text_field, o.separator.encode().decode("unicode_escape").encode(), o.max_docs, o.max_bytes)
+    texts = read(getattr(o, "from"), o.text_field, o.separator.encode().decode("unicode_escape").encode("latin-1"), o.max_docs, o.max_bytes)
     size = sum(map(len, texts))
     if size >= o.max_bytes:
         print(f"stopped reading at --max_bytes={o.max_bytes:.0f}: stage 2 holds whole sentences, about 20 bytes of memory per byte of text")

@@ -227,7 +227,7 @@ def test_freezing_what_is_already_frozen_costs_nothing(home):
     for block in model.decoder.blocks:
         block.ffn.alpha.data = 1e4 * torch.tensor([0.0, 0, 1, 0]).expand_as(block.ffn.alpha).clone()
     before = {n: t.clone() for n, t in model.state_dict().items()}
-    sets = perplexity.window_batches("", perplexity.sources(state), 64, 2, 256)
+    sets = perplexity.window_batches(home / "run", "", perplexity.sources(state), 64, 2, 256)
     layers = routing.survey(model, sets, routing.token_classes(tokenizer.load("bytes"), 257), torch.device("cpu"))
     result = routing.ablations(model, sets, layers, torch.device("cpu"), 1)
     for table in result.values():
@@ -428,6 +428,8 @@ def test_known_probabilities(tmp_path):
             requests(("xa", {"until": ["fg", "zz"]}), ("a", {"until": "d"}), ("k", {"until": [], "max_gen_toks": 5})) if batch_size else []
         )
         assert texts == ["bcde", "bc", "lmnop"]
+    budgets = requests(*(("z" * 200 + "a", {"until": [], "max_gen_toks": most}) for most in (4, 20)))
+    assert [len(text) for text in lm.generate_until(budgets)] == [4, 20]  # the longer answer has less of the prompt, not less of itself
 
 
 def test_answers_are_kept_and_a_killed_run_goes_on(home, local_tasks, capsys):

@@ -413,7 +413,7 @@ def poison(kind, *at):
         if seen[0] in at and kind == "loss":
             return {"loss": sums["loss"] * float("nan")}, each * float("nan")
         if seen[0] in at and kind == "gradient":
-            raw.decoder.blocks[0].attn.out.weight.register_hook(lambda g: g * float("inf"))
+            raw.decoder.blocks[0].attn.out.weight.register_hook(lambda g: g * float("nan"))
         if seen[0] in at and kind.startswith("times"):
             return {"loss": sums["loss"] * float(kind[5:])}, each
         return sums, each
@@ -425,7 +425,7 @@ def poison(kind, *at):
     "kind, words",
     [
         ("loss", ["term loss", "data from words"]),
-        ("gradient", ["gradient of decoder.blocks.0"]),
+        ("gradient", ["gradient of decoder.blocks.0.attn.out"]),
         ("weight", ["weight decoder.blocks.0.ffn"]),
     ],
 )

@@ -226,6 +226,19 @@ def test_delayed_state_resumes_to_the_bit():
     assert fp8.memory(model_of()[0]) == {}
 
 
+def test_delayed_state_saved_before_its_first_step_is_no_state():
+    keys = {"fp8_recipe": "delayed", "fp8_history": 4, "fp8_start_step": 3}
+    model, cfg, _ = model_of(**keys)
+    train(model, 2)
+    weights, memory = copy.deepcopy(model.state_dict()), fp8.memory(model)
+    rest = train(model, 3, first=2)
+    again = build(cfg).train()
+    again.load_state_dict(weights)
+    fp8.apply(again, cfg, "cpu")
+    fp8.load_memory(again, memory)
+    assert not again.fp8.warm and train(again, 3, first=2) == rest
+
+
 def test_start_step():
     plain, _, _ = model_of(precision="bf16")
     model, _, _ = model_of(fp8_start_step=2)
@@ -352,6 +365,7 @@ def test_fallback_lines(keys, hw, line, capsys):
         ({"fp8_recipe": "block"}, {}, "precision=te"),
         ({"fp8_recipe": "block", "precision": "te"}, {"toolkit": (12, 4)}, "12.4"),
         ({"fp8_recipe": "block", "precision": "te"}, {"name": "B200", "capability": (10, 0)}, "B200"),
+        ({"fp8_recipe": "block", "precision": "te"}, {"te": False}, "not installed"),
         ({"fp8_attention": True, "precision": "te"}, {}, "te_block"),
         ({"fp8_attention": True, "precision": "te", "te_block": True}, {"name": "RTX 4090", "capability": (8, 9)}, "RTX 4090"),
         ({"fp8_attention": True, "precision": "te", "te_block": True}, {"cudnn": False}, "cuDNN"),

@@ -269,3 +269,8 @@ def test_rms_norm_value_and_gradients_against_float64(dtype, tolerance, shape):
     z = rms_norm(*ours, 1e-6)
     for got, want in zip([z, *torch.autograd.grad(z, ours, dy)], wanted, strict=True):
         assert (got.double() - want).abs().max() <= tolerance * want.abs().max()
+
+
+def test_tokens_that_are_no_whole_rows_are_refused():
+    with pytest.raises(AssertionError, match="no whole rows"):
+        kernels.polyglu_mix(torch.zeros(5, 8), torch.zeros(2, 4, 4))

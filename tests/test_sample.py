@@ -76,6 +76,34 @@ def test_lean_weights_write_the_same_text():
         assert all(len(row) == 16 for row in drawn(model, texts, 16)) and model.embed.weight.dtype == torch.bfloat16
 
 
+def test_one_row_in_fp32_of_a_checkpoint_in_bf16():
+    model = tiny(qkv_bias=True, tie=False)
+    texts, whole = [[1, 2, 3]], tiny(qkv_bias=True, tie=False).bfloat16()
+    for p, q in zip(model.parameters(), whole.parameters(), strict=True):
+        p.data = q.data.float()
+    assert drawn(whole.set_dtype(torch.float32).lean(), texts, 16) == drawn(model, texts, 16)
+
+
+def test_few_rows_in_bf16_are_read_with_fp16_weights_and_are_no_worse():
+    """Against float64 on the very same bf16 weights: what stands in for bf16 products must not be further off than they are."""
+    if "fbgemm" not in torch.backends.quantized.supported_engines:
+        pytest.skip("torch without FBGEMM: every product stays bf16")
+    model, exact = (
+        tiny(qkv_bias=True, tie=False).set_dtype(torch.bfloat16),
+        tiny(qkv_bias=True, tie=False).double().set_dtype(torch.float64),
+    )
+    for p, q in zip(model.parameters(), exact.parameters(), strict=True):
+        p.data = p.data.mul(30).bfloat16().float()  # so loud that rounding shows
+        q.data = p.data.double()
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        want, rough = exact.logits(ids), (model.logits(ids) - exact.logits(ids)).abs().max()
+        lean = model.lean()
+        assert lean.dtype == torch.float32 and lean.embed.weight.dtype == torch.bfloat16
+        assert (lean.logits(ids) - want).abs().max() < 0.5 * rough
+        assert (lean.logits(ids[:, :2].repeat(3, 4)).isfinite()).all()  # a prompt of more rows takes the other way
+
+
 def test_a_row_depends_on_its_seed_and_sample_only():
     model, options = tiny(), {"temperature": 1.5, "seed": 5}
     a, b = [1, 2, 3], [8] * 11

@@ -69,6 +69,12 @@ def test_what_would_do_nothing_is_refused_when_typed_and_named_when_inherited(ca
         assert needs.idle(Config(**changes), [f"--{key}=x" for key in changes]) == ""
 
 
+def test_what_every_stage_says_itself_is_not_asked_of_the_run():
+    stages = ({"start": 0, "rows": 8, "clip": 0.5}, {"start": 9, "rows": 2})
+    found = needs.idle(Config(stages=stages, micro_tokens=64, clip=3.0))
+    assert "micro_tokens (needs a stage without `rows`)" in found and "clip" not in found
+
+
 def test_no_config_that_stands_alone_sets_anything_in_vain():
     for file in sorted(ROOT.glob("config/*.py")):
         if f"train.py config/{file.name}" in file.read_text():  # a recipe; others follow one

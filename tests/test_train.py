@@ -16,7 +16,9 @@ import configurator
 import optim
 import tokenizer
 import train
+from eval import perplexity
 from model import ModelConfig, build, merged_rectangle, rectangle
+from prepare import text
 
 TINY = ["config/debug.py", "--n_layer=2", "--d_model=32", "--dtype=float32", "--progress=False", "--eval_tokens=1024"]
 
@@ -34,7 +36,7 @@ def weights(out, step):
     return load_file(f"{out}/step-{step:06d}/model.safetensors")
 
 
-STAGES = ["--seq_len=32", '--stages=({"start": 0, "seq_len": 32}, {"start": 5, "seq_len": 64, "clip": 0.5, "mult": 0.5})']
+STAGES = ['--stages=({"start": 0, "seq_len": 32}, {"start": 5, "seq_len": 64, "clip": 0.5, "mult": 0.5})']
 
 
 @pytest.mark.parametrize(
@@ -106,6 +108,21 @@ def test_init_from_takes_the_weights_and_starts_afresh(corpus, tmp_path):
     assert rows[0]["step"] == 1
     a, b = weights(tmp_path / "first", 6), weights(tmp_path / "second", 2)
     assert all(torch.allclose(a[k], b[k], atol=1e-6) for k in a)
+
+
+def test_weights_are_not_started_from_under_another_tokenizer(corpus, tmp_path, capsys):
+    run(corpus, tmp_path / "first", steps=1)
+    (tmp_path / "text.txt").write_text("the same again and again and again " * 400)
+    text.main(
+        [f"--from={tmp_path}/text.txt", f"--out={tmp_path}/other", "--tokenizer=bpe:260", "--separator=again", "--val=0.1", "--workers=1"]
+    )
+    for call in (
+        lambda: run(tmp_path / "other", tmp_path / "second", f"--init_from={tmp_path}/first", "--vocab_size=263", steps=1),
+        lambda: perplexity.main([f"--ckpt={tmp_path}/first", f"--data={tmp_path}/other"]),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            call()
+        assert stop.value.code == 2 and "is in another tokenizer" in capsys.readouterr().err
 
 
 def test_skipped_steps_are_counted_and_change_no_weight(corpus, tmp_path, monkeypatch):

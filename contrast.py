@@ -13,6 +13,7 @@ import hashlib
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ class ContrastConfig:
     contrast_pairs: int = 1024  # per step, over all ranks
     contrast_micro: int = 64  # pairs of one forward
     contrast_symmetric: bool = False  # positives must also find their queries
-    contrast_pooling: str = "mean"
+    contrast_pooling: Literal["mean", "cls", "last", "weighted_mean"] = "mean"
 
 
 def build(cfg):

@@ -326,7 +326,9 @@ def main(argv):
         "import": {"from": str, "out": str, "gate": "", "dtype": "float32"},
         "export": {"ckpt": str, "to": str, "out": str, "dtype": "float32"},
     }
-    if argv[0] == "export" and "--to=sentence-transformers" in argv:  # an encoder's own writer, with options of its own
+    ckpt = next((Path(arg[7:]) for arg in argv if arg.startswith("--ckpt=")), None)
+    encdec = "--to=transformers" in argv and ckpt and checkpoint.read_state(checkpoint.resolve(ckpt))["config"].get("arch") == "encdec"
+    if argv[0] == "export" and (encdec or "--to=sentence-transformers" in argv):  # an encoder's own writer, with options of its own
         from prepare import sentence
 
         return sentence.main(argv[1:])

@@ -1,12 +1,13 @@
 """How good sentence vectors are: plumbing, semantic similarity, retrieval, MTEB, and a table against baselines.
 
     python -m eval.embedding --ckpt=RUN|FOLDER [--quick] [--run_stsb] [--run_sts] [--run_retrieval] [--run_mteb] [--compare_baselines]
-        [--run_all] [--data=data/sts] [--output_dir=DIR] [--pooling=mean] [--causal=False] [--query_prefix=] [--doc_prefix=]
+        [--run_all] [--data=data/sts] [--output_dir=DIR] [--pooling=cls] [--causal=False] [--query_prefix=] [--doc_prefix=]
 
 A run of prism is read by model.Embedder: the encoder of an encoder-decoder; a decoder causally, or with --causal=False its mask removed.
-Any sentence-transformers folder is read by that library. --data holds stsb-test.jsonl, sickr-test.jsonl (or tsv, csv, parquet of
-sentence1, sentence2, score; prepare.sts writes them) and retrieval/{corpus,queries,qrels}.jsonl. --quick proves plumbing, not quality: a
-random model passes its similarity part. Missing data: exit code 2. Read next: eval/mteb.py, prepare/sts.py, eval/sample_retrieval.json.
+Any sentence-transformers folder is read by that library, unless --pooling or --causal asks for another reading. --data holds
+stsb-test.jsonl, sickr-test.jsonl (or tsv, csv, parquet of sentence1, sentence2, score; prepare.sts writes them) and
+retrieval/{corpus,queries,qrels}.jsonl. --quick proves plumbing, not quality: a random model passes its similarity part. Missing data:
+exit code 2. Read next: eval/mteb.py, prepare/sts.py, eval/sample_retrieval.json.
 """
 
 import json
@@ -17,17 +18,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import checkpoint
 import configurator
-import hub
 import model as M
-import tokenizer
 from configurator import die
 from machine import find
-from prepare import sources
+from prepare import Checks, sources
 
 OPTIONS = {
-    "ckpt": str, "data": "data/sts", "output_dir": "", "pooling": "", "causal": None, "dtype": "float32", "batch_size": 64,
+    "ckpt": str, "data": "data/sts", "output_dir": "", "pooling": "", "causal": None, "dtype": "float32", "batch_size": 0,
     "device": "auto", "quiet": False, "query_prefix": "", "doc_prefix": "", "split": "test", "quick": False, "run_stsb": False,
     "run_sts": False, "run_retrieval": False, "run_mteb": False, "mteb_tasks": "", "mteb_categories": "", "compare_baselines": False,
     "run_all": False, "qwen3_baseline": "", "e5": "", "gte": "", "bge": "", "others": "",
@@ -47,31 +45,26 @@ ALL = [text for triple in NEAR for text in triple][:8]
 class Encoder:
     """texts -> float32 (n, d), whatever holds the weights."""
 
-    def __init__(self, path, device, batch_size=64, pooling="", causal=None, prefixes=("", ""), dtype="float32"):
-        path = Path(path)
-        self.path, self.batch_size, self.prefixes, self.ours = path, batch_size, prefixes, None
-        if (path / "modules.json").is_file() and not pooling:
+    def __init__(self, path, device, batch_size=0, pooling="", causal=None, prefixes=("", ""), dtype="float32"):
+        path, dtype = Path(path), getattr(torch, dtype)
+        self.path, self.prefixes, self.ours, self.theirs = path, prefixes, None, None
+        self.size = {"batch_size": batch_size} if batch_size else {}  # else what each library thinks best
+        if (path / "modules.json").is_file() and not pooling and causal is None:
             from sentence_transformers import SentenceTransformer
 
-            self.theirs = SentenceTransformer(str(path), device=str(device))
+            self.theirs = SentenceTransformer(str(path), device=str(device), model_kwargs={"dtype": dtype})
             self.params = sum(p.numel() for p in self.theirs.parameters())
             return
-        settings = {"pooling": pooling or "mean", "causal": causal}
-        if checkpoint.steps(path) or (path / "state.json").is_file() or (path / "modules.json").is_file():
-            self.ours = M.Embedder.load(path, device=device, dtype=getattr(torch, dtype), **settings)
-        else:  # a plain folder of transformers: a baseline
-            fields, state, _ = hub.read_model(path)
-            model = hub.load_anyway(M.ModelConfig(**fields))
-            model.load_state_dict(state, assign=True)
-            self.ours = M.Embedder(model.to(device).eval(), tokenizer.load(path), **settings)
+        settings = {"causal": causal} | ({"pooling": pooling} if pooling else {})
+        self.ours = M.Embedder.load(path, device=device, dtype=dtype, **settings)
         self.params = self.ours.model.num_params()
 
     def encode(self, texts, kind=None):
         """kind: query, doc or None (symmetric tasks get no prefix)."""
         texts = [self.prefixes[kind == "doc"] + text if kind else text for text in texts]
         if self.ours:
-            return self.ours.encode(texts)
-        return self.theirs.encode(texts, batch_size=self.batch_size, show_progress_bar=False, convert_to_numpy=True).astype(np.float32)
+            return self.ours.encode(texts, **self.size)
+        return self.theirs.encode(texts, **self.size, show_progress_bar=False, convert_to_tensor=True).float().cpu().numpy()
 
 
 def read_rows(stem: Path) -> list[dict]:
@@ -171,12 +164,7 @@ def score_retrieval(encoder, folder) -> dict:
 
 def quick(encoder, say) -> bool:
     """Shape, order, spread, norm, bidirectionality, determinism, padding and batch invariance."""
-    good = []
-
-    def check(what, holds, note=""):
-        good.append(bool(holds))
-        say(f"{'ok  ' if holds else 'FAIL'} {what}{': ' + note if note else ''}")
-
+    check = Checks("quick", say)
     x = encoder.encode(ALL)
     check("finite vectors of one shape", np.isfinite(x).all() and x.ndim == 2 and len(x) == len(ALL), str(x.shape))
     cosine = unit(x) @ unit(x).T
@@ -189,20 +177,24 @@ def quick(encoder, say) -> bool:
     alone = np.concatenate([encoder.encode([text]) for text in ALL])
     gap = np.abs(alone - x).max() / np.abs(x).max()
     check("padding and batch mates do not matter", gap < 1e-4, f"{gap:.1e}")
-    moved = later_token(encoder)
-    check("a later token moves earlier states", moved > 1e-3, f"by at least {moved:.1e}")
-    return all(good)
+    check("a later token moves earlier states, the first of them too", *later_token(encoder))
+    return check.end()
 
 
-def later_token(encoder) -> float:
+def later_token(encoder) -> tuple[bool, str]:
+    """Does it, and by how much: where it moves least."""
+    from prepare import later_token as test
+
     if not encoder.ours:
-        from prepare import later_token as test
-
-        return min(v for k, v in test.later_token(encoder.path).items() if not k.startswith("causal") and "position" not in k)
+        moved = {k: v for k, v in test.later_token(encoder.path).items() if not k.startswith("causal")}
+        return test.holds(moved), f"by at least {min(moved.values()):.1e}"
     rows = [[*range(40, 51), last] for last in (60, 61)]
     with torch.no_grad():
         a, b = (encoder.ours(M.flat([row], encoder.ours.model.embed.weight.device))[0] for row in rows)
-    return float((a - b)[:-1].abs().max())
+    moved = (a - b)[:-1].abs().amax(1)
+    return test.holds(
+        {"any": float(moved.max()), "position 0": float(moved[0])}
+    ), f"by {float(moved.max()):.1e}, the first by {moved[0]:.1e}"
 
 
 # ---- the table --------------------------------------------------------------------------------------------------------------
@@ -216,7 +208,7 @@ def baselines(opt, device):
     rows += [(name.upper() + "-base", getattr(opt, name), {"prefixes": prefixes.get(name, ("", ""))}) for name in ("e5", "gte", "bge")]
     rows += [(Path(path).name, path, {}) for path in opt.others.split(",") if path]
     for name, path, settings in rows:
-        yield name, Encoder(path, device, opt.batch_size, **settings) if path else None
+        yield name, Encoder(path, device, opt.batch_size, dtype=opt.dtype, **settings) if path else None
 
 
 def table_row(encoder, data) -> dict:

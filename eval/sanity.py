@@ -20,6 +20,7 @@ import sample
 import tokenizer
 from machine import find, peak_memory, to_device
 from model import rectangle
+from prepare import Checks
 
 TEXT = "The quick brown fox jumps over the lazy dog, and then it sleeps in the sun until the evening comes and the air grows cool. "
 
@@ -40,12 +41,7 @@ def batch_of(model, tok, count: int) -> dict:
 
 def main(argv):
     opt = configurator.args({"ckpt": str, "batch_size": 2, "device": "auto"}, argv, __doc__)
-    machine, good = find(opt.device, "auto"), []
-
-    def check(what, holds, note=""):
-        good.append(bool(holds))
-        print(f"{'ok  ' if holds else 'FAIL'} {what}{': ' + note if note else ''}")
-
+    machine, check = find(opt.device, "auto"), Checks("sanity")
     model, state = checkpoint.load(opt.ckpt)
     tok = tokenizer.load(checkpoint.resolve(opt.ckpt).parent)
     model.set_dtype(machine.dtype).to(machine.device)
@@ -77,8 +73,7 @@ def main(argv):
         text = sample.generate(model, tok, "The quick brown", max_new_tokens=8)
         check("generates", isinstance(text, str), repr(text))
     check("memory", True, f"peak {peak_memory(machine.device) / 1e9:.2f} GB")
-    print(f"sanity: {sum(good)} of {len(good)} checks hold")
-    raise SystemExit(0 if all(good) else 1)
+    raise SystemExit(0 if check.end() else 1)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ import sample
 import tokenizer
 from configurator import die
 from model import ModelConfig, build, rectangle
+from prepare import Checks
 
 
 def read(source: Path, dtype) -> tuple[dict, dict, dict]:
@@ -110,12 +111,7 @@ def quiet(fields, state) -> float:
 
 def verify(fields, state, run: Path, n_text: int) -> bool:
     """Every claim of this file, on what stands on disk. Returns whether all hold."""
-    good = []
-
-    def check(what, holds, note=""):
-        good.append(bool(holds))
-        print(f"{'ok  ' if holds else 'FAIL'} {what}{': ' + note if note else ''}")
-
+    check = Checks("verify")
     model, _ = checkpoint.load(run)
     cfg, own, tok = model.cfg, model.state_dict(), tokenizer.load(run)
     sp = denoise_stream.special_of(cfg, tok)
@@ -167,8 +163,7 @@ def verify(fields, state, run: Path, n_text: int) -> bool:
     check("greedy generation of 8 tokens", isinstance(text, str), repr(text))
     again = checkpoint.load(run)[0].state_dict()
     check("a second reload is the same, bit for bit", all(torch.equal(own[k], again[k]) for k in own))
-    print(f"verify: {sum(good)} of {len(good)} checks hold")
-    return all(good)
+    return check.end()
 
 
 def main(argv):

@@ -5,10 +5,11 @@
         [--max_seq_length=512] [--dtype=float32|bfloat16] [--append_eos=True]
     from sentence_transformers import SentenceTransformer;  SentenceTransformer("DIR").encode(["a", "b"])
 
-The run is an encoder-decoder (its encoder goes out) or an encoder. The class is stock (Qwen3Model, Qwen2Model, LlamaModel) with
-is_causal=false, which transformers honours from 5.2.0 only: older ones load the same folder SILENTLY CAUSAL, and the card says so. --verify
-asks a fresh process that knows nothing of prism whether a later token moves an earlier state. --to=transformers leaves the sentence files
-out. Read next: prepare/sentence_check.py (what --verify asks), model.py (Embedder), eval/embedding.py (is it any good).
+The run is an encoder-decoder (its encoder goes out) or an encoder; without --pooling it is pooled as it was trained. The class is stock
+(Qwen3Model, Qwen2Model, LlamaModel) with is_causal=false, which transformers honours from 5.2.0 only: older ones load the same folder
+SILENTLY CAUSAL, and the card says so. --verify asks a fresh process that knows nothing of prism whether a later token moves an earlier
+state. --to=transformers leaves the sentence files out. Read next: prepare/sentence_check.py (what --verify asks), model.py (Embedder),
+eval/embedding.py (is it any good).
 """
 
 import json
@@ -27,20 +28,22 @@ from prepare.encdec import tokenizer_json
 
 POOLING = {"mean": "mean", "cls": "cls", "last": "lasttoken", "weighted_mean": "weightedmean"}  # ours -> sentence-transformers
 OPTIONS = {
-    "ckpt": str, "to": str, "out": str, "pooling": "mean", "normalize": True, "average_last": 0, "average_best": 0,
+    "ckpt": str, "to": str, "out": str, "pooling": "", "normalize": True, "average_last": 0, "average_best": 0,
     "metric": "val/mean/loss", "higher_is_better": False, "max_seq_length": 512, "dtype": "float32", "append_eos": True, "verify": False,
 }  # fmt: skip
 
 
 def read(path):
-    """A run, or a folder that `export` wrote -> (model, tokenizer, settings of Embedder)."""
+    """A run, a folder that `export` wrote, or a plain one of transformers -> (model, tokenizer, settings of Embedder)."""
     path = Path(path)
-    if not (path / "modules.json").is_file():
-        model, _ = checkpoint.load(path, build=hub.load_anyway)
-        return model, tokenizer.load(checkpoint.resolve(path).parent), {}
+    if (path / "state.json").is_file() or not any(path.glob("*.safetensors")):
+        model, state = checkpoint.load(path, build=hub.load_anyway)
+        return model, tokenizer.load(checkpoint.resolve(path).parent), {"pooling": trained_pooling(state)}
     fields, state, _ = hub.read_model(path)
     model = hub.load_anyway(ModelConfig(**fields))
     model.load_state_dict(state, assign=True)
+    if not (path / "modules.json").is_file():
+        return model, tokenizer.load(path), {}
     modules = [module["type"] for module in json.loads((path / "modules.json").read_text())]
     mode = json.loads((path / "1_Pooling/config.json").read_text())["pooling_mode"]
     eos = json.loads((path / "tokenizer.json").read_text())["post_processor"] is not None
@@ -51,6 +54,10 @@ def read(path):
         tokenizer.load(path),
         settings | {"max_length": json.loads((path / "sentence_bert_config.json").read_text())["max_seq_length"]},
     )
+
+
+def trained_pooling(state) -> str:
+    return state["config"].get("contrast_pooling", "mean")
 
 
 def average(folders: list[Path]) -> dict:
@@ -143,7 +150,7 @@ def card(state, run, parameters, width, count, opt) -> str:
 def export(opt) -> Path:
     folders, out, dtype = chosen(opt), Path(opt.out), getattr(torch, opt.dtype)
     model, state = checkpoint.load(folders[-1], build=hub.load_anyway)
-    run, tok = folders[-1].parent, tokenizer.load(folders[-1].parent)
+    run, tok, opt.pooling = folders[-1].parent, tokenizer.load(folders[-1].parent), opt.pooling or trained_pooling(state)
     if model.encoder is None:
         die(f"{opt.ckpt}: a decoder has no bidirectional encoder; make one with python -m prepare.encdec, or export --to=transformers")
     if model.cfg.ffn == "polyglu" or model.cfg.embed_rank:
@@ -200,10 +207,10 @@ def write_modules(out, width, opt):
 
 def main(argv):
     opt = configurator.args(OPTIONS, argv, __doc__)
-    allowed = {"to": ("sentence-transformers", "transformers"), "dtype": ("float32", "bfloat16"), "pooling": tuple(POOLING)}
+    allowed = {"to": ("sentence-transformers", "transformers"), "dtype": ("float32", "bfloat16"), "pooling": ("", *POOLING)}
     for key, values in allowed.items():
         if getattr(opt, key) not in values:
-            die(f"--{key}={getattr(opt, key)}: expected one of {', '.join(values)}")
+            die(f"--{key}={getattr(opt, key)}: expected one of {', '.join(filter(None, values))}")
     out = export(opt)
     if opt.verify:
         from prepare.sentence_check import verify

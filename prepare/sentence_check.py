@@ -16,7 +16,7 @@ import torch
 import checkpoint
 import hub
 from model import Embedder, flat
-from prepare import later_token
+from prepare import Checks, later_token
 from prepare.sentence import POOLING, average, chosen
 
 TEXTS = [
@@ -39,12 +39,7 @@ def fresh_process(folder) -> tuple[dict | None, str]:
 def verify(opt, folder) -> bool:
     import transformers
 
-    good = []
-
-    def check(what, holds, note=""):
-        good.append(bool(holds))
-        print(f"{'ok  ' if holds else 'FAIL'} {what}{': ' + str(note) if note != '' else ''}")
-
+    check = Checks("verify")
     # the weights, read back the way anybody's folder is read
     stored, dtype = average(chosen(opt)), getattr(torch, opt.dtype)
     fields, state, _ = hub.read_model(folder)
@@ -60,7 +55,7 @@ def verify(opt, folder) -> bool:
     if opt.to != "sentence-transformers":
         moved = later_token.later_token(folder)
         check("a later token moves earlier states, and none under is_causal=true", later_token.holds(moved))
-        return all(good)
+        return check.end()
 
     tok = transformers.AutoTokenizer.from_pretrained(folder)
     settings = {"max_length": opt.max_seq_length, "append_eos": opt.append_eos, "normalize": opt.normalize}
@@ -116,5 +111,4 @@ def verify(opt, folder) -> bool:
         bidirectional = min(v for k, v in fresh["moved"].items() if not k.startswith("causal"))
         causal = max(v for k, v in fresh["moved"].items() if k.startswith("causal"))
         print(f"     a later token moved earlier states by at least {bidirectional:.2e}; with is_causal=true by at most {causal:g}")
-    print(f"verify: {sum(good)} of {len(good)} checks hold; transformers {transformers.__version__} (needs >= 5.2)")
-    return all(good)
+    return check.end(f"; transformers {transformers.__version__} (needs >= 5.2)")

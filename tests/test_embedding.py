@@ -179,6 +179,51 @@ def test_export_import_export_is_the_same_folder(run, tmp_path):
     assert np.array_equal(a, b)
 
 
+def test_a_run_is_pooled_as_it_was_trained(run, tmp_path):
+    """contrast_pooling=cls: evaluation, embedder and export follow it; --pooling overrules it; --to=transformers is an encoder too."""
+    model, saved = checkpoint.load(run)
+    saved["config"] |= {"objective": "contrast", "contrast_pooling": "cls"}
+    checkpoint.save(tmp_path / "run", 0, model, None, saved, keep=1)
+    (tmp_path / "run/tokenizer").symlink_to(run / "tokenizer")
+    cls, mean = (Embedder.load(tmp_path / "run", dtype=torch.float32, **more).encode(["one text"]) for more in ({}, {"pooling": "mean"}))
+    assert np.abs(cls - mean).max() > 1e-2
+    assert np.array_equal(E.Encoder(tmp_path / "run", "cpu").encode(["one text"]), cls)
+    hub.main(["export", f"--ckpt={tmp_path / 'run'}", f"--out={tmp_path / 'st'}", "--to=sentence-transformers"])
+    assert json.loads((tmp_path / "st/1_Pooling/config.json").read_text())["pooling_mode"] == "cls"
+    assert np.abs(E.Encoder(tmp_path / "st", "cpu").encode(["one text"]) - cls).max() < 1e-5
+    hub.main(["export", f"--ckpt={tmp_path / 'run'}", f"--out={tmp_path / 'hf'}", "--to=transformers", "--verify"])
+    assert (
+        json.loads((tmp_path / "hf/config.json").read_text())["architectures"] == ["Qwen3Model"]
+        and not (tmp_path / "hf/modules.json").exists()
+    )
+    assert np.abs(E.Encoder(tmp_path / "hf", "cpu", pooling="cls").encode(["one text"]) - cls).max() < 1e-5  # a plain folder
+
+
+def test_settings_of_an_evaluation_reach_what_they_name(run, tmp_path, monkeypatch):
+    """--dtype, --batch_size and --causal, for a folder that sentence-transformers reads and for one of ours."""
+    st = pytest.importorskip("sentence_transformers").SentenceTransformer
+    sentence.export(options(ckpt=str(run), out=str(tmp_path / "st"), pooling="last"))
+    theirs = E.Encoder(tmp_path / "st", "cpu", batch_size=3, dtype="bfloat16")
+    sizes, real = [], st.encode
+    monkeypatch.setattr(st, "encode", lambda self, texts, **more: sizes.append(more.get("batch_size")) or real(self, texts, **more))
+    assert theirs.encode(["a", "b"]).dtype == np.float32 and sizes == [3]
+    assert {p.dtype for p in theirs.theirs.parameters()} == {torch.bfloat16}
+    causal = E.Encoder(tmp_path / "st", "cpu", causal=True)  # read by ours, which can
+    assert causal.ours.pooling == "last" and causal.ours.causal and np.abs(causal.encode(["a b"]) - theirs.encode(["a b"])).max() > 0.1
+    monkeypatch.setattr(Embedder, "encode", lambda self, texts, **more: sizes.append(more))
+    causal.encode(["a"]), E.Encoder(run, "cpu", batch_size=5).encode(["a"])
+    assert sizes[-2:] == [{}, {"batch_size": 5}]
+
+
+def test_a_first_token_that_hears_nothing_is_found(run, monkeypatch):
+    """All states but the first move: a causal mask with an exception would look bidirectional otherwise."""
+    encoder = E.Encoder(run, "cpu")
+    assert E.later_token(encoder)[0]
+    real = encoder.ours.forward
+    monkeypatch.setattr(encoder.ours, "forward", lambda batch: (real(batch)[0].index_fill(0, torch.tensor([0]), 0.0), None))
+    assert not E.later_token(encoder)[0]
+
+
 def test_export_refuses(qwen, run, tmp_path, capsys):
     hub.main(["import", f"--from={qwen}", f"--out={tmp_path / 'lm'}"])
     for changes in (

@@ -117,6 +117,10 @@ def mixture(rows: str | tuple, end: tuple[float, ...] | None = None, mode_tokens
             die(f"mixture row {row!r}: wants (span|middle|suffix|infill, mean span >= 1, 0 < share < 1, one of R X S I or None, weight)")
         denoisers.append(d._replace(r=(lo, hi), mode=d.mode if mode_tokens else None))
 
+    if len(set(names(denoisers))) < len(denoisers):
+        same = next(n for n in names(denoisers) if names(denoisers).count(n) > 1)
+        die(f"mixture: two rows are the same denoiser {same} (mode_tokens={mode_tokens}); make them one, with the sum of their weights")
+
     def weights(key, values):
         w = np.asarray(values, np.float64)
         if len(w) != len(denoisers) or (w < 0).any() or not w.sum() > 0:
@@ -139,6 +143,12 @@ def weights(mix: Mixture, progress: float, n: int = 0, length_adaptive: bool = F
 def name(d: Denoiser) -> str:
     share = f"{d.r[0]:g}" if d.r[0] == d.r[1] else "{:g}-{:g}".format(*d.r)  # no slash: metrics are named by it
     return f"{d.kind}{d.mu:g}@{share}" if d.mu else f"{d.kind}@{share}"
+
+
+def names(denoisers) -> list[str]:
+    """What metrics call them; the mode is part of a name where nothing else tells two apart."""
+    plain = [name(d) for d in denoisers]
+    return [f"{n}-{d.mode or 'none'}" if plain.count(n) > 1 else n for n, d in zip(plain, denoisers, strict=True)]
 
 
 def counts(d: Denoiser, share: float, L: int, n_sentinels: int) -> tuple[int, int]:

@@ -3,10 +3,10 @@
     stream = denoise_stream.open_stream(cfg, plan, rank, world)    # next(stream): this rank's packs of the next step; .state, .load(state)
     packs = denoise_stream.val_batches(cfg)    # {denoiser: held-out packs}, the same corruption for every checkpoint
 
-Every rank does the whole bookkeeping (which document, denoiser, length, pack: integers, microseconds) and reads and corrupts only
-the packs that are its own: the same order for any number of ranks, resumable anywhere. Example g is a pure function of (seed, g), the
-256 documents then open, and the progress of the step in which it should train (the packer looks ahead 256 examples, and so do we).
-Not part of denoise.py: that file is pure functions of (ids, rng), this is files and state. Read next: data.py (Shards, Source).
+Every rank does the whole bookkeeping (which document, denoiser, length, pack: integers, microseconds) and reads and corrupts only the
+packs that are its own: with micro_tokens set, the same order for any number of ranks, resumable anywhere. Example g is a pure function of
+(seed, g), the 256 documents then open, and the progress of the step in which it should train (the packer looks ahead 256 examples, and so
+do we). Not part of denoise.py: that file is pure functions of (ids, rng), this is files and state. Read next: data.py (Shards, Source).
 """
 
 import dataclasses
@@ -57,7 +57,7 @@ class DenoiseStream:
             die(f"max_enc={cfg.max_enc}, max_dec={cfg.max_dec}: some denoiser could take only {least} tokens of text; raise them")
         settings = [f"{key}={getattr(cfg, key)}" for key in (*denoise.DenoiseConfig.__dataclass_fields__, "seed")]
         self.order = " ".join([*settings, *(f"{src.name}={src.shards.id}" for src in self.sources)])  # all that decides it
-        self.names = [denoise.name(d) for d in self.mix.denoisers]
+        self.names = denoise.names(self.mix.denoisers)
         self.need = []  # mean encoder and decoder tokens of examples of these very documents, at both ends of the curriculum
         for row in (plan(0), plan(plan.steps)):
             self.begin()
@@ -264,7 +264,8 @@ def val_batches(cfg) -> dict[str, list]:
     row = SimpleNamespace(micro_tokens=micro, accum=1, eta=0.0, mix={})
     plan = lambda step: row  # noqa: E731
     plan.steps = max(1, cfg.eval_tokens // micro)
-    for d in denoise.mixture(cfg.mixture, cfg.mixture_end, cfg.mode_tokens).denoisers:
-        one = dataclasses.replace(cfg, mixture=(tuple(d),), mixture_end=None, seed=0)
-        out[denoise.name(d)] = [batch for step in DenoiseStream(one, plan, split="val", log=lambda text: None) for batch in step]
+    denoisers = denoise.mixture(cfg.mixture, cfg.mixture_end, cfg.mode_tokens).denoisers
+    for name, d in zip(denoise.names(denoisers), denoisers, strict=True):
+        one = dataclasses.replace(cfg, mixture=(tuple(d._replace(weight=1)),), mixture_end=None, seed=0)  # also what begins with weight 0
+        out[name] = [batch for step in DenoiseStream(one, plan, split="val", log=lambda text: None) for batch in step]
     return out

@@ -63,17 +63,22 @@ def analyze(stream, count: int = 8) -> str:
     lines += [
         f"pack: {len(items)} examples, restored {good}; fill {full[0]:.3f} of {enc} encoder and {full[1]:.3f} of {dec} decoder tokens",
         f"density {hidden / source:.3f}, mean span {hidden / spans:.2f} tokens",
-        "tasks: " + ", ".join(f"{denoise.name(d)} {n}" for d, n in zip(stream.mix.denoisers, tasks, strict=True)),
+        "tasks: " + ", ".join(f"{name} {n}" for name, n in zip(stream.names, tasks, strict=True)),
     ]
     return "\n".join(lines)
 
 
-def shuffled(batch) -> dict:
-    """The same decoders, each reading the encoder text of the example before it."""
+def shuffled(batch) -> dict | None:
+    """The same decoders, each reading the encoder text of the example before it; None where one example is alone."""
     cut = lambda x, cu: list(x.split(cu.diff().tolist()))  # noqa: E731
     enc = [e.numpy() for e in cut(batch["ids"], batch["cu"])]
     dec, goal = ([d.numpy() for d in cut(batch[key], batch["dec_cu"])] for key in ("dec_ids", "targets"))
-    return denoise_stream.collate(list(zip(enc[-1:] + enc[:-1], dec, goal, batch["task"].tolist(), strict=True)))
+    real = [i for i, g in enumerate(goal) if (g != -100).any()]  # packs of one shape end in documents of padding
+    source = list(range(len(enc)))
+    for i, before in zip(real, real[-1:] + real[:-1], strict=True):
+        source[i] = before
+    pairs = zip([enc[i] for i in source], dec, goal, batch["task"].tolist(), strict=True)
+    return denoise_stream.collate(list(pairs)) if len(real) > 1 else None
 
 
 @torch.no_grad()
@@ -81,16 +86,24 @@ def evaluate(model, val: dict, device="cpu") -> dict:
     """{denoiser: {loss, accuracy, shuffled, tokens}}; accuracy by the largest logit, 2048 targets at a time."""
     rows = {}
     for name, packs in tqdm(val.items(), unit="denoiser", disable=not sys.stderr.isatty()):
-        sums = np.zeros(4)  # nats, hits, nats when shuffled, targets
+        sums = np.zeros(5)  # nats, hits, nats when shuffled, targets, targets when shuffled
         for pack in packs:
             for column, batch in ((0, pack), (2, shuffled(pack))):
+                if batch is None:
+                    continue
                 batch = to_device(batch, device)
                 hidden, keep = model(batch), batch["targets"] != -100
                 sums[column] += float(model.nll(hidden, batch["targets"])[0])
+                sums[3 + column // 2] += int(keep.sum())
                 for h, t in zip(hidden[keep].split(2048), batch["targets"][keep].split(2048), strict=True) if column == 0 else ():
-                    sums[[1, 3]] += [int((model.predict(h).argmax(-1) == t).sum()), len(t)]
-        loss, hits, other, n = sums / max(sums[3], 1) * [1, 1, 1, sums[3]]
-        rows[name] = {"loss": loss, "accuracy": hits, "shuffled": other, "tokens": int(n)}
+                    sums[1] += int((model.predict(h).argmax(-1) == t).sum())
+        nats, hits, other, n, n_other = sums.tolist()
+        rows[name] = {
+            "loss": nats / max(n, 1),
+            "accuracy": hits / max(n, 1),
+            "shuffled": other / n_other if n_other else None,
+            "tokens": int(n),
+        }
     return rows
 
 
@@ -107,7 +120,8 @@ def main(argv):
     rows = evaluate(model, denoise_stream.val_batches(cfg), machine.device)
     print(f"{'denoiser':20} {'loss':>8} {'accuracy':>9} {'shuffled':>9} {'targets':>9}")
     for name, r in rows.items():
-        print(f"{name:20} {r['loss']:8.4f} {r['accuracy']:9.4f} {r['shuffled']:9.4f} {r['tokens']:9,}")
+        shuffled_loss = "-" if r["shuffled"] is None else f"{r['shuffled']:.4f}"
+        print(f"{name:20} {r['loss']:8.4f} {r['accuracy']:9.4f} {shuffled_loss:>9} {r['tokens']:9,}")
     if opt.out:
         Path(opt.out).write_text(json.dumps({"ckpt": opt.ckpt, "step": state["step"], "denoisers": rows}, indent=1) + "\n")
 

@@ -238,6 +238,34 @@ def test_user_errors(shards, tmp_path, capsys):
         assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_every_denoiser_is_held_out_under_a_name_of_its_own(shards):
+    """Rows that differ in their mode only, and one that begins with weight 0: each has its own packs of the held-out split."""
+    from train import Config
+
+    rows = (("span", 3, 0.15, "R", 1), ("span", 3, 0.15, "X", 1), ("suffix", 0, 0.75, "S", 0))
+    keys = {"arch": "encdec", "vocab_size": 361, "max_enc": 128, "max_dec": 64, "eval_tokens": 512, "data": str(shards[0])}
+    cfg = Config(objective="denoise", mixture=rows, mixture_end=(0, 1, 1), **keys)
+    packs = S.val_batches(cfg)
+    assert {name: p[0]["ids"][0].item() for name, p in packs.items()} == {"span3@0.15-R": 257, "span3@0.15-X": 258, "suffix@0.75": 259}
+    assert S.DenoiseStream(cfg, plan_of()).names == list(packs)
+    for bad in (rows[:1] * 2, rows[:2]):
+        with pytest.raises(SystemExit):
+            denoise.mixture(bad, mode_tokens=bad[0] == bad[1])  # without modes the two are one
+
+
+def test_strangers_are_read_by_examples_only(shards):
+    """Padding documents of packs of one shape are nobody's encoder text; one example alone has no stranger."""
+    from eval.denoising import shuffled
+
+    pack = next(S.DenoiseStream(config(shards[0], compile=True), plan_of()))[0]
+    texts = lambda pack: [t.tolist() for t in pack["ids"].split(pack["cu"].diff().tolist())]  # noqa: E731
+    n = sum(bool((t != -100).any()) for t in pack["targets"].split(pack["dec_cu"].diff().tolist()))
+    before, after = texts(pack), texts(shuffled(pack))
+    assert 1 < n < len(before) and after == [before[n - 1], *before[: n - 1], *before[n:]]
+    one = S.collate([(np.arange(5), np.arange(3), np.arange(3), 0), S.blank(3, 5, denoise.special_ids(361, 100, eos=7))])
+    assert shuffled(one) is None
+
+
 def test_snap_runs_in_the_stream(shards):
     stream = S.DenoiseStream(config(shards[0], snap=True, length_adaptive=True), plan_of())
     assert sum(int(b["source_tokens"]) for b in next(stream)) > 1000

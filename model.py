@@ -340,12 +340,19 @@ class Stack(nn.Module):
         return self.norm(x)
 
 
+def borders(pos, cu):
+    """Of each token: its place in the batch, where its document begins, and where that ends."""
+    here = torch.arange(len(pos), device=pos.device)
+    return here, here - pos, cu.long()[torch.searchsorted(cu, here.to(cu.dtype), right=True)]
+
+
 class Packed:
     """What the blocks share during one forward over flat documents: positions, attention, the gate's pool and noise."""
 
     def __init__(self, model, pos, cu, max_len, causal, rows=None, merge=None):
         self.pos, self.cu, self.tau, self.merge = pos, cu, model.tau, merge
         self.rope, self.dtype = model.rope(pos), model.dtype
+        self.borders = borders(pos, cu) if model.cfg.ffn == "polyglu" else None
         self.segments = merge.segments if merge else Segments(cu, max_len, causal=causal)
         noisy = model.training and model.cfg.gate_noise and model.cfg.ffn == "polyglu"
         if noisy and rows is None:
@@ -361,9 +368,7 @@ class Packed:
 
     def pool(self, ffn, p):
         """Mean of p over the part of its document that each token's gate may see; a loud document before it leaves no trace."""
-        here = torch.arange(len(p), device=p.device)
-        start = here - self.pos
-        stop = self.cu.long()[torch.searchsorted(self.cu, here.to(self.cu.dtype), right=True)]  # of the document
+        here, start, stop = self.borders
         if ffn.gate == "sequence":
             return WindowMean.apply(p, start, stop, None, None)
         if ffn.gate == "running":

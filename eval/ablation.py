@@ -10,8 +10,9 @@ F  FP8 instead of bf16. On a CPU it is emulated: its losses mean something, its 
 C  the sequence-length curriculum instead of one length
 K  compiled instead of eager, M  large micro-batches instead of 6,144 tokens (4,096, as published, are no whole windows of 768); GPU only
 
-Bytes per step and steps are equal between arms, so tokens per step follow the tokenizer. Loss per token never crosses tokenizers. A
-finished run is kept in --out and not repeated: interrupt and go on at will. Read next: eval/perplexity.py; LOG.md has the verdicts."""
+Steps are equal between arms, and bytes per step as nearly as whole windows allow: tokens per step follow the tokenizer. Loss per token
+never crosses tokenizers. A finished run is kept in --out and not repeated: interrupt and go on at will. Read next: eval/perplexity.py;
+LOG.md has the verdicts."""
 
 import ast
 import contextlib
@@ -113,10 +114,12 @@ def arguments(arm, size, made, total, lr):
     """argv of one arm. Steps and bytes per step are the same for all; a SuperBPE step has fewer tokens."""
     base, _, _ = SIZES[size]
     longest, folders = LONGEST[size], made["super" if "T" in arm else "plain"]
-    unit, plain = (256, 1024) if size == "cpu" else (12288, 147456)
-    ratio = bytes_per_token(made["plain"]) / bytes_per_token(folders)
-    tokens = round(plain * ratio / unit) * unit
-    steps = round(total / (tokens * bytes_per_token(folders)))
+    unit, most = (256, 8) if size == "cpu" else (12288, 16)
+    ratio = bytes_per_token(made["plain"]) / bytes_per_token(made["super"])
+    # so many windows of plain tokens that a whole number of SuperBPE's holds as many bytes, as nearly as can be
+    windows = min(range(most // 2, most + 1), key=lambda n: abs(n * ratio - round(n * ratio)) / n)
+    steps = round(total / (windows * unit * bytes_per_token(made["plain"])))
+    tokens = (round(windows * ratio) if "T" in arm else windows) * unit
     micro = 0 if size == "cpu" else tokens if "M" in arm else 6144
     table = [(n, mult, s) for n, mult, s in ULTRA if n <= longest] if "C" in arm else [(longest, 1.0, 1.0)]
     whole = sum(s for *_, s in table)

@@ -11,7 +11,7 @@ import configurator
 import optim
 import sample
 from kernels import gumbel
-from model import ModelConfig, Packed, build, merged_rectangle, rectangle
+from model import ModelConfig, Packed, borders, build, merged_rectangle, rectangle
 from ops import WindowMean
 from train import Config
 
@@ -105,7 +105,7 @@ def test_running_ends_where_sequence_is():
 
 
 def pool(gate, p, pos, cu, block=4):
-    return Packed.pool(SimpleNamespace(pos=pos, cu=cu), SimpleNamespace(gate=gate, gate_block=block), p)
+    return Packed.pool(SimpleNamespace(pos=pos, borders=borders(pos, cu)), SimpleNamespace(gate=gate, gate_block=block), p)
 
 
 @pytest.mark.parametrize("gate", ["running", "lagged", "sequence"])

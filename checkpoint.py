@@ -96,10 +96,12 @@ def start_run(run, cfg, info):
     """config.json (the settings, and `info`: commit, versions, hardware) and the tokenizer, so that the folder stands alone."""
     write_text(Path(run) / "config.json", json.dumps({"config": configurator.to_dict(cfg), **info}, indent=1) + "\n")
     folders = list(cfg.data.values()) if isinstance(cfg.data, dict) else [cfg.data]
-    for source in [Path(folder) / "tokenizer" for folder in folders]:
+    start = (
+        [resolve(cfg.init_from).parent] if cfg.init_from else []
+    )  # an encoder-decoder's knows its markers, else data may know a template
+    for source in [Path(folder) / "tokenizer" for folder in (start + folders if cfg.arch == "encdec" else folders + start)]:
         if source.is_dir() and not (Path(run) / "tokenizer").exists():
-            new = Path(run) / ".tmp-tokenizer"
-            shutil.rmtree(new, ignore_errors=True)
+            shutil.rmtree(new := Path(run) / ".tmp-tokenizer", ignore_errors=True)
             shutil.copytree(source, new)
             for file in [*new.rglob("*"), new]:
                 sync(file)

@@ -1,6 +1,6 @@
 """objective=contrast: texts that belong together get near vectors, all other texts of the global batch far ones (InfoNCE).
 
-    python train.py config/encdec_contrast.py --init_from=out/encdec_ul2 --data=pairs.jsonl
+    python train.py config/encdec_ul2.py config/encdec_contrast.py --init_from=out/encdec_ul2 --data=pairs.jsonl
 
 Pairs are rows {"query", "positive", "negatives"?} of a jsonl file or, from a directory of shards, two random crops of one document. Only
 the encoder is trained. Every query is compared with every positive and hard negative of all ranks and micro-batches, and yet one
@@ -10,7 +10,6 @@ it fits, spares the first pass. Read next: model.py (Embedder, pool).
 """
 
 import hashlib
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -64,8 +63,6 @@ class PairStream:
         self.tok = tokenizer.load(home)
         if self.tok.vocab_size > cfg.vocab_size:
             die(f"vocab_size={cfg.vocab_size} is too small for the {self.tok.vocab_size} ids of {home}")
-        if rank == 0 and (home / "tokenizer").is_dir() and not (Path(cfg.out) / "tokenizer").exists():
-            shutil.copytree(home / "tokenizer", Path(cfg.out) / "tokenizer")
         self.rows = self.shards = None
         if cfg.data.endswith(".jsonl"):
             if not Path(cfg.data).is_file():

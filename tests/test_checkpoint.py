@@ -273,3 +273,19 @@ def test_start_run_makes_the_folder_stand_alone(tmp_path):
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
     assert configurator.from_dict(Config, saved["config"]) == cfg and saved["torch"] == torch.__version__
     assert (tmp_path / "run" / "tokenizer" / "tokenizer.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize(
+    "arch, data, want", [("encdec", "data", "markers"), ("decoder", "data", "template"), ("encdec", "x.jsonl", "markers")]
+)
+def test_the_tokenizer_that_knows_more_is_kept(tmp_path, arch, data, want):
+    """Modes and sentinels are in the one that an encoder-decoder starts from; a chat template is in the data's; pairs in jsonl have none."""
+    for folder, text in (("start", "markers"), ("data", "template")):
+        (tmp_path / folder / "tokenizer").mkdir(parents=True)
+        (tmp_path / folder / "tokenizer" / "tokenizer.json").write_text(text)
+    (tmp_path / "start/step-000000").mkdir()
+    (tmp_path / "start/step-000000/state.json").write_text("{}")
+    (tmp_path / "run").mkdir()
+    cfg = Config(**TINY | {"arch": arch}, data=str(tmp_path / data), init_from=str(tmp_path / "start"))
+    checkpoint.start_run(tmp_path / "run", cfg, {})
+    assert (tmp_path / "run/tokenizer/tokenizer.json").read_text() == want

@@ -96,9 +96,7 @@ def start_run(run, cfg, info):
     """config.json (the settings, and `info`: commit, versions, hardware) and the tokenizer, so that the folder stands alone."""
     write_text(Path(run) / "config.json", json.dumps({"config": configurator.to_dict(cfg), **info}, indent=1) + "\n")
     folders = list(cfg.data.values()) if isinstance(cfg.data, dict) else [cfg.data]
-    start = (
-        [resolve(cfg.init_from).parent] if cfg.init_from else []
-    )  # an encoder-decoder's knows its markers, else data may know a template
+    start = [resolve(cfg.init_from).parent] if cfg.init_from else []  # an encoder-decoder's knows its markers
     for source in [Path(folder) / "tokenizer" for folder in (start + folders if cfg.arch == "encdec" else folders + start)]:
         if source.is_dir() and not (Path(run) / "tokenizer").exists():
             shutil.rmtree(new := Path(run) / ".tmp-tokenizer", ignore_errors=True)

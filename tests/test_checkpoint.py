@@ -279,7 +279,7 @@ def test_start_run_makes_the_folder_stand_alone(tmp_path):
     "arch, data, want", [("encdec", "data", "markers"), ("decoder", "data", "template"), ("encdec", "x.jsonl", "markers")]
 )
 def test_the_tokenizer_that_knows_more_is_kept(tmp_path, arch, data, want):
-    """Modes and sentinels are in the one that an encoder-decoder starts from; a chat template is in the data's; pairs in jsonl have none."""
+    """Modes and sentinels are in the one that an encoder-decoder starts from, a chat template in the data's, pairs in jsonl have none."""
     for folder, text in (("start", "markers"), ("data", "template")):
         (tmp_path / folder / "tokenizer").mkdir(parents=True)
         (tmp_path / folder / "tokenizer" / "tokenizer.json").write_text(text)

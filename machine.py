@@ -148,7 +148,11 @@ def enough_memory(cfg, row):
     try:
         yield
     except torch.OutOfMemoryError:
-        lengths = {stage.get("seq_len", cfg.seq_len) for stage in cfg.stages} | {row.seq_len}
+        if cfg.objective == "contrast":
+            fits = next((n for n in range(cfg.contrast_micro // 2, 0, -1) if cfg.contrast_micro % n == 0), 0)
+            remedy = f"--contrast_micro={fits}" if fits else f"--max_enc={cfg.max_enc // 2}"
+            die(f"out of memory: {cfg.contrast_micro} pairs of texts of up to {cfg.max_enc} tokens per micro-batch; try {remedy}")
+        lengths = {stage.get("seq_len", cfg.seq_len) for stage in cfg.stages} | {row.seq_len} if cfg.objective != "denoise" else {1}
         total, half = row.micro_tokens * row.accum, row.micro_tokens // 2
         fits = next((n for n in range(half, 0, -1) if total % n == 0 and not any(n % length for length in lengths)), 0)
         remedy = f"--micro_tokens={fits}" if fits and not any("rows" in stage for stage in cfg.stages) else "half the rows, twice the accum"

@@ -392,7 +392,7 @@ def main(argv):
         if (line := fp8.set_step(raw, step)) and lead:
             log.say(line)
         if objective.prepare:
-            with fp8.scope(raw):
+            with hardware.enough_memory(cfg, row), fp8.scope(raw):
                 objective.prepare(call, raw, batches)
 
         # forward and backward; the loss is the token mean of the global batch, the wrapper averages over ranks

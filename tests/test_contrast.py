@@ -172,6 +172,15 @@ def test_crops_of_documents(tmp_path):
     assert all(torch.isfinite(b["value"]) for b in batches)
 
 
+def test_out_of_memory_names_what_makes_it_smaller(capsys):
+    from machine import enough_memory
+
+    for micro, remedy in ((12, "--contrast_micro=6"), (9, "--contrast_micro=3"), (1, "--max_enc=24")):
+        with pytest.raises(SystemExit), enough_memory(config("x", contrast_micro=micro), None):
+            raise torch.OutOfMemoryError
+        assert capsys.readouterr().err.endswith(f"try {remedy}\n")
+
+
 def test_through_the_loop(tmp_path, capsys):
     """train.py runs it, saves it, and leaves the decoder as it was, to the bit; the run can be embedded with."""
     import checkpoint

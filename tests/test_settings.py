@@ -44,6 +44,10 @@ def test_what_would_do_nothing_is_refused_when_typed_and_named_when_inherited(ca
         ({"objective": "latent", "n_layer": 3}, "n_layer", "latent_encoder=pool|byte"),
         ({"objective": "contrast", "eval_every": 3}, "eval_every", "objective=lm|denoise"),
         ({"fp8_margin": 1}, "fp8_margin", "precision=fp8|te"),
+        ({"objective": "denoise", "seq_len": 64}, "seq_len", "objective=lm|latent"),
+        ({"objective": "contrast", "tokens_per_step": 64}, "tokens_per_step", "objective=lm|denoise|latent"),
+        ({"objective": "latent", "decay_embed": False}, "decay_embed", "objective=lm|denoise|contrast"),
+        ({"objective": "latent", "latent_ratio": 4, "latent_len": 9}, "latent_len", "latent_ratio=0"),
         ({"objective": "latent", "kd_tau": 2.0}, "kd_tau", "w_kd"),
     ):
         cfg = Config(**changes)
@@ -114,7 +118,7 @@ def test_wandb_and_tensorboard_get_what_the_log_gets(corpus, tmp_path, monkeypat
 
 def test_analyze_batch_prints_examples_and_ends(corpus, tmp_path, capsys):
     size = ["--arch=encdec", "--objective=denoise", "--vocab_size=371", "--n_sentinels=110", "--max_enc=64", "--max_dec=64"]
-    rest = [arg for arg in TINY if "vocab" not in arg and "tokens_per" not in arg]
+    rest = [arg for arg in TINY if "vocab" not in arg and "tokens_per" not in arg and "seq_len" not in arg]
     with pytest.raises(SystemExit) as end:
         train.main([f"--data={corpus}", f"--out={tmp_path / 'run'}", "--analyze_batch=3", "--tokens_per_step=512", *size, *rest])
     text = capsys.readouterr().out

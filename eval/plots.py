@@ -105,7 +105,7 @@ def loss_figure(run, against="", events=""):
 
 
 def clock_figure(run, points):
-    """Held-out and training loss against seconds since the run began, evaluations included; `points`: LABEL:SECONDS:LOSS,... of others."""
+    """Held-out and training loss against seconds since the run began, evaluations included; `points`: LABEL:SECONDS:LOSS;... of others."""
     figure, axes = canvas(1, 1, (8, 5))
     axis, rows = axes[0, 0], read_metrics(run)
     began, table = json.loads(Path(run, "config.json").read_text())["started"], []
@@ -123,7 +123,7 @@ def clock_figure(run, points):
             label=f"{Path(run).name}: {key}",
         )
         table += [(key, round(s, 1), step, v) for s, step, v in seen]
-    for n, (label, second, value) in enumerate(point.rsplit(":", 2) for point in points.split(",")):
+    for n, (label, second, value) in enumerate(point.rsplit(":", 2) for point in points.split(";")):
         axis.plot(
             float(second),
             float(value),
@@ -133,6 +133,9 @@ def clock_figure(run, points):
             label=f"{label}: {value} at {second} s",
         )
         table.append((label, float(second), "", float(value)))
+    axis.set_ylim(
+        top=1.3 * max([v for what, *_, v in table if what != "train/loss"], default=1.0)
+    ) if held else None  # the first steps would fill the picture
     axis.set(xlabel="seconds since train.py set up its run, evaluations included", ylabel="nats per token")
     axis.grid(alpha=0.25)
     axis.legend(fontsize=8)

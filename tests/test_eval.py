@@ -1,5 +1,6 @@
 """The evaluations on models whose answers are known, and lm-eval through our adapter against its own transformers back end."""
 
+import csv
 import importlib
 import json
 import math
@@ -186,9 +187,9 @@ def test_routing_report_and_its_pictures(home, capsys):
     for name in ("routing.png", "routing.csv"):
         assert (home / "run" / name).stat().st_size > 100
     assert report["verdict"] in capsys.readouterr().out
-    plots.main([f"--run={home / 'run'}", "--events=10:ten", "--clock=they:9:2.5,others: slow:90:2"])
-    clock = [line.split(",") for line in (home / "run" / "clock.csv").read_text().splitlines()[1:]]
-    assert clock[-2:] == [["they", "9.0", "", "2.5"], ["others: slow", "90.0", "", "2.0"]] and (home / "run" / "clock.png").exists()
+    plots.main([f"--run={home / 'run'}", "--events=10:ten", "--clock=they:9:2.5;others, slow:90:2"])
+    clock = list(csv.reader((home / "run" / "clock.csv").read_text().splitlines()[1:]))
+    assert clock[-2:] == [["they", "9.0", "", "2.5"], ["others, slow", "90.0", "", "2.0"]] and (home / "run" / "clock.png").exists()
     assert [row[2] for row in clock if row[0].startswith("val/")][-1] == "30" and 0 <= float(clock[0][1]) <= float(clock[2][1]) < 999
     assert (home / "run" / "loss.png").stat().st_size > 5000
     assert (home / "run" / "loss.csv").read_text().count("\n") == 1 + sum(

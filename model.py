@@ -522,13 +522,11 @@ class Transformer(nn.Module):
         if self.decoder is None or "dec_ids" not in batch:
             return hidden
         cross, pos = self.cfg.cross_rope, batch["dec_pos"]
-        if cross == "continue":
-            lengths = batch["cu"].diff()
-            pos = pos + torch.repeat_interleave(lengths, batch["dec_cu"].diff(), output_size=len(pos))
         segments = Segments(batch["dec_cu"], batch["dec_max_len"], batch["kv_cu"], batch["kv_max_len"])
         merge = Merge(hidden, None if cross == "none" else self.rope(batch["pos"]), batch["kv_index"], segments)
         ctx = Packed(self, pos, batch["dec_cu"], batch["dec_max_len"], True, batch.get("rows"), merge)
-        ctx.pos = batch["dec_pos"]  # the gate counts the decoder's own tokens, wherever rotary positions begin
+        if cross == "continue":  # rotary positions go on where the encoder's end; the gate counts the decoder's own tokens
+            ctx.rope = self.rope(pos + torch.repeat_interleave(batch["cu"].diff(), batch["dec_cu"].diff(), output_size=len(pos)))
         return self.decoder(self.embed_tokens(batch["dec_ids"]), ctx)
 
     def encode(self, batch):

@@ -90,10 +90,11 @@ def test_denoising_and_contrast(home, objective):
         "n_sentinels": 20,
         "max_enc": 64,
     }
+    keys |= {"seq_len": 256}  # what has no effect stands at its default
     if objective == "denoise":
         keys |= {"max_dec": 64, "data": str(home / "text"), "tokens_per_step": 512}
     else:
-        keys |= {"data": str(home / "pairs.jsonl"), "contrast_pairs": 8, "contrast_micro": 4, "eval_tokens": 65536}
+        keys |= {"data": str(home / "pairs.jsonl"), "contrast_pairs": 8, "contrast_micro": 4, "eval_tokens": 65536, "tokens_per_step": 2048}
     before, after = tune(home, f"out_{objective}", **keys)
     change = moved(before, after)
     assert rows == -(-vocab // 128) * 128

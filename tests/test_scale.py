@@ -56,8 +56,8 @@ ALL = [(kind, parallel, world) for kind in KINDS for parallel in ("ddp", "fsdp")
 
 def arguments(out, folder, kind, **more):
     given = settings(out, folder, **PLAIN | KINDS[kind] | more)
-    quiet = () if KINDS[kind].get("objective") != "contrast" else ("--seq_len", "--eval_", "--tokens_per_step", "--micro_tokens")
-    return [argument for argument in given if not argument.startswith(quiet)] if quiet else given  # they would do nothing
+    quiet = {"denoise": ("--seq_len",), "contrast": ("--seq_len", "--eval_", "--tokens_per_step", "--micro_tokens")}  # would do nothing
+    return [argument for argument in given if not argument.startswith(quiet.get(KINDS[kind].get("objective"), ()))]
 
 
 def differences(a, b):

@@ -35,7 +35,7 @@ OPTIONS |= {"texts": "", "vocab": 2048}
 SIZES = {  # argv of every arm; factors that exist; bytes seen
     "cpu": (
         ["--n_layer=4", "--n_head=4", "--n_kv_head=2", "--d_model=128", "--d_ff=384", "--embed_rank=64", "--qk_norm=False"]
-        + ["--max_len=256", "--keep=1", "--device=cpu", "--fp8_emulate=True", "--weight_decay=0.1", "--eval_tokens=256"],
+        + ["--max_len=256", "--keep=1", "--device=cpu", "--weight_decay=0.1", "--eval_tokens=256"],
         "TFC",
         1e6,
     ),
@@ -137,7 +137,8 @@ def arguments(arm, size, made, total, lr):
         "--max_tokens=0",
     ]
     argv += [f"--stages={tuple(stages)}", f"--warmup={max(1, steps // 20)}", f"--eval_every={beat * max(1, round(steps / 6 / beat))}"]
-    argv += ["--precision=fp8", "--fp8_filter=" + ("all" if size == "cpu" else "table")] if "F" in arm else ["--precision=bf16"]
+    fp8 = ["--precision=fp8", "--fp8_filter=all", "--fp8_emulate=True"] if size == "cpu" else ["--precision=fp8", "--fp8_filter=table"]
+    argv += fp8 if "F" in arm else ["--precision=bf16"]
     argv += [f"--domains={made['domains']}"] if made["domains"] else []
     argv += [f"--lr={lr * (3e-3 if size == 'cpu' else 6e-4)}", "--best_metric=val/mean/bpb"]
     return argv + ([f"--compile={'K' in arm}"] if size == "gpu" else [])

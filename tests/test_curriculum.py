@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import checkpoint
 import configurator
 import monitor
+import needs
 import optim
 import prepare.text
 import tokenizer
@@ -600,6 +601,7 @@ def test_arms_of_the_ablation_see_the_same_bytes(two_corpora, size, factors):
     total, seen = (0.4e6, {}) if size == "cpu" else (3.5e9, {})
     for arm in ("", *factors, factors):
         cfg = load(*ablation.arguments(arm, size, two_corpora, total, 1.0))
+        needs.idle(cfg, ablation.arguments(arm, size, two_corpora, total, 1.0))  # stops at a setting that would do nothing
         plan = optim.make_plan(cfg, 1)
         per_token = 4 if "T" in arm else 3
         seen[arm] = (plan.steps, plan.total * per_token)

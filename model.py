@@ -639,12 +639,11 @@ class Transformer(nn.Module):
         return sum(p.numel() for p in self.parameters()) - padding
 
     def flops_per_token(self, length: int) -> float:
-        """Forward and backward, causal attention counted at half, the embedding look-up not at all, the head included."""
+        """Of a decoder: forward and backward, causal attention counted at half, the embedding look-up not at all, the head included."""
         cfg = self.cfg
         linear = sum(m.weight.numel() for m in self.modules() if isinstance(m, Linear) and m is not self.head)
         head = cfg.vocab_size * self.head_weight.shape[1] + (self.embed.proj.weight.numel() if self.factorised else 0)
-        half = 1.0 if cfg.arch == "encoder" else 0.5
-        return 6.0 * (linear + head) + 12.0 * half * cfg.n_layer * length * cfg.n_head * cfg.width_head
+        return 6.0 * (linear + head) + 6.0 * cfg.n_layer * length * cfg.n_head * cfg.width_head
 
 
 def inverse_frequencies(cfg: ModelConfig) -> torch.Tensor:

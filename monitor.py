@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import checkpoint
@@ -22,6 +23,7 @@ import data
 import fp8
 from configurator import die
 from machine import peak_memory, total
+from model import Linear, Transformer
 
 # ---- a step -------------------------------------------------------------------------------------------------------------
 
@@ -31,6 +33,22 @@ def group_of(batch):
     if "task" in batch:
         return torch.repeat_interleave(batch["task"], batch["dec_cu"].diff(), output_size=len(batch["targets"]))
     return batch["source"].repeat_interleave(len(batch["targets"]) // len(batch["source"]))
+
+
+def flops(model, batch) -> float:
+    """Of one batch of an encoder or encoder-decoder, forward and backward: each document at its own length, padding left out, causal
+    attention at half, the embedding look-up not at all. (A decoder's: flops_per_token.)"""
+    cfg, size = model.cfg, lambda stack: sum(m.weight.numel() for m in stack.modules() if isinstance(m, Linear))
+    enc, cross, head = batch["cu"].diff().double(), 0, 0
+    dec = 0 * enc
+    if "dec_ids" in batch:
+        real = F.pad((batch["targets"] >= 0).cumsum(0), (1, 0))[batch["dec_cu"].long()].diff() > 0
+        enc, dec = enc * real, batch["dec_cu"].diff() * real
+        cross = cfg.n_layer * 2 * cfg.kv_heads * cfg.width_head * cfg.d_model  # every decoder layer's keys and values of the encoder
+        head = size(model.decoder) + cfg.vocab_size * model.head_weight.shape[1]
+    pairs = (enc * enc + dec * enc + dec * dec / 2).sum()
+    linear = enc.sum() * (size(model.encoder) + cross) + dec.sum() * head
+    return float(6 * linear + 12 * cfg.n_layer * cfg.n_head * cfg.width_head * pairs)
 
 
 class Meter:
@@ -45,7 +63,12 @@ class Meter:
         self.restart()
 
     def restart(self):
-        self.clock, self.tokens, self.waited, self.steps, self.clipped = time.perf_counter(), 0, 0.0, 0, 0
+        self.clock, self.tokens, self.waited, self.steps, self.clipped, self.flops = time.perf_counter(), 0, 0.0, 0, 0, 0.0
+
+    def expect(self, batches):
+        """What encoders have to do depends on the lengths of their texts: counted before these leave for the device."""
+        if isinstance(self.model, Transformer) and self.model.encoder is not None and self.machine.peak:
+            self.flops += sum(flops(self.model, batch) for batch in batches)
 
     def add(self, batch, each):
         real = batch["targets"] != -100
@@ -65,13 +88,14 @@ class Meter:
 
     def read(self, row, terms, sums, count, weights):
         """-> (the record of metrics.jsonl, one line for people). Every rank must ask."""
-        values = total([*sums.tolist(), *self.groups.flatten().tolist()], self.machine)
+        *values, work = total([*sums.tolist(), *self.groups.flatten().tolist(), self.flops], self.machine)
         losses = {t: v / max(count[t], 1.0) for t, v in zip(terms, values, strict=False)}
         by_name = zip(self.names, values[len(terms) :: 3], values[len(terms) + 1 :: 3], strict=False)
         self.seen = self.bytes(values[len(terms) + 2 :: 3])
         seconds = time.perf_counter() - self.clock
-        speed, flops = self.tokens / seconds, self.model.flops_per_token(row.seq_len) if hasattr(self.model, "flops_per_token") else 0.0
-        mfu = speed * flops / (self.machine.peak * self.machine.world) if self.machine.peak else 0.0
+        if not work and isinstance(self.model, Transformer):
+            work = self.tokens * self.model.flops_per_token(row.seq_len)
+        speed, mfu = self.tokens / seconds, work / seconds / (self.machine.peak * self.machine.world) if self.machine.peak else 0.0
         suffix = "" if self.cfg.causal else "_noncausal"
         record = {f"train/{t}{suffix}": v for t, v in losses.items()}
         if len(self.names) > 1:
@@ -352,7 +376,11 @@ def benchmark(laps, tokens, length, model, machine, sources):
     times = sorted(b - a for a, b in zip(laps[WARM:], laps[WARM + 1 :], strict=False))
     middle, low, high = (times[int(q * (len(times) - 1))] for q in (0.5, 0.25, 0.75))
     speed = tokens / middle
-    mfu = f"{speed * model.flops_per_token(length) / (machine.peak * machine.world):.1%}" if machine.peak else "unknown"
+    mfu = (
+        f"{speed * model.flops_per_token(length) / (machine.peak * machine.world):.1%}"
+        if machine.peak and model.decoder and not model.encoder
+        else "unknown"
+    )
     heads = ("L", "tokens", "ms", "quartiles", "tok/s", "bytes/s", "MFU", "GiB", "h per 1B")
     values = [length, tokens, f"{1e3 * middle:.1f}", f"{1e3 * low:.1f}-{1e3 * high:.1f}", f"{speed:,.0f}", f"{speed * per_token:,.0f}", mfu]
     values += [f"{peak_memory(machine.device) / 2**30:.2f}", f"{1e9 / speed / 3600:.2f}"]

@@ -395,6 +395,8 @@ def main(argv):
             with hardware.enough_memory(cfg, row), fp8.scope(raw):
                 objective.prepare(call, raw, batches)
 
+        meter.expect(batches)
+
         # forward and backward; the loss is the token mean of the global batch, the wrapper averages over ranks
         sums = torch.zeros(len(terms), dtype=torch.float64, device=machine.device)
         for i, batch in enumerate(batches):

@@ -1,7 +1,7 @@
 # Llama-3.1-8B-Instruct and Qwen2.5-7B-Instruct read SQuAD passages as packets of 32 x 256 numbers.
 #
-#     python -m hub import --from=Meta-Llama-3.1-8B-Instruct --out=out/llama31_8b
-#     python -m hub import --from=Qwen2.5-7B-Instruct --out=out/qwen25_7b
+#     python -m hub import --from=Meta-Llama-3.1-8B-Instruct --out=out/llama31_8b --dtype=bfloat16
+#     python -m hub import --from=Qwen2.5-7B-Instruct --out=out/qwen25_7b --dtype=bfloat16
 #     python -m prepare.squad --source=train-v1.1.json --out=data/squad
 #     python -m prepare.squad --source=dev-v1.1.json --out=data/squad --split=test
 #     torchrun --nproc_per_node=4 train.py config/latent_squad.py

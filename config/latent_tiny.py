@@ -1,7 +1,7 @@
 # One GPU: TinyLlama-1.1B and Qwen2-0.5B, or any two folders that hub can import.
 #
-#     python -m hub import --from=TinyLlama-1.1B-Chat --out=out/tinyllama
-#     python -m hub import --from=Qwen2-0.5B-Instruct --out=out/qwen2_05b
+#     python -m hub import --from=TinyLlama-1.1B-Chat --out=out/tinyllama --dtype=bfloat16
+#     python -m hub import --from=Qwen2-0.5B-Instruct --out=out/qwen2_05b --dtype=bfloat16
 #     python -m prepare.squad --source=train-v1.1.json --out=data/squad
 #     python train.py config/latent_squad.py config/latent_tiny.py
 #

@@ -299,6 +299,28 @@ def test_loss_at_the_start_and_overfitting_one_pack():
         assert float(model.nll(model(strangers), strangers["targets"])[0]) / n > loss + 0.3
 
 
+def test_flops_are_those_of_the_paper_arithmetic(monkeypatch):
+    """Qwen3-0.6B by hand: 440,401,920 weights a stack, 58,720,256 for the decoder's keys and values of each encoder token."""
+    import configurator
+    import monitor
+
+    cfg, _ = configurator.load(train.Config, ["config/encdec_ul2.py"])
+    model = build(cfg, "meta")
+    S, T = [395, 100], [183, 50]
+    pack = denoise_stream.collate([*examples(zip(S, T, strict=True)), denoise_stream.blank(300, 9, SP)])  # padding costs, but is no work
+    sides = sum(S) * (440_401_920 + 58_720_256) + sum(T) * (440_401_920 + 155_684_864)
+    pairs = sum(s * s + t * s + t * t / 2 for s, t in zip(S, T, strict=True))
+    assert monitor.flops(model, pack) == 6 * sides + 12 * 2048 * 28 * pairs
+    texts = {"cu": torch.tensor([0, 40, 100])}  # contrast: neither decoder nor head
+    assert monitor.flops(model, texts) == 6 * 100 * 440_401_920 + 12 * 2048 * 28 * (40**2 + 60**2)
+    where = train.hardware.find("cpu")._replace(peak=1e15)
+    meter, row = monitor.Meter(cfg, model, [], where), train.optim.make_plan(cfg, 1)(0)
+    meter.expect([pack, pack])
+    monkeypatch.setattr(monitor.time, "perf_counter", lambda: meter.clock + 2.0)
+    record, _ = meter.read(row, ["loss"], torch.zeros(1), {"loss": 1.0}, {})
+    assert record["train/mfu"] == pytest.approx(monitor.flops(model, pack) / 1e15)
+
+
 FLAGS = (
     ("--ffn=swiglu", "--ffn=polyglu"),
     ("--precision=bf16", "--precision=fp8 --fp8_emulate=True"),

@@ -628,3 +628,10 @@ def test_account_of_the_ablation():
     assert "T: alone -0.5000 +- 0.0000 bits/byte: better" in text and "F: alone +0.0000 +- 0.0000 bits/byte: no effect" in text
     assert "   web: -0.5000 +- 0.0000: better" in text
     assert "claimed 3.2x for these" in text and "together measured 2." in text
+
+
+def test_an_arm_of_the_ablation_runs_and_is_not_run_twice(corpus, tmp_path):
+    made = {"domains": "", "plain": {"web": corpus}, "super": {"web": corpus}}
+    first = ablation.run("TFC", "cpu", made, 3e4, 1.0, 1, tmp_path)
+    assert first["curve"] and first["precision"].endswith("fp8 used") and first["final"].keys() == {"web", "mean"}
+    assert first["bytes"] == pytest.approx(3e4, rel=0.2) and ablation.run("TFC", "cpu", made, 3e4, 1.0, 1, tmp_path) == first

@@ -32,7 +32,7 @@ latent: .venv/.train ## two small readers, one packet between them, and everythi
 	$(PY) train.py config/latent_toy.py --resume=auto
 	$(PY) -m eval.latent --ckpt=out/latent_toy --data=data/factqa/test.jsonl --samples=1024 --bytes="(40, 55)"
 
-faults: .venv/.test ## every promise of README's table, the long way (half an hour), and its figures
+faults: .venv/.test ## every promise of README's table, the long way (ten minutes), and its figures
 	KILLS=100 FUZZ=20 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist=worksteal tests/test_faults.py tests/test_scale.py tests/test_fuzz.py
 
 .venv/.train: pyproject.toml

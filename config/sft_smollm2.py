@@ -8,7 +8,7 @@
 
 gsm8k_train.jsonl: lines of {"question", "answer"}; any file that prepare.chat reads will do. Whole conversations are packed into rows of
 512 and never cut; only the answers are trained. 4 rows x 512 = 2,048 packed tokens a step, about 10 conversations.
-LOG.md has the first 20 of the 40 steps: held-out loss 1.722 to 0.969 nats per trained token.
+Held-out loss over whole conversations: 1.424 before, 0.803 after 20 steps, 0.771 after 40 (LOG.md).
 Read next: prepare/chat.py, then config/polyglu_sft.py for the same at 600M.
 """
 

@@ -4,6 +4,7 @@ All but `Log` and `Meter` runs at evaluations, logged steps or every `stats_ever
 Read next: train.py, which logs what these return; fp8.py, whose operands `fp8_statistics` measures.
 """
 
+import itertools
 import json
 import math
 import os
@@ -60,22 +61,29 @@ class Meter:
         self.sizes = None if sizes is None else torch.from_numpy(sizes).to(machine.device, torch.float64)
         self.groups = torch.zeros(max(len(names), 1), 3, dtype=torch.float64, device=machine.device)  # nats, targets, bytes of these
         self.here = torch.zeros_like(self.groups)  # of this step, which may yet be refused
+        self.losses, self.norm, self.alerts = [], 0.0, 0  # of the logged steps; the largest norm since the last of them
         self.restart()
 
     def restart(self):
-        self.clock, self.tokens, self.waited, self.steps, self.clipped, self.flops = time.perf_counter(), 0, 0.0, 0, 0, 0.0
+        self.clock, self.tokens, self.waited, self.steps, self.clipped = time.perf_counter(), 0, 0.0, 0, 0
+        self.work = [0.0] * 5  # flops; denoise: packs, source, encoder and target tokens
 
     def expect(self, batches):
-        """What encoders have to do depends on the lengths of their texts: counted before these leave for the device."""
-        if isinstance(self.model, Transformer) and self.model.encoder is not None and self.machine.peak:
-            self.flops += sum(flops(self.model, batch) for batch in batches)
+        """What an encoder has to do depends on the lengths of its texts: counted before these leave for the device."""
+        for batch in batches if isinstance(self.model, Transformer) and self.model.encoder is not None else ():
+            seen = [flops(self.model, batch) if self.machine.peak else 0.0]
+            if "dec_ids" in batch:
+                targets = int((batch["targets"] >= 0).sum())  # as many as the decoder reads
+                seen += [1, batch["source_tokens"], batch["tokens"] - targets, targets]
+            self.work = [a + b for a, b in itertools.zip_longest(self.work, seen, fillvalue=0.0)]
 
     def add(self, batch, each):
         real = batch["targets"] != -100
         size = real if self.sizes is None else self.sizes[batch["targets"].clamp(min=0)] * real
         self.here.index_add_(0, group_of(batch), torch.stack((each.double() * real, real.double(), size.double()), dim=1))
 
-    def accept(self, tokens, waited, good, clipped):
+    def accept(self, tokens, waited, good, clipped, norm=0.0):
+        self.norm = max(self.norm, norm)
         self.tokens, self.waited = self.tokens + tokens, self.waited + waited
         self.steps, self.clipped = self.steps + 1, self.clipped + clipped
         self.groups += self.here if good else 0
@@ -88,7 +96,7 @@ class Meter:
 
     def read(self, row, terms, sums, count, weights):
         """-> (the record of metrics.jsonl, one line for people). Every rank must ask."""
-        *values, work = total([*sums.tolist(), *self.groups.flatten().tolist(), self.flops], self.machine)
+        *values, work, packs, source, enc, dec = total([*sums.tolist(), *self.groups.flatten().tolist(), *self.work], self.machine)
         losses = {t: v / max(count[t], 1.0) for t, v in zip(terms, values, strict=False)}
         by_name = zip(self.names, values[len(terms) :: 3], values[len(terms) + 1 :: 3], strict=False)
         self.seen = self.bytes(values[len(terms) + 2 :: 3])
@@ -105,13 +113,37 @@ class Meter:
         record |= {"train/wait": self.waited / seconds, "train/peak_mem": peak_memory(self.machine.device)}
         record |= {"train/clipped": self.clipped / max(self.steps, 1)}  # share of the steps since the last line
         record |= {"train/mfu": mfu} if mfu else {}
+        if packs:
+            record |= {"train/source_tokens": source, "train/encoder_tokens": enc, "train/target_tokens": dec}
+            record["train/fill"] = (enc + dec) / (packs * row.micro_tokens)
+        for m, adapter in enumerate(getattr(self.model, "adapters", ())):
+            if adapter.gain is not None:
+                gain = float(adapter.gain.detach())
+                record |= {f"train/gain/{m}": gain, f"train/slot_rms/{m}": gain * adapter.rms}
         record |= {"train/tau": row.tau} if self.cfg.ffn == "polyglu" else {}
         record |= {} if self.cfg.causal else {"causal": False}
         loss = losses.get("loss", sum(weights.get(t, 1.0) * v for t, v in losses.items()))
         line = f"loss {loss:.4f} | lr {row.lr:.2e} | {speed / 1e3:.1f}k tok/s" + (f" | MFU {mfu:.1%}" if mfu else "")
         self.groups.zero_()
         self.restart()
-        return record, line + (f" | T {row.seq_len}" if self.cfg.stages else "")
+        return record, line + (f" | T {row.seq_len}" if self.cfg.stages else "") + self.alert(loss)
+
+    def alert(self, loss):
+        """What has leapt: the loss, against the hundred logged before it, or a norm before clipping."""
+        window, norm, self.norm = self.losses[-100:], self.norm, 0.0
+        found = [f"norm of {norm:.1f}"] if norm > 10 else []
+        if len(window) >= 10 and loss > 2 * stats.fmean(window):
+            found += [f"loss more than twice the mean of {len(window)}"]
+        self.losses.append(loss)
+        self.alerts += bool(found)
+        return " | ALERT: " + ", ".join(found) if found else ""
+
+    def summary(self):
+        """One line on all losses that this process logged."""
+        x = self.losses
+        how = "falling" if x[-1] < x[0] else "NOT falling"
+        return (f"logged losses: first {x[0]:.4f}, last {x[-1]:.4f}, {how}; mean {stats.fmean(x):.4f}, sd {stats.pstdev(x):.4f}, "
+                f"{min(x):.4f} to {max(x):.4f}; {self.alerts} alerts")  # fmt: skip
 
 
 class Log:

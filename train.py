@@ -340,7 +340,9 @@ def main(argv):
         log.say("  ".join(f"{k}={v}" for k, v in configurator.to_dict(cfg).items() if v != default[k]))
         if idle:
             log.say(f"without effect here: {idle}")
-        log.say(f"{machine.why}; {machine.world} process{'es' * (machine.world > 1)}; {monitor.breakdown(raw)}\n{plan.table()}")
+        log.say(f"{machine.why}; {machine.world} process{'es' * (machine.world > 1)}; {monitor.breakdown(raw)}")
+        texts = cfg.objective in ("denoise", "contrast")  # no rows of one length: the table has nothing to say but the stages
+        log.say(f"{plan.steps:,} steps" if texts and not cfg.stages else plan.table())
         if cfg.precision != "bf16":
             log.say(precision)
         if cfg.ffn == "polyglu":
@@ -441,7 +443,7 @@ def main(argv):
             log.row({"step": step + 1} | {f"fp8/{r['name']}/{k}": v for r in rows for k, v in r.items() if k != "name"})
         step, position = step + 1, stream.state
         state["tokens"] += int(tokens)
-        meter.accept(int(tokens), stream.wait, good, bool(0 < row.clip < norm))
+        meter.accept(int(tokens), stream.wait, good, bool(0 < row.clip < norm), norm)
         bar.update()
         if cfg.benchmark:
             hardware.wait(machine.device)
@@ -455,6 +457,7 @@ def main(argv):
             record, line = meter.read(row, terms, sums, count, objective.weights)
             if lead:
                 record |= {"train/skipped": state["skipped"]} if state["skipped"] else {}
+                record |= {"data/dropped": position["dropped"]} if "dropped" in position else {}  # documents too short to use
                 seen = {name: s for name, s in position.get("sources", {}).items() if "epochs" in s}
                 record |= {f"data/{name}/{key}": s[key] for name, s in seen.items() for key in ("tokens", "epochs")}
                 log.row({"step": step, "tokens": state["tokens"], "train/grad_norm": norm} | record | watched)
@@ -488,6 +491,7 @@ def main(argv):
             log.say(f"{precision.splitlines()[0]}; compile={cfg.compile}, {machine.why}")
             log.say(monitor.benchmark(laps, int(tokens), row.seq_len, raw, machine, sources(cfg)))
     elif lead:
+        log.say(meter.summary() if meter.losses else "no step was logged")
         stopped = step < plan.steps
         log.say(f"stopped by a signal at step {step}; --resume goes on" if stopped else f"done: {step} steps, {state['tokens']:,} tokens")
         log.close()

@@ -118,7 +118,7 @@ def test_the_three_geometries_differ_and_fp32_is_close():
     outs = [model_of(cross_rope=cross)(pack) for cross in CROSS]
     assert all((a - b).abs().max() > 1e-3 for a, b in zip(outs, [*outs[1:], outs[0]], strict=True))
     for cross, out in zip(CROSS, outs, strict=True):
-        assert (model_of(double=False, cross_rope=cross)(pack) - out).abs().max() < 5e-6
+        assert (model_of(double=False, cross_rope=cross)(pack) - out).norm() < 1e-6 * out.norm()
 
 
 @pytest.mark.parametrize("cross", CROSS)
@@ -308,6 +308,7 @@ def test_flops_are_those_of_the_paper_arithmetic(monkeypatch):
     model = build(cfg, "meta")
     S, T = [395, 100], [183, 50]
     pack = denoise_stream.collate([*examples(zip(S, T, strict=True)), denoise_stream.blank(300, 9, SP)])  # padding costs, but is no work
+    pack |= {"tokens": sum(S) + sum(T), "source_tokens": 600}
     sides = sum(S) * (440_401_920 + 58_720_256) + sum(T) * (440_401_920 + 155_684_864)
     pairs = sum(s * s + t * s + t * t / 2 for s, t in zip(S, T, strict=True))
     assert monitor.flops(model, pack) == 6 * sides + 12 * 2048 * 28 * pairs
@@ -317,8 +318,24 @@ def test_flops_are_those_of_the_paper_arithmetic(monkeypatch):
     meter, row = monitor.Meter(cfg, model, [], where), train.optim.make_plan(cfg, 1)(0)
     meter.expect([pack, pack])
     monkeypatch.setattr(monitor.time, "perf_counter", lambda: meter.clock + 2.0)
-    record, _ = meter.read(row, ["loss"], torch.zeros(1), {"loss": 1.0}, {})
-    assert record["train/mfu"] == pytest.approx(monitor.flops(model, pack) / 1e15)
+    record, line = meter.read(row, ["loss"], torch.zeros(1), {"loss": 1.0}, {})
+    assert record["train/mfu"] == pytest.approx(monitor.flops(model, pack) / 1e15) and "ALERT" not in line
+    assert record["train/encoder_tokens"] == 2 * sum(S) and record["train/target_tokens"] == 2 * sum(T)
+    assert record["train/fill"] == (sum(S) + sum(T)) / row.micro_tokens
+
+
+def test_what_leaps_is_said():
+    """Ten losses make a window; then one beyond twice its mean, and a norm beyond 10 since the last line, are said and counted."""
+    import monitor
+
+    meter = monitor.Meter(train.Config(), None, [], train.hardware.find("cpu"))
+    lines = [meter.alert(loss) for loss in (9.0, *[2.0] * 9)]  # no window yet, whatever comes
+    meter.accept(1, 0.0, True, True, 10.5)
+    meter.accept(1, 0.0, True, False, 0.5)
+    lines += [meter.alert(2.0), meter.alert(4.9), meter.alert(5.9)]  # the mean is 2.7, then 2.6, then 2.8
+    assert lines == [""] * 10 + [" | ALERT: norm of 10.5", "", " | ALERT: loss more than twice the mean of 12"]
+    said = meter.summary()
+    assert "first 9.0000, last 5.9000, falling" in said and "2.0000 to 9.0000; 2 alerts" in said
 
 
 FLAGS = (

@@ -184,12 +184,14 @@ def one_side(side, suite, threads):
 
 
 def polyglu(opt, where):
-    keys, rows, length = SHAPES[opt.suite]["polyglu"]
-    where = where if where.device.type == "cuda" else where._replace(dtype=torch.float32)
-    batch = rows_of_text(keys, rows, length)[0]
-    sides = {ffn: our_step(keys | {"ffn": ffn}, batch, where, opt.compile) for ffn in ("polyglu", "swiglu")}
-    what = f"training step of prism, {shape_text(keys, rows, length)}, {str(where.dtype)[6:]}: polyglu's time over swiglu's"
-    return [report("polyglu", what, race(sides, opt, where), "tokens/s", rows * length, higher=False)]
+    keys, length = SHAPES[opt.suite]["polyglu"][0], SHAPES[opt.suite]["polyglu"][1:]
+    batch, rows = rows_of_text(keys, *length)[0], []
+    for name, dtype in (("polyglu", torch.float32), ("polyglu16", where.dtype))[where.device.type == "cuda" :]:
+        here = where._replace(dtype=dtype)
+        sides = {ffn: our_step(keys | {"ffn": ffn}, batch, here, opt.compile) for ffn in ("polyglu", "swiglu")}
+        what = f"training step of prism, {shape_text(keys, *length)}, {str(dtype)[6:]}: polyglu's time over swiglu's"
+        rows.append(report(name, what, race(sides, opt, here), "tokens/s", length[0] * length[1], higher=False))
+    return rows
 
 
 def decode(opt, where, batch):

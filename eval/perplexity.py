@@ -29,6 +29,7 @@ from checkpoint import resolve
 from configurator import die
 from eval import OPEN, bootstrap, load_tokenizer, open_run, suffix, write_json
 from machine import to_device
+from prepare.sources import read as read_rows
 from tokenizer import expect_same
 
 OPTIONS = OPEN | {
@@ -67,7 +68,7 @@ def domain_batches(folder, tok, eval_len=2048, batch_tokens=16384, half=None, st
         die(f"--domains={folder}: no NAME.jsonl there; python -m prepare.val --from=DIR --out={folder} writes them")
     domains = {}
     for path in files:
-        texts = [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        texts = [row["text"] for row in read_rows(path)]
         texts = [t for t in texts if half is None or hashlib.blake2b(t.encode()).digest()[0] % 2 == half]
         pieces, batches, held = [], [], 0  # (document, ids with one more in front, bytes, targets scored before)
         for i, text in enumerate(texts):

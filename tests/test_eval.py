@@ -95,8 +95,8 @@ def test_window_scores_equal_a_plain_computation(home, capsys):
 def test_documents_from_an_eos_context_each_token_once(home, tmp_path, capsys):
     folder = tmp_path / "domains"
     folder.mkdir()
-    texts = ["short", WORDS * 3, "é" * 20]
-    (folder / "mixed.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in texts))
+    texts = ["short", WORDS * 3, "é" * 20 + "\u2028"]  # a line separator inside a text ends no row
+    (folder / "mixed.jsonl").write_text("\n".join(json.dumps({"text": t}, ensure_ascii=False) for t in texts))
     (folder / "other.jsonl").write_text(json.dumps({"text": WORDS}) + "\n")
     model, _ = checkpoint.load(home / "run")
     nats, size = 0.0, 0

@@ -131,7 +131,7 @@ class Meter:
     def alert(self, loss):
         """What has leapt: the loss, against the hundred logged before it, or a norm before clipping."""
         window, norm, self.norm = self.losses[-100:], self.norm, 0.0
-        found = [f"norm of {norm:.1f}"] if norm > 10 else []
+        found = [f"norm up to {norm:.1f}"] if norm > 10 else []
         if len(window) >= 10 and loss > 2 * stats.fmean(window):
             found += [f"loss more than twice the mean of {len(window)}"]
         self.losses.append(loss)

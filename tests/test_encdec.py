@@ -333,7 +333,7 @@ def test_what_leaps_is_said():
     meter.accept(1, 0.0, True, True, 10.5)
     meter.accept(1, 0.0, True, False, 0.5)
     lines += [meter.alert(2.0), meter.alert(4.9), meter.alert(5.9)]  # the mean is 2.7, then 2.6, then 2.8
-    assert lines == [""] * 10 + [" | ALERT: norm of 10.5", "", " | ALERT: loss more than twice the mean of 12"]
+    assert lines == [""] * 10 + [" | ALERT: norm up to 10.5", "", " | ALERT: loss more than twice the mean of 12"]
     said = meter.summary()
     assert "first 9.0000, last 5.9000, falling" in said and "2.0000 to 9.0000; 2 alerts" in said
 

@@ -360,9 +360,9 @@ def main(argv):
         full = state | now | {"config": configurator.to_dict(cfg)} | ({"auto_mix": plan.state} if cfg.auto_mix else {})
         if lead:
             checkpoint.sync(log.path)  # what a resumed run keeps of it must be there after a power cut, too
-        checkpoint.save(out, step, raw, optimizer, full, cfg.keep, metric=score, is_best=best)
+        size = checkpoint.save(out, step, raw, optimizer, full, cfg.keep, metric=score, is_best=best)
         if lead:
-            log.say(f"saved {out}/step-{step:06d}{' (best so far)' if best else ''}")
+            log.say(f"saved {out}/step-{step:06d}, {size / 1e6:,.1f} MB{' (best so far)' if best else ''}")
 
     if cfg.objective == "lm" and (cfg.compile or machine.device.type == "cuda") and step < plan.steps:
         line = warm_up(cfg, objective, model, call, raw, plan, step, machine)

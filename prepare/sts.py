@@ -4,9 +4,9 @@
     python -m prepare.sts --from=hub --out=data/sts                                                  (online: STS-B and SICK-R)
 
 Writes DIR/stsb-{train,dev,test}.jsonl and DIR/sickr-test.jsonl of {sentence1, sentence2, score}, and DIR/pairs.jsonl of {query, positive}:
-the pairs of STS-B's train split that people scored >= 4. One in nine of them holds a sentence that STS-B's dev or test, or SICK-R where
-it came in the same call, has too: these are left out, so that nothing of what is scored is ever trained on. --from may also be SICK's own
-SICK.txt. Read next: eval/embedding.py, contrast.py.
+the pairs of STS-B's train split that people scored >= 4. One in nine of them holds a sentence that dev or test has too: these are left
+out, as is what SICK-R scores, so that nothing of it is ever trained on. --from may also be SICK's own SICK.txt, before or after STS-B into
+the same DIR. Read next: eval/embedding.py, contrast.py.
 """
 
 import csv
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import configurator
 from configurator import die
+from prepare import sources
 
 HUB = {"stsb": "mteb/stsbenchmark-sts", "sickr": "mteb/sickr-sts"}
 SPLITS = {"train": "train", "dev": "validation", "test": "test"}
@@ -77,10 +78,11 @@ def main(argv):
     source, out = getattr(opt, "from"), Path(opt.out)
     found = from_hub() if source == "hub" else from_archive(Path(source))
     out.mkdir(parents=True, exist_ok=True)
+    found = {path.stem: sources.read(path) for path in (*out.glob("stsb-*.jsonl"), *out.glob("sickr-*.jsonl"))} | found  # of earlier calls
     held = {plain(r[f"sentence{i}"]) for name, rows in found.items() if name != "stsb-train" for r in rows for i in (1, 2)}
     near = [(r["sentence1"], r["sentence2"]) for r in found.get("stsb-train", ()) if r["score"] >= 4]
     near = [{"query": a, "positive": b} for a, b in near if not {plain(a), plain(b)} & held and plain(a) != plain(b)]
-    for name, rows in (found | ({"pairs": near} if near else {})).items():
+    for name, rows in (found | ({"pairs": near} if "stsb-train" in found else {})).items():
         (out / f"{name}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
         print(f"{out}/{name}.jsonl: {len(rows):,} pairs")
 

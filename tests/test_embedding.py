@@ -322,7 +322,7 @@ def test_tables_are_read_as_their_kind_says(tmp_path):
     assert E.read_rows(tmp_path / "c") == [{"sentence1": "x\u2028y"}]
 
 
-def test_nothing_of_dev_or_test_is_trained_on(tmp_path, monkeypatch):
+def test_nothing_of_dev_or_test_is_trained_on(tmp_path):
     lines = {
         "train": ["A dog runs.\tThe dog is running.", "A cat sits!\tOne cat sits there.", "Same.\tsame"],
         "dev": [],
@@ -332,10 +332,10 @@ def test_nothing_of_dev_or_test_is_trained_on(tmp_path, monkeypatch):
         (tmp_path / f"sts-{split}.csv").write_text("".join(f"main\tx\t2012\t1\t5.0\t{pair}\n" for pair in pairs))
     sts.main([f"--from={tmp_path}", f"--out={tmp_path / 'sts'}"])
     assert json.loads((tmp_path / "sts/pairs.jsonl").read_text()) == {"query": "A dog runs.", "positive": "The dog is running."}
-    sick = {"sentence1": "The dog is RUNNING", "sentence2": "z", "score": 1.0}
-    monkeypatch.setattr(sts, "from_hub", lambda: sts.from_archive(tmp_path) | {"sickr-test": [sick]})
-    sts.main(["--from=hub", f"--out={tmp_path / 'both'}"])
-    assert not (tmp_path / "both/pairs.jsonl").exists()  # nothing is left: SICK-R scores a sentence of the other pair
+    head = "pair_ID\tsentence_A\tsentence_B\trelatedness_score\tSemEval_set\n"
+    (tmp_path / "SICK.txt").write_text(head + "1\tThe dog is RUNNING\tz\t1.0\tTEST\n")
+    sts.main([f"--from={tmp_path / 'SICK.txt'}", f"--out={tmp_path / 'sts'}"])
+    assert not (tmp_path / "sts/pairs.jsonl").read_text()  # SICK-R scores a sentence of the other pair: nothing is left
 
 
 def test_official_tasks_read_local_files(tmp_path):

@@ -201,7 +201,8 @@ def sources(cfg) -> dict[str, str]:
 
 def check_vocabulary(cfg):
     """The data's ids fit the model, and mean what they meant to the weights that it starts from."""
-    for path in sources(cfg).values() if cfg.objective in ("lm", "denoise") else ():
+    shards = cfg.objective in ("lm", "denoise") or (cfg.objective == "contrast" and not str(cfg.data).endswith(".jsonl"))
+    for path in sources(cfg).values() if shards else ():
         tokens = data.read_manifest(Path(path))["tokenizer"]["vocab_size"]
         if tokens > cfg.vocab_size:
             die(f"vocab_size={cfg.vocab_size} is too small for the {tokens} tokens of {path}; set --vocab_size={tokens}")

@@ -116,9 +116,11 @@ def test_weights_are_not_started_from_under_another_tokenizer(corpus, tmp_path, 
     text.main(
         [f"--from={tmp_path}/text.txt", f"--out={tmp_path}/other", "--tokenizer=bpe:260", "--separator=again", "--val=0.1", "--workers=1"]
     )
+    contrast = dict(objective="contrast", data=f"{tmp_path}/other", init_from=f"{tmp_path}/first", vocab_size=263)
     for call in (
         lambda: run(tmp_path / "other", tmp_path / "second", f"--init_from={tmp_path}/first", "--vocab_size=263", steps=1),
         lambda: perplexity.main([f"--ckpt={tmp_path}/first", f"--data={tmp_path}/other"]),
+        lambda: train.check_vocabulary(train.Config(**contrast)),
     ):
         with pytest.raises(SystemExit) as stop:
             call()

@@ -38,6 +38,7 @@ import configurator
 import data
 import fp8
 import machine as hardware
+import mix
 import monitor
 import needs
 import optim
@@ -64,7 +65,7 @@ class Config(ModelConfig, DenoiseConfig, ContrastConfig, PrecisionConfig, Latent
     mix: dict[str, float] | None = None  # share of each source; None: by size
     mix_end: dict[str, float] | None = None  # the shares at the last step, reached linearly
     mix_decay_start: float = 0.8  # from this share of the run on
-    auto_mix: bool = False  # shares of `mix` follow the surprise of the domains, see monitor.py; it tunes on half of their text
+    auto_mix: bool = False  # shares of `mix` follow the surprise of the domains, see mix.py; it tunes on half of their text
     domain_source: dict[str, str] | None = None  # auto_mix: which source serves a domain
     packing: Literal["windows", "documents"] = "windows"  # documents: whole conversations packed into rows, never cut
     doc_mask: bool = True  # a document never sees its neighbours in the row
@@ -180,7 +181,7 @@ def evaluate(model, val, machine, shares: bool) -> dict[str, float]:
     if model.cfg.ffn == "polyglu" and model.cfg.arch == "decoder" and val:
         rows |= monitor.probe(model, to_device(next(iter(val.values()))[0], machine.device))
     model.train()
-    return rows | monitor.over_domains(rows, suffix)
+    return rows | mix.over_domains(rows, suffix)
 
 
 def examine(cfg, model, sets, row, step, end, machine) -> dict[str, float]:
@@ -310,7 +311,7 @@ def main(argv):
         checkpoint.load_weights(cfg.init_from, raw)
     raw.set_dtype(machine.dtype).to(machine.device).train()
     plan = optim.make_plan(cfg, machine.world, data.epoch_tokens(cfg) if cfg.epochs else 0)
-    plan = monitor.MixedPlan(plan, cfg) if cfg.auto_mix else plan
+    plan = mix.MixedPlan(plan, cfg) if cfg.auto_mix else plan
     model = hardware.wrap(raw, cfg.parallel, machine)
     optimizer = optim.build_optimizer(raw, cfg)
     stream = objective.open_stream(cfg, plan, machine.rank, machine.world)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import configurator
 import data
-import monitor
+import mix
 from checkpoint import resolve
 from configurator import die
 from eval import OPEN, bootstrap, load_tokenizer, open_run, suffix, write_json
@@ -193,7 +193,7 @@ def main(argv):
         if o.reference:
             reference = {k.removesuffix("_noncausal"): v["bpb"] for k, v in json.loads(Path(o.reference).read_text())["results"].items()}
         for metric, ref in (("ppl", None), ("bpb", reference)):
-            ratios = monitor.surprise({n: r[metric] for n, r in results.items() if metric in r}, metric, ref)
+            ratios = mix.surprise({n: r[metric] for n, r in results.items() if metric in r}, metric, ref)
             print(f"surprise by {metric}: " + ", ".join(f"{n} {ratio:.2f} {advice}" for n, (ratio, advice) in ratios.items()))
             for name, (ratio, advice) in ratios.items():
                 results[name][f"surprise_{metric}"], results[name][f"advice_{metric}"] = ratio, advice

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import checkpoint
 import configurator
+import mix
 import monitor
 import needs
 import optim
@@ -440,24 +441,24 @@ def test_looking_changes_nothing(shards, tmp_path):
 
 def test_surprise_and_advice():
     """The published rule on perplexities, ours on bits per byte over a reference."""
-    ppl = monitor.surprise({"c4": 20.0, "gsm8k": 10.0, "humaneval": 30.0}, "ppl")
+    ppl = mix.surprise({"c4": 20.0, "gsm8k": 10.0, "humaneval": 30.0}, "ppl")
     assert ppl == {"c4": (1.0, "balanced"), "gsm8k": (0.5, "reduce"), "humaneval": (1.5, "increase")}
-    bpb = monitor.surprise({"a": 1.0, "b": 2.2}, reference={"a": 1.0, "b": 2.0})
+    bpb = mix.surprise({"a": 1.0, "b": 2.2}, reference={"a": 1.0, "b": 2.0})
     assert bpb["b"][0] == pytest.approx(1.1 / 1.05) and bpb["a"][1] == "balanced"
-    assert monitor.surprise({"a": 1.0, "b": 1.5})["a"][1] == "reduce"
+    assert mix.surprise({"a": 1.0, "b": 1.5})["a"][1] == "reduce"
 
 
 def test_auto_mix_moves_a_little_and_keeps_the_sum():
-    mix, ema = {"web": 0.7, "math": 0.2, "code": 0.1, "never": 0.0}, {}
+    shares, ema = {"web": 0.7, "math": 0.2, "code": 0.1, "never": 0.0}, {}
     for _ in range(30):
-        new, ema = monitor.auto_mix(
-            mix, ema, {"c4": 1.0, "gsm8k": 4.0, "humaneval": 0.1}, {"c4": "web", "gsm8k": "math", "humaneval": "code"}
+        new, ema = mix.auto_mix(
+            shares, ema, {"c4": 1.0, "gsm8k": 4.0, "humaneval": 0.1}, {"c4": "web", "gsm8k": "math", "humaneval": "code"}
         )
         assert sum(new.values()) == pytest.approx(1) and new["never"] == 0
-        assert all(abs(new[s] - mix[s]) <= 0.2 * mix[s] + 1e-12 for s in mix)
-        mix = new
-    assert mix["math"] > 0.8 and mix["code"] == pytest.approx(0.02, abs=5e-3) and mix["math"] <= 0.9 + 1e-9
-    same, _ = monitor.auto_mix({"a": 0.5, "b": 0.5}, {}, {"x": 1.0, "y": 1.0}, {"x": "a", "y": "b"})
+        assert all(abs(new[s] - shares[s]) <= 0.2 * shares[s] + 1e-12 for s in shares)
+        shares = new
+    assert shares["math"] > 0.8 and shares["code"] == pytest.approx(0.02, abs=5e-3) and shares["math"] <= 0.9 + 1e-9
+    same, _ = mix.auto_mix({"a": 0.5, "b": 0.5}, {}, {"x": 1.0, "y": 1.0}, {"x": "a", "y": "b"})
     assert same == {"a": 0.5, "b": 0.5}
 
 

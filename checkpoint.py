@@ -18,7 +18,6 @@ import os
 import random
 import shutil
 import time
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -211,8 +210,8 @@ def save(run, step, model, optimizer, state: dict, keep, metric=None, is_best=Fa
         sync(run)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(new, ignore_errors=True)
-        need = f"{sum(t.nbytes for t in (*weights.values(), *moments.values())) / 1e9:.2f} GB"
-        die(f"{final}: could not be saved ({error}); it needs {need}; earlier checkpoints are untouched, --resume goes on")
+        need = sum(t.nbytes for t in (*weights.values(), *moments.values())) / 1e9
+        die(f"{final}: could not be saved ({error}); it needs {need:.2f} GB; earlier checkpoints are untouched, --resume goes on")
     return size
 
 
@@ -261,8 +260,8 @@ def load(path, device="cpu", build=Transformer):
     """-> (the model of that run in eval mode, its state dict). `build` makes a module from a ModelConfig."""
     folder = resolve(path)
     state = read_state(folder)
-    known = {f.name for f in fields(ModelConfig)}
-    cfg = configurator.from_dict(ModelConfig, {k: v for k, v in state["config"].items() if k in known}, f"{folder}/state.json")
+    mine = {k: v for k, v in state["config"].items() if k in ModelConfig.__dataclass_fields__}
+    cfg = configurator.from_dict(ModelConfig, mine, f"{folder}/state.json")
     model, weights = build(cfg), read_tensors(folder, FILES[0], state)
     fit(model, weights, folder / FILES[0])
     model.load_state_dict(weights, assign=True)  # takes the tensors as they are: no second copy of the weights

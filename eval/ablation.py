@@ -163,7 +163,7 @@ def run(arm, size, made, total, lr, seed, out):
             speeds.append(row["train/tokens_per_sec"])
         if "val/mean/bpb" in row:
             curve.append([seen / 1e3 if size == "cpu" else seconds, row["val/mean/bpb"]])
-            final = {k.split("/")[1]: v for k, v in row.items() if k.endswith("/bpb")}
+            final = {k.split("/")[1]: v for k, v in row.items() if k.endswith("/bpb") and not k.endswith(("_split/bpb", "/sd/bpb"))}
     speed = statistics.median(speeds)
     result = {
         "arm": arm,

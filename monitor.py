@@ -133,13 +133,14 @@ class Meter:
         found = [f"norm up to {norm:.1f}"] if norm > 10 else []
         if len(window) >= 10 and loss > 2 * stats.fmean(window):
             found += [f"loss more than twice the mean of {len(window)}"]
-        self.losses.append(loss)
+        self.losses += [loss] if math.isfinite(loss) else []
         self.alerts += bool(found)
         return " | ALERT: " + ", ".join(found) if found else ""
 
     def summary(self):
         """One line on all losses that this process logged."""
-        x = self.losses
+        if not (x := self.losses):
+            return "logged losses: none that is finite"
         how = "falling" if x[-1] < x[0] else "NOT falling"
         return (f"logged losses: first {x[0]:.4f}, last {x[-1]:.4f}, {how}; mean {stats.fmean(x):.4f}, sd {stats.pstdev(x):.4f}, "
                 f"{min(x):.4f} to {max(x):.4f}; {self.alerts} alerts")  # fmt: skip

@@ -13,8 +13,8 @@ quickstart: .venv/.train ## train a small model on Python's own source, measure 
 	$(PY) -m eval.routing --ckpt=out/quickstart --windows=8 --draws=1
 	$(PY) sample.py --ckpt=out/quickstart --prompt="class Reader(object):" --max_new_tokens=200 --temperature=0.6 --seed=2
 
-test: .venv/.test ## every test; one thread each, one more at a time than two cores: some wait for others
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 3 --dist=worksteal
+test: .venv/.test ## every test; two at a time, one thread each
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist=worksteal
 
 lint: .venv/.test
 	.venv/bin/ruff check .

@@ -215,9 +215,6 @@ def save(run, step, model, optimizer, state: dict, keep, metric=None, is_best=Fa
     return size
 
 
-# ---- loading ------------------------------------------------------------------------------------------------------------
-
-
 def read_state(folder: Path) -> dict:
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))

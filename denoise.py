@@ -116,10 +116,8 @@ def mixture(rows: str | tuple, end: tuple[float, ...] | None = None, mode_tokens
         if not (one or d.kind in ("span", "middle") and d.mu >= 1) or not 0 < lo <= hi < 1 or d.mode not in (None, *MODES):
             die(f"mixture row {row!r}: wants (span|middle|suffix|infill, mean span >= 1, 0 < share < 1, one of R X S I or None, weight)")
         denoisers.append(d._replace(r=(lo, hi), mode=d.mode if mode_tokens else None))
-
-    if len(set(names(denoisers))) < len(denoisers):
-        same = next(n for n in names(denoisers) if names(denoisers).count(n) > 1)
-        die(f"mixture: two rows are the same denoiser {same} (mode_tokens={mode_tokens}); make them one, with the sum of their weights")
+    if same := [n for n in names(denoisers) if names(denoisers).count(n) > 1]:
+        die(f"mixture: two rows are the same denoiser {same[0]} (mode_tokens={mode_tokens}); make them one, with the sum of their weights")
 
     def weights(key, values):
         w = np.asarray(values, np.float64)
@@ -246,9 +244,6 @@ def word_starts(tokenizer) -> np.ndarray:
     return np.array([tokenizer.token_bytes(i).startswith((b" ", b"<", b"\xc4\xa0", b"\xe2\x96\x81")) for i in range(tokenizer.vocab_size)])
 
 
-# Layout and its inverse
-
-
 def layout(ids, starts, ends, mode: str | None, sp: Special, closing: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """encoder = [mode] kept_0 s_0 kept_1 s_1 .. EOS, targets = s_0 span_0 s_1 span_1 .. [s_n] EOS; never clamps."""
     L, n = len(ids), len(starts)
@@ -263,13 +258,11 @@ def layout(ids, starts, ends, mode: str | None, sp: Special, closing: bool = Fal
     hidden = flip[:-1].cumsum(dtype=np.int8).view(bool)  # (L,)
     sentinels = np.arange(sp.sentinel, sp.sentinel + n)
 
-    p = mode is not None
     keep = ~hidden
     keep[starts] = True  # a span's first slot carries its sentinel
     text = ids.astype(np.int64)
     text[starts] = sentinels
-    text = text[keep]
-    enc = np.concatenate([[sp.mode + MODES.index(mode)] if p else [], text, [sp.eos]]).astype(np.int64)
+    enc = np.concatenate([[] if mode is None else [sp.mode + MODES.index(mode)], text[keep], [sp.eos]]).astype(np.int64)
 
     N = int(sizes.sum())
     targets = np.empty(N + n + closing + 1, np.int64)

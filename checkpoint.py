@@ -130,7 +130,7 @@ def find_resume(run, how):
     return resolve(run, how) if how in ("latest", "best") else resolve(how, "latest")
 
 
-# ---- saving -------------------------------------------------------------------------------------------------------------
+# ---- saving and loading -------------------------------------------------------------------------------------------------
 
 
 def whole(tensor):

@@ -50,7 +50,6 @@ def find(device: str = "auto", dtype: str = "auto") -> Machine:
         die(f"device={device} is not known; use auto, cpu or cuda")
     reason = ("it has" if fast else "it has no") + " bf16 instructions" if dtype == "auto" else "as asked"
     chosen = (torch.bfloat16 if fast else torch.float32) if dtype == "auto" else getattr(torch, dtype)
-    torch.set_float32_matmul_precision("high" if chosen == torch.float32 else "highest")  # in a bf16 run only routing is fp32: exactly so
     why = f"{name}: activations in {str(chosen)[6:]} ({reason})"
     return Machine(rank, world, where, chosen, why, next((v for k, v in PEAKS.items() if k in name), 0.0))
 

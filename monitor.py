@@ -35,19 +35,22 @@ def group_of(batch):
     return batch["source"].repeat_interleave(len(batch["targets"]) // len(batch["source"]))
 
 
+def linear_weights(stack):
+    return sum(m.weight.numel() for m in stack.modules() if isinstance(m, Linear))
+
+
 def flops(model, batch) -> float:
     """Of one batch of an encoder or encoder-decoder, forward and backward: each document at its own length, padding left out, causal
     attention at half, the embedding look-up not at all. (A decoder's: flops_per_token.)"""
-    cfg, size = model.cfg, lambda stack: sum(m.weight.numel() for m in stack.modules() if isinstance(m, Linear))
-    enc, cross, head = batch["cu"].diff().double(), 0, 0
+    cfg, enc, cross, head = model.cfg, batch["cu"].diff().double(), 0, 0
     dec = 0 * enc
     if "dec_ids" in batch:
         real = F.pad((batch["targets"] >= 0).cumsum(0), (1, 0))[batch["dec_cu"].long()].diff() > 0
         enc, dec = enc * real, batch["dec_cu"].diff() * real
         cross = cfg.n_layer * 2 * cfg.kv_heads * cfg.width_head * cfg.d_model  # every decoder layer's keys and values of the encoder
-        head = size(model.decoder) + cfg.vocab_size * model.head_weight.shape[1]
+        head = linear_weights(model.decoder) + cfg.vocab_size * model.head_weight.shape[1]
     pairs = (enc * enc + dec * enc + dec * dec / 2).sum()
-    linear = enc.sum() * (size(model.encoder) + cross) + dec.sum() * head
+    linear = enc.sum() * (linear_weights(model.encoder) + cross) + dec.sum() * head
     return float(6 * linear + 12 * cfg.n_layer * cfg.n_head * cfg.width_head * pairs)
 
 
@@ -332,11 +335,8 @@ def benchmark(laps, tokens, length, model, machine, sources):
     times = sorted(b - a for a, b in zip(laps[WARM:], laps[WARM + 1 :], strict=False))
     middle, low, high = (times[int(q * (len(times) - 1))] for q in (0.5, 0.25, 0.75))
     speed = tokens / middle
-    mfu = (
-        f"{speed * model.flops_per_token(length) / (machine.peak * machine.world):.1%}"
-        if machine.peak and model.decoder and not model.encoder
-        else "unknown"
-    )
+    known = machine.peak and model.encoder is None
+    mfu = f"{speed * model.flops_per_token(length) / (machine.peak * machine.world):.1%}" if known else "unknown"
     heads = ("L", "tokens", "ms", "quartiles", "tok/s", "bytes/s", "MFU", "GiB", "h per 1B")
     values = [length, tokens, f"{1e3 * middle:.1f}", f"{1e3 * low:.1f}-{1e3 * high:.1f}", f"{speed:,.0f}", f"{speed * per_token:,.0f}", mfu]
     values += [f"{peak_memory(machine.device) / 2**30:.2f}", f"{1e9 / speed / 3600:.2f}"]

@@ -140,7 +140,7 @@ def attention(q, k, v, mask, causal):
     SDPA, but for bf16 on a CPU: there it takes up to ten times as long as two matmuls and a softmax (LOG.md), as long as the scores of a
     few hundred tokens are no burden.
     """
-    if q.is_cuda and q.dtype == torch.float32:  # grouped heads in fp32 would take the slowest kernel there
+    if q.is_cuda and q.dtype == torch.float32 and q.shape[1] != k.shape[1]:  # grouped heads in fp32 would take the slowest kernel there
         k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
     if not (q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= 1024):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])

@@ -240,6 +240,9 @@ def domains(cfg, half, window=2048) -> dict[str, list]:
     return domain_batches(cfg.domains, tokenizer.load(next(iter(sources(cfg).values()))), min(window, cfg.max_len), half=half)
 
 
+# ---- around the steps ----------------------------------------------------------------------------------------------------
+
+
 def complain(step, losses, groups, model, machine) -> tuple[str, bool]:
     """Name what is not finite, in one line and on the rank where it began: a weight, a term of the loss, a source of data, a gradient.
     -> the line, and whether a weight is among it, which no skipping can mend."""
@@ -293,6 +296,8 @@ def main(argv):
     idle = needs.idle(cfg, argv)
     machine = hardware.find(cfg.device, cfg.dtype)
     hardware.join(machine)
+    if machine.device.type == "cuda" and machine.dtype == torch.float32:  # TF32, for a run in fp32 alone: routing in bf16 is exact
+        torch.set_float32_matmul_precision("high")
     lead, objective = machine.rank == 0, find_objective(cfg)
     if cfg.stats_every and (cfg.objective == "latent" or (cfg.parallel == "fsdp" and machine.world > 1)):
         die("stats_every reads one whole Transformer on rank 0: not for objective=latent, nor with --parallel=fsdp; leave it at 0")

@@ -25,7 +25,6 @@ OPEN = {"ckpt": str, "device": "auto", "dtype": "float32", "tau": 0.0, "allow_no
 def open_run(o):
     """The options OPEN -> model (eval mode, its activation dtype and tau set), state, device, and a dict that says what was measured."""
     found = machine.find(o.device, o.dtype)
-    torch.set_float32_matmul_precision("highest")  # fp32 means fp32 here
     at = lambda cfg: Transformer(dataclasses.replace(cfg, allow_noncausal=cfg.allow_noncausal or o.allow_noncausal))  # noqa: E731
     model, state = checkpoint.load(o.ckpt, str(found.device), at)
     model.set_dtype(found.dtype)

@@ -219,7 +219,6 @@ def evaluate(opt) -> dict:
     model, state = latentwire.load(opt.ckpt)
     cfg = state["config"]
     where = machine.find(opt.device, cfg["dtype"])
-    torch.set_float32_matmul_precision("highest")  # fp32 means fp32 here
     model.set_dtype(where.dtype).to(where.device)
     qa = cfg["data"].get("qa") if isinstance(cfg["data"], dict) else cfg["data"]
     data = opt.data or str(Path(qa or "").parent / "test.jsonl")

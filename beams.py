@@ -14,7 +14,7 @@ from model import flat
 def keep_rows(cache, index):
     """The cache of rows `index`: repeated for several samples, dropped when finished, reordered for beams."""
     cache.k, cache.v, cache.sums = cache.k[:, index], cache.v[:, index], cache.sums[:, :, index]
-    cache.lengths = [cache.lengths[i] for i in index]
+    cache.lengths, cache.replay, cache.steady = [cache.lengths[i] for i in index], None, 0
     if cache.enc is not None:
         cache.enc, cache.enc_mask = [[t[index] for t in pair] for pair in cache.enc], cache.enc_mask[index]
 

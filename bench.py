@@ -1,7 +1,9 @@
 """Speed and memory against named peers, as ratios inside one run: both sides interleaved, medians, and the spread of the ratio.
 
     python bench.py --suite=cpu [--only=train,decode1] [--out=results.json] [--rounds=20] [--clock=cpu]
-    python bench.py --suite=gpu --rounds=10 --out=gpu.json      the same rows at GPU shapes, and the 197M model per precision
+    python bench.py --suite=gpu --rounds=10 --budget=360 --out=gpu.json      on a GPU: eval/gpu.py and eval/operators.py, compiled
+    python bench.py --suite=tiny                     the same rows at tiny shapes, on any machine: to see that all of it runs here
+    python bench.py --profile                        on a GPU: the kernels of a step
     python bench.py --info                           the machine and its libraries
     python bench.py --fp8_table                      on a GPU: measure which FP8 products pay, rewrite config/fp8_table.py
 
@@ -9,13 +11,13 @@ Peers are transformers' Qwen3ForCausalLM of the same shape (its own `generate` f
 with the same fused AdamW, clipping and dtype: fp32 masters and bf16 matmuls, which is torch.autocast there. A row that fails, its
 peer missing perhaps, is reported with its error and makes the exit code 1. The floor of a row is the time its matrix products would
 take, or its weights to be read, at the rates that this machine reached in this run with nothing else to do. `--clock=cpu` counts the
-process's CPU seconds instead of the wall's: the figure to use with --threads=1 on a machine that others are using.
-Read next: LOG.md for what was measured, model.py and kernels.py for what is being measured.
+process's CPU seconds instead of the wall's: for --threads=1 on a machine that others are using. --out is written anew after every row
+(--append: behind the rows that it holds); no row begins once --budget seconds are over. Read next: LOG.md for what was measured.
 """
 
 import prelude  # isort: skip  # noqa: F401
 
-import functools
+import gc
 import importlib.metadata
 import importlib.util
 import json
@@ -23,7 +25,6 @@ import os
 import platform
 import resource
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -40,13 +41,26 @@ import machine
 import precision
 import sample
 from configurator import die
-from eval import encode, fp8_table, speed
-from eval.peers import encoder_folder, our_step, peer_step, qwen3, ragged_pairs, rows_of_text, t5gemma2
+from eval import encode, fp8_table, gpu, operators, write_json
+from eval.peers import (
+    ceilings,
+    encoder_folder,
+    fresh,
+    middle,
+    one_line,
+    our_step,
+    peer_step,
+    qwen3,
+    race,
+    ragged_pairs,
+    rows_of_text,
+    t5gemma2,
+)
 from model import Embedder, build
 from prepare.sources import find
 from train import Config
 
-# shape of each row: Config keys, rows x tokens of a step; GPU shapes are those of the presets
+# shape of each row: Config keys, rows x tokens of a step; training steps on a GPU: eval/gpu.py
 SHAPES = {
     "cpu": {
         "train": ({"vocab_size": 4096, "n_layer": 6, "n_head": 6, "d_model": 384, "d_ff": 1024}, 8, 256),
@@ -57,39 +71,22 @@ SHAPES = {
         "embed": ({"vocab_size": 4096, "n_layer": 6, "n_head": 6, "n_kv_head": 2, "d_model": 384, "d_ff": 1024}, 192),
     },
     "gpu": {
-        "train": ({"vocab_size": 50_304, "n_layer": 12, "n_head": 12, "d_model": 768, "d_ff": 3072}, 16, 2048),
-        "vocab": ({"vocab_size": 151_936, "n_layer": 4, "n_head": 16, "d_model": 1024, "d_ff": 3072}, 4, 2048),
-        "encdec": ({"vocab_size": 151_936, "n_layer": 12, "n_head": 16, "d_model": 1024, "d_ff": 3072}, 64),
-        "polyglu": ({"vocab_size": 151_936, "n_layer": 28, "n_head": 16, "n_kv_head": 8, "d_model": 1024, "d_ff": 4096}, 8, 2048),
-        "decode": ({"vocab_size": 50_304, "n_layer": 12, "n_head": 12, "d_model": 768, "d_ff": 3072}, 64, 256),
+        "decode": ({"vocab_size": 50_304, "n_layer": 12, "n_head": 12, "d_model": 768, "d_ff": 3072}, 64, 64),
         "embed": ({"vocab_size": 4096, "n_layer": 28, "n_head": 16, "n_kv_head": 8, "d_model": 1024, "d_ff": 3072}, 10_000),
     },
+    "tiny": {"decode": (gpu.TINY, 8, 8), "embed": (gpu.TINY | {"max_len": 1024}, 8)},
 }
 
 
 # ---- measuring ----------------------------------------------------------------------------------------------------------
 
 
-def race(sides, opt, where, warm=2):
-    """{name: callable} -> {name: seconds per call}, one call of each in turn, so that a noisy minute hits all alike."""
-    clock, seconds = time.process_time if opt.clock == "cpu" else time.perf_counter, {name: [] for name in sides}
-    for n in range(warm + opt.rounds):
-        for name, call in sides.items():
-            start = clock()
-            call()
-            if where.device.type == "cuda":
-                torch.cuda.synchronize()
-            if n >= warm:
-                seconds[name].append(clock() - start)
-    return seconds
-
-
 def report(name, what, seconds, unit, amount, higher=True, floor=0.0):
     """First side is ours, second the peer. Quartiles of the round-by-round ratio are its spread; floor: seconds nobody can beat."""
     (us, ours), (peer, theirs) = seconds.items()
     ratios = sorted(b / a if higher else a / b for a, b in zip(ours, theirs, strict=True))
-    low, high = (ratios[0], ratios[-1]) if len(ratios) < 4 else statistics.quantiles(ratios, n=4)[::2]
-    a, b = statistics.median(ours), statistics.median(theirs)
+    low, high = middle(ratios)[1:]
+    a, b = middle(ours)[0], middle(theirs)[0]
     rates = [amount / t if amount else t for t in (a, b)]
     row = {"name": name, "what": what, us: rates[0], peer: rates[1], "unit": unit}
     row |= {"ratio": b / a if higher else a / b, "low": low, "high": high, "rounds": len(ratios), "floor_s": floor, "of_floor": floor / a}
@@ -97,16 +94,6 @@ def report(name, what, seconds, unit, amount, higher=True, floor=0.0):
     line = f"{us} {rates[0]:,.4g} {unit}, {peer} {rates[1]:,.4g}: {spread}"
     print(f"{name:<10} {line}{f', {floor / a:.0%} of the floor' if floor else ''}  {what}", flush=True)
     return row
-
-
-@functools.cache
-def ceilings(where, clock):
-    """(FLOP/s of a large product, bytes/s of reading a large matrix once): what this machine does with nothing else to do."""
-    a = torch.randn(2048, 2048, device=where.device, dtype=where.dtype)
-    big = torch.randn(8192, 4096, device=where.device).t()
-    opt = SimpleNamespace(rounds=10, clock=clock)
-    seconds = race({"mm": lambda: a @ a, "mv": lambda: big @ big[0, :].expand(1, -1).t()}, opt, where)
-    return 2 * 2048**3 / min(seconds["mm"]), big.nbytes / min(seconds["mv"])
 
 
 # Linux carries the peak of a parent over fork and exec into its child: a small process in between measures, not this big one
@@ -129,15 +116,11 @@ def child_cost(argv):
 # ---- rows ---------------------------------------------------------------------------------------------------------------
 
 
-def shape_text(keys, rows, length):
-    return f"{keys['n_layer']} x {keys['d_model']}, vocabulary {keys['vocab_size']:,}, {rows} x {length} tokens"
-
-
 def train(opt, where, shape="train"):
     keys, rows, length = SHAPES[opt.suite][shape]
     batch, inputs = rows_of_text(keys, rows, length)
     sides = {"prism": our_step(keys, batch, where, opt.compile), "transformers": peer_step(qwen3(keys, where), inputs, where)}
-    what = f"training step, {shape_text(keys, rows, length)}, {str(where.dtype)[6:]}"
+    what = f"training step, {gpu.text(keys, rows, length)}, {str(where.dtype)[6:]}"
     floor = build(Config(**keys, max_steps=1), "meta").flops_per_token(length) * rows * length / ceilings(where, opt.clock)[0]
     return [report(shape, what, race(sides, opt, where), "tokens/s", rows * length, floor=floor)]
 
@@ -157,17 +140,10 @@ def encdec(opt, where):
 def vocab(opt, where):
     """Speed at a 152k vocabulary, then each side's peak memory, alone in a process of its own."""
     rows = train(opt, where, "vocab")
-    peaks = {}
-    for side in ("our", "peer"):
-        one = f"bench.one_side({side!r}, {opt.suite!r}, {opt.threads})"
-        if where.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            one_side(side, opt.suite, opt.threads)
-            peaks[side] = torch.cuda.max_memory_allocated()
-        else:
-            peaks[side] = child_cost(["-c", f"import bench; {one}"])[1]
+    one = lambda side: f"import bench; bench.one_side({side!r}, {opt.suite!r}, {opt.threads})"  # noqa: E731
+    peaks = {side: child_cost(["-c", one(side)])[1] for side in ("our", "peer")}
     ratio = peaks["our"] / peaks["peer"]
-    what = f"peak memory of {shape_text(*SHAPES[opt.suite]['vocab'])}, lower is better"
+    what = f"peak memory of {gpu.text(*SHAPES[opt.suite]['vocab'])}, lower is better"
     print(f"{'memory':<10} prism {peaks['our'] / 2**30:.2f} GiB, transformers {peaks['peer'] / 2**30:.2f}: ratio {ratio:.2f}  {what}")
     sizes = {"prism": peaks["our"] / 2**30, "transformers": peaks["peer"] / 2**30}
     return [*rows, {"name": "memory", "what": what, **sizes, "unit": "GiB", "ratio": ratio, "low": ratio, "high": ratio, "rounds": 1}]
@@ -176,7 +152,7 @@ def vocab(opt, where):
 def one_side(side, suite, threads):
     if threads:
         torch.set_num_threads(threads)
-    where, (keys, rows, length) = machine.find(), SHAPES[suite]["vocab"]
+    where, (keys, rows, length) = machine.find("cpu"), SHAPES[suite]["vocab"]
     batch, inputs = rows_of_text(keys, rows, length)
     step = our_step(keys, batch, where) if side == "our" else peer_step(qwen3(keys, where), inputs, where)
     for _ in range(2):
@@ -185,19 +161,18 @@ def one_side(side, suite, threads):
 
 def polyglu(opt, where):
     keys, length = SHAPES[opt.suite]["polyglu"][0], SHAPES[opt.suite]["polyglu"][1:]
-    batch, rows = rows_of_text(keys, *length)[0], []
-    for name, dtype in (("polyglu", torch.float32), ("polyglu16", where.dtype))[where.device.type == "cuda" :]:
+    batch = rows_of_text(keys, *length)[0]
+    for name, dtype in (("polyglu", torch.float32), ("polyglu16", where.dtype)):
         here = where._replace(dtype=dtype)
         sides = {ffn: our_step(keys | {"ffn": ffn}, batch, here, opt.compile) for ffn in ("polyglu", "swiglu")}
-        what = f"training step of prism, {shape_text(keys, *length)}, {str(dtype)[6:]}: polyglu's time over swiglu's"
-        rows.append(report(name, what, race(sides, opt, here), "tokens/s", length[0] * length[1], higher=False))
-    return rows
+        what = f"training step of prism, {gpu.text(keys, *length)}, {str(dtype)[6:]}: polyglu's time over swiglu's"
+        yield report(name, what, race(sides, opt, here), "tokens/s", length[0] * length[1], higher=False)
 
 
 def decode(opt, where, batch):
     """Greedy, no end token, after a prompt; both sides hold their weights in the activation dtype."""
     keys, prompt, new = SHAPES[opt.suite]["decode"]
-    model = build(Config(**keys, max_steps=1)).set_dtype(where.dtype).to(where.device).eval().lean(batch)
+    model = fresh(Config(**{"max_len": 1024} | keys, max_steps=1), where).eval().lean(batch)
     peer = qwen3(keys, where).to(where.dtype).eval()
     ids = torch.randint(keys["vocab_size"], (batch, prompt), generator=torch.Generator().manual_seed(1))
     mask, rows, ids = torch.ones_like(ids).to(where.device), ids.tolist(), ids.to(where.device)
@@ -211,32 +186,37 @@ def decode(opt, where, batch):
     flops, rate = ceilings(where, opt.clock)
     step = max(model.num_params() * where.dtype.itemsize / rate, 2 * model.num_params() * batch / flops)  # every weight is read once
     floor = new * step + 2 * model.num_params() * batch * prompt / flops
-    return [report(f"decode{batch}", what, race(sides, opt, where, warm=1), "tokens/s", batch * new, floor=floor)]
+    row = report(f"decode{batch}", what, race(sides, opt, where, warm=1), "tokens/s", batch * new, floor=floor)
+    row["GB/s"] = new * model.num_params() * where.dtype.itemsize * row["prism"] / (batch * new) / 1e9
+    print(f"  weights read at {row['GB/s']:,.0f} GB/s, {row['GB/s'] * 1e9 / rate:.0%} of the {rate / 1e9:,.0f} measured")
+    return [row]
 
 
 def embed(opt, where):
     """Strings in, arrays out, of one exported folder: in fp32, in the dtype that the machine is fast in, and each at its own default."""
     from sentence_transformers import SentenceTransformer
 
-    (keys, count), rows = SHAPES[opt.suite]["embed"], []
+    keys, count = SHAPES[opt.suite]["embed"]
     with tempfile.TemporaryDirectory() as folder:
         child_cost(["-m", "prepare.text", "--from=*.md,*.py,*/*.py", f"--tokenizer=bpe:{keys['vocab_size']}", f"--out={folder}/d"])
         path = encoder_folder(keys, folder, f"{folder}/d")
         wide, fast = torch.float32, where.dtype
-        for name, mine, theirs in (("embed", wide, wide), ("embed16", fast, fast), ("embed_auto", fast, wide)):
+        brief = SimpleNamespace(**vars(opt) | {"rounds": 3 if opt.suite == "gpu" else opt.rounds})
+        for name, mine, theirs in (("embed16", fast, fast), ("embed_auto", fast, wide), ("embed", wide, wide)):
             ours, peer = Embedder.load(path, where.device, mine), SentenceTransformer(path, device=str(where.device)).to(theirs)
             texts = encode.texts_of(count, ours.tok, ours.max_length)
             sides = {
                 "prism": partial(ours.encode, texts),
                 "sentence-transformers": partial(peer.encode, texts, show_progress_bar=False, convert_to_tensor=True),
             }
-            same = float((torch.from_numpy(ours.encode(texts)) * sides["sentence-transformers"]().float().cpu()).sum(1).min())
+            few = texts[:500]
+            same = peer.encode(few, show_progress_bar=False, convert_to_tensor=True).float().cpu()
+            same = float((torch.from_numpy(ours.encode(few)) * same).sum(1).min())
             weights = ours.model.num_params() - ours.model.embed.weight.numel()
             floor = 2 * weights * sum(len(ours.ids(text)) for text in texts) / ceilings(where._replace(dtype=mine), opt.clock)[0]
             what = f"{count} texts, encoder of {keys['n_layer']} x {keys['d_model']}, {str(mine)[6:]} against {str(theirs)[6:]}"
             what = f"encoding {what}, cosine of the two >= {same:.4f}"
-            rows.append(report(name, what, race(sides, opt, where), "texts/s", count, floor=floor))
-    return rows
+            yield report(name, what, race(sides, brief, where, warm=opt.suite == "cpu"), "texts/s", count, floor=floor)
 
 
 LIBRARY = """import json, sys; from tokenizers import Tokenizer
@@ -284,20 +264,12 @@ def startup(opt, where):
     ]
 
 
-def precisions(opt, where):
-    """The 197M model's own step in bf16, FP8 and TransformerEngine, at both ends of its curriculum, compiled, each in its own process."""
-    with tempfile.TemporaryDirectory() as folder:
-        child_cost(["-m", "prepare.text", "--from=stdlib", "--val=0.02", f"--out={folder}"])
-        shape = ["config/superbpe_197m.py", "config/curriculum_ultra.py", f"--data={folder}"]
-        return [
-            {"name": "precision", "what": "197M training step", **row} for row in speed.table(shape, opt.rounds, speed.here(), (2048, 8))
-        ]
-
-
-ROWS = {"train": train, "vocab": vocab, "encdec": encdec, "polyglu": polyglu}
-ROWS |= {"decode1": lambda *a: decode(*a, 1), "decode8": lambda *a: decode(*a, 8)}
-ROWS |= {"embed": embed, "prepare": prepare, "startup": startup, "precision": precisions}
-NOT = {"cpu": ("precision",), "gpu": ("prepare", "startup")}  # rows that say nothing of such a machine; --only runs any
+DECODE = {"decode1": lambda *a: decode(*a, 1), "decode8": lambda *a: decode(*a, 8)}
+GPU = gpu.ROWS | operators.ROWS | DECODE | {"embed": embed}
+ORDER = "polyglu,small,curriculum,profile,head,attention,operator,fp8,decode1,decode8,optimizer,encdec,embed"  # the weightiest first
+ROWS = {"cpu": {"train": train, "vocab": vocab, "encdec": encdec, "polyglu": polyglu} | DECODE}
+ROWS["cpu"] |= {"embed": embed, "prepare": prepare, "startup": startup}
+ROWS["gpu"] = ROWS["tiny"] = {name: GPU[name] for name in ORDER.split(",")}
 
 
 def about(where, opt):
@@ -315,32 +287,69 @@ def cpu_name():
     return platform.processor() or platform.machine()
 
 
+def healthy(where):
+    """False when a kernel has failed in such a way that no other will run in this process."""
+    try:
+        machine.wait(where.device)
+    except RuntimeError:
+        return False
+    return True
+
+
+def measure(chosen, opt, where, rows, keep):
+    """Row by row, each kept as soon as it is there -> the names that time or a broken device left unmeasured."""
+    left = list(chosen)
+    over = lambda: 0 < opt.budget < time.perf_counter() - opt.began  # noqa: E731
+    while left and healthy(where) and not over():
+        name = left.pop(0)
+        try:
+            for row in ROWS[opt.suite][name](opt, where):
+                rows.append(row)
+                keep()
+                if over():
+                    break
+        except (Exception, SystemExit) as error:  # it is reported, it makes the exit code 1, and the other rows are measured all the same
+            rows.append({"name": name, "failed": f"{type(error).__name__}: {error}"})
+            print(f"{name:<10} FAILED {rows[-1]['failed']}\n{traceback.format_exc()}", flush=True)
+        print(f"-- {name}, {time.perf_counter() - opt.began:.0f} s in all", flush=True)
+        keep()
+        if where.device.type == "cuda" and healthy(where):
+            gc.collect()
+            torch.cuda.empty_cache()
+        if opt.compile:
+            torch._dynamo.reset()  # models of other rows are guards to pass and, past a limit, a reason to go on uncompiled
+    return left
+
+
 def main(argv):
-    keys = {"suite": "cpu", "only": "", "out": "", "rounds": 20, "clock": "wall", "threads": 0, "compile": False}
-    opt = configurator.args(keys | {"info": False, "fp8_table": False}, argv, __doc__)
+    keys = {"suite": "cpu", "only": "", "out": "", "rounds": 20, "clock": "wall", "threads": 0, "compile": "auto", "budget": 0.0}
+    opt = configurator.args(keys | {"info": False, "fp8_table": False, "profile": False, "append": False}, argv, __doc__)
     if opt.info:
         return print(precision.info())
     if opt.fp8_table:
         return print(fp8_table.write_table(device=machine.find("cuda").device))
-    chosen = opt.only.split(",") if opt.only else [name for name in ROWS if name not in NOT.get(opt.suite, ())]
-    if opt.suite not in SHAPES or opt.clock not in ("wall", "cpu") or not set(chosen) <= set(ROWS) or opt.rounds < 1:
-        die(f"bench: --suite is cpu or gpu, --clock wall or cpu, --rounds positive, --only some of {','.join(ROWS)}; got {' '.join(argv)}")
+    if opt.profile:
+        opt.suite, opt.only = "gpu" if opt.suite == "cpu" else opt.suite, "profile"
+    known = ROWS.get(opt.suite, ())
+    chosen = opt.only.split(",") if opt.only else list(known)
+    if not known or opt.clock not in ("wall", "cpu") or opt.compile not in ("auto", "True", "False") or opt.rounds < 1:
+        die(f"bench: --suite is cpu, gpu or tiny, --clock wall or cpu, --compile auto, True or False, --rounds > 0; got {' '.join(argv)}")
+    if not set(chosen) <= set(known):
+        die(f"bench: --only is some of {','.join(known)}; got {opt.only}")
     if opt.threads:
         torch.set_num_threads(opt.threads)
-    where = machine.find("cuda" if opt.suite == "gpu" else "cpu")
-    facts, rows = about(where, opt), []
+    where = machine.find({"gpu": "cuda", "cpu": "cpu"}.get(opt.suite, "auto"))
+    opt.compile = where.device.type == "cuda" if opt.compile == "auto" else opt.compile == "True"
+    facts, rows = about(where, opt), json.loads(Path(opt.out).read_text())["rows"] if opt.append else []
     print("\n".join(f"{k}: {v}" for k, v in facts.items()), flush=True)
-    for name in chosen:
-        try:
-            rows += ROWS[name](opt, where)
-        except (Exception, SystemExit) as error:  # it is reported, it makes the exit code 1, and the other rows are measured all the same
-            rows.append({"name": name, "failed": f"{type(error).__name__}: {error}"})
-            print(f"{name:<10} FAILED {rows[-1]['failed']}\n{traceback.format_exc()}", flush=True)
-        if where.device.type == "cuda":
-            torch.cuda.empty_cache()
-    if opt.out:
-        with open(opt.out, "w") as file:
-            json.dump({"command": ["bench.py", *argv], **facts, "rows": rows}, file, indent=1)
+    opt.began = time.perf_counter()
+    left = measure(chosen, opt, where, rows, lambda: write_json(opt.out, {"command": ["bench.py", *argv], **facts, "rows": rows}))
+    if left and opt.out and not healthy(where):  # a new process can go on where this one cannot
+        rest = [arg for arg in argv if arg.partition("=")[0] not in ("--only", "--append", "--profile", "--budget")]
+        rest += [f"--budget={max(1.0, opt.budget - time.perf_counter() + opt.began)}"] * bool(opt.budget)
+        print(f"the device is lost to this process; {','.join(left)} in a new one", flush=True)
+        os.execv(sys.executable, [sys.executable, __file__, *rest, f"--only={','.join(left)}", "--append"])
+    print("\n".join(one_line(row) for row in rows if "sides" in row), f"\nnot measured: {','.join(left)}" if left else "")
     print(f"peak memory of the bench {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB")
     if failed := [row["name"] for row in rows if "failed" in row]:
         print(f"failed: {', '.join(failed)}")

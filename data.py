@@ -193,7 +193,7 @@ def count(value):
     return type(value) is int and 0 <= value < 1 << 48
 
 
-def collate(shards, source, rows, seq_len, pieces, doc_mask=True, fixed_len=False, byte_lengths=None):
+def collate(shards, source, rows, seq_len, pieces, doc_mask=True, fixed_cu=False, byte_lengths=None):
     """Pieces (row, col, start, size), arrays (P,) -> a flat micro-batch. source, rows (R,): each row's data source and global number.
     Rows are laid out one column wider: inputs are columns 0..L-1, targets 1..L. What no piece covers is padding, an untrained document."""
     n, width = len(rows) * seq_len, seq_len + 1
@@ -212,13 +212,14 @@ def collate(shards, source, rows, seq_len, pieces, doc_mask=True, fixed_len=Fals
         die(f"{names}: token id {raw.max()} lies outside the vocabulary of {shards[0].tokenizer['vocab_size']}: damaged, see --verify")
     targets = np.where(untrained[:, 1:], IGNORE, raw[:, 1:]).reshape(-1)
     length = np.diff(cu := np.append(np.flatnonzero(new[:, :-1]), n))
-    fill = (1 << max(6, (len(length) - 1).bit_length() + 1 & ~1)) - len(length) if fixed_len else 0
+    fill = n - len(length) if fixed_cu else 0
     batch = {
         "ids": torch.from_numpy(raw[:, :-1].reshape(-1)),  # (N,)
         "targets": torch.from_numpy(targets),  # (N,)
         "pos": torch.from_numpy(np.arange(n) - np.repeat(cu[:-1], length)),  # (N,)
-        "cu": torch.from_numpy(np.pad(cu.astype(np.int32), (0, fill), "edge")),  # (S + 1,); compiled for powers of four, by empty documents
-        "max_len": seq_len if fixed_len else int(length.max()),
+        "cu": torch.from_numpy(np.pad(cu.astype(np.int32), (0, fill), "edge")),  # (S + 1,); one shape: (N + 1,)
+        "docs": len(length),  # S
+        "max_len": int(length.max()),
         "rows": torch.from_numpy(rows),  # (R,)
         "source": torch.from_numpy(source),  # (R,)
         "tokens": int(np.minimum(size, seq_len).sum()),

@@ -20,6 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from configurator import die
+from machine import uncompiled
 from precision import choose, hardware, linears, report, resolve, te_apply, te_load, te_scope, te_tensors
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -40,13 +41,14 @@ def cast(x, scale, kind):
 
 
 def operand(x, kind, state, slot):
-    """-> x in FP8, row-major, and its inverse scale. Delayed scaling keeps this operand's history in `slot`."""
+    """-> x in FP8, row-major, and its inverse scale. Delayed scaling keeps this operand's history in `slot`, a tensor (1,): a number of its
+    own would compile every layer anew."""
     amax = x.detach().abs().amax().float()
     scale = scale_of(amax, kind, state.margin)
     if state.delayed:
-        state.now[slot].copy_(torch.maximum(state.now[slot], amax))
+        state.now.index_copy_(0, slot, torch.maximum(state.now.index_select(0, slot), amax))
         if state.warm:  # a Python bool: the cast must not wait for this tensor's own amax
-            scale = state.scale[slot].clone()
+            scale = state.scale.index_select(0, slot)[0]
     # amax * 0 is NaN for a non-finite amax: an infinity clamped to the maximum would hide from the loop's guard
     return cast(x, scale, kind).contiguous(), scale.reciprocal() + amax * 0
 
@@ -61,20 +63,20 @@ class Matmul(torch.autograd.Function):
     what comes before; an opaque operator could not."""
 
     @staticmethod
-    def forward(ctx, x, weight, wq, wqt, w_inv, state, use, slot):  # x (M, K), weight and wq (N, K), wqt (K, N)
-        ctx.state, ctx.use, ctx.slot, ctx.dtype = state, use, slot, x.dtype
+    def forward(ctx, x, weight, wq, wqt, w_inv, slots, state, use):  # x (M, K), weight and wq (N, K), wqt (K, N)
+        ctx.state, ctx.use, ctx.dtype = state, use, x.dtype
         xq = x_inv = x
         if use[0] or use[2]:
-            xq, x_inv = operand(x, E4M3, state, slot)
-        ctx.save_for_backward(*((xq, x_inv) if use[2] else (x, x)), weight, wqt, w_inv)
+            xq, x_inv = operand(x, E4M3, state, slots[:1])
+        ctx.save_for_backward(*((xq, x_inv) if use[2] else (x, x)), weight, wqt, w_inv, slots)
         return gemm(xq, wq.t(), x_inv, w_inv, x.dtype, fast=True) if use[0] else x @ weight.to(x.dtype).t()  # (M, N)
 
     @staticmethod
     def backward(ctx, g):  # (M, N)
-        x, x_inv, weight, wqt, w_inv = ctx.saved_tensors
+        x, x_inv, weight, wqt, w_inv, slots = ctx.saved_tensors
         _, dgrad, wgrad = ctx.use
         if dgrad or wgrad:
-            gq, g_inv = operand(g, ctx.state.grad_kind, ctx.state, ctx.slot + 1)
+            gq, g_inv = operand(g, ctx.state.grad_kind, ctx.state, slots[1:])
         dx = gemm(gq, wqt.t(), g_inv, w_inv, ctx.dtype) if dgrad else g @ weight.to(g.dtype)  # (M, K)
         if wgrad:  # both operands need a transposed copy; the output stays in the dtype of the masters
             dw = gemm(gq.t().contiguous(), x.t().contiguous().t(), g_inv, x_inv, weight.dtype)  # (N, K)
@@ -90,7 +92,7 @@ def matmul(state, one, x, weight, bias):
     flat = x.reshape(-1, x.shape[-1])
     odd = -flat.shape[0] % 16  # wgrad contracts over tokens, in sixteens; zero rows add nothing
     padded = F.pad(flat, (0, 0, 0, odd)) if odd else flat
-    y = Matmul.apply(padded, weight, one.wq, one.wqt, one.inv, state, one.use, one.slot)[: flat.shape[0]]
+    y = Matmul.apply(padded, weight, one.wq, one.wqt, one.inv, one.slots, state, one.use)[: flat.shape[0]]
     if state.watch is not None:
         state.watch(one, flat, weight, y)
     y = y.reshape(*x.shape[:-1], -1)
@@ -135,7 +137,7 @@ def apply(model, cfg, device, stages=(), hw=None):
         if any(use):
             wq = torch.empty(n, k, dtype=E4M3, device=device)
             one = SimpleNamespace(name=name, linear=linear, use=use, slot=2 * i, wq=wq, wqt=wq.t().contiguous())
-            one.inv = torch.ones((), device=device)
+            one.inv, one.slots = torch.ones((), device=device), torch.tensor([2 * i, 2 * i + 1], device=device)
             linear.matmul = functools.partial(matmul, state, one)
             state.ones.append(one)
             state.uses[name] = use
@@ -188,11 +190,12 @@ def set_step(model, step):
 
 @contextlib.contextmanager
 def evaluation(model):
-    """bf16 on the same module: what evaluation, sampling and export see."""
+    """bf16 on the same module, uncompiled: what evaluation, sampling and export see."""
     state = getattr(model, "fp8", None) or SimpleNamespace(live=True)
     before, state.live = state.live, False
     try:
-        yield
+        with uncompiled():
+            yield
     finally:
         state.live = before
 

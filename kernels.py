@@ -412,7 +412,7 @@ def _mix32(x):
 def gumbel(seed, rows, layer, f, K=4):
     """(R, f, K): one Gumbel(0, 1) per (seed, global row, layer, neuron, k), however and wherever it is recomputed."""
     rows = rows.long()
-    key = _mix32((rows & 0xFFFFFFFF) ^ ((seed * 0x9E3779B1 + layer * 0x85EBCA77) & 0xFFFFFFFF))
+    key = _mix32((rows & 0xFFFFFFFF) ^ (((seed * 0x9E3779B1 & 0xFFFFFFFF) + layer * 0x85EBCA77) & 0xFFFFFFFF))
     key = _mix32(key ^ ((rows >> 32) + (seed >> 32) + 0x27D4EB2F & 0xFFFFFFFF))[:, None]
     other = _mix32(key ^ (layer + 0x165667B1))  # two keys per row, or rows would be shifted copies of one another
     n = _mix32(_mix32(torch.arange(f * K, device=rows.device) + key & 0xFFFFFFFF) ^ other) >> 9  # 23 bits

@@ -159,6 +159,11 @@ def enough_memory(cfg, row):
         die(f"out of memory in stage {row.stage}: L={row.seq_len}, {rows} per micro-batch, precision={cfg.precision}; try {remedy}")
 
 
+def uncompiled():
+    """Within it compiled blocks run as written: evaluations and probes come in shapes of their own, each of which would be compiled."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
+
+
 def wait(device: torch.device) -> None:
     """Until the device has done what was asked of it."""
     if device.type == "cuda":

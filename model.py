@@ -16,7 +16,6 @@ Read next: ops.py (the chunked loss), kernels.py (the fused PolyGLU), data.py (w
 """
 
 import functools
-import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +27,9 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
 import ops
+import replay
 from configurator import die
+from flash import varlen
 from kernels import ACTIVATIONS, glu, gumbel, polyglu_mix
 from ops import Gather, Thin, WindowMean, attention, full, linear_cross_entropy, matmul32, norm_rotate, rms_norm, rotate
 
@@ -116,17 +117,19 @@ class Segments:
 
     Causal means aligned at the end (the last query sees every key), which is what merged attention and caches need. On a GPU the
     variable-length flash kernel (half precision only) reads `cu` itself. Elsewhere segments of like length are padded together, a few
-    SDPA calls per layer; the plan is made once per forward and shared by all layers.
+    SDPA calls per layer; the plan is made once per forward and shared by all layers. count: segments, where `cu` is longer than they.
     """
 
-    def __init__(self, cu_q, max_q, cu_k=None, max_k=None, causal=True):
+    def __init__(self, cu_q, max_q, cu_k=None, max_k=None, causal=True, count=None):
         self.cu_q, self.max_q, self.causal = cu_q, max_q, causal
         self.cu_k, self.max_k = (cu_q, max_q) if cu_k is None else (cu_k, max_k)
+        self.count = len(cu_q) - 1 if count is None else count
+        self.sizes = torch.tensor([self.max_q, self.max_k, self.count], device="cpu")  # a tensor: numbers would each be compiled anew
         self.calls = None  # the plan, made when a layer first needs it
 
     def plan(self):
         device = self.cu_q.device
-        cu_q, cu_k = self.cu_q.tolist(), self.cu_k.tolist()
+        cu_q, cu_k = (cu[: self.count + 1].tolist() for cu in (self.cu_q, self.cu_k))
         spans = [(a, b - a, c, d - c) for a, b, c, d in zip(cu_q, cu_q[1:], cu_k, cu_k[1:], strict=False) if b > a]
         groups: dict = {}
         for a, nq, c, nk in spans:
@@ -166,8 +169,7 @@ class Segments:
         """q (Nq, H, E), k and v (Nk, G, E) -> (Nq, H, E)"""
         fits = q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
         if q.device.type != "cpu" and fits:  # `meta` too: tests trace it as a GPU would run it
-            window = (-1, 0) if self.causal else (-1, -1)
-            return varlen_kernel()(q, k, v, self.cu_q, self.cu_k, self.max_q, self.max_k, window_size=window)
+            return varlen(q, k, v, self.cu_q, self.cu_k, self.sizes, self.causal)
         if self.calls is None:
             self.plan()
         if self.q_slots:
@@ -185,16 +187,6 @@ class Segments:
             i, j = i + count * n, j + count * m
         y = outs[0] if len(outs) == 1 else torch.cat(outs) if outs else q
         return Gather.apply(y, home, slots, blank) if self.q_slots else y
-
-
-@functools.cache
-def varlen_kernel():
-    """torch's variable-length flash attention with grouped queries, under whichever signature this torch has."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
-        return lambda *args, **kw: varlen_attn(*args, **kw, enable_gqa=True)
-    return varlen_attn
 
 
 class RMSNorm(nn.Module):
@@ -286,6 +278,7 @@ class PolyGLU(nn.Module):
         self.gate_up = Linear(cfg.d_model, 2 * cfg.width_ff, "gate_up")
         self.down = Linear(cfg.width_ff, cfg.d_model, "down")
         self.alpha = nn.Parameter(torch.zeros(cfg.width_ff, len(cfg.acts)))
+        self.register_buffer("number", torch.tensor(layer), persistent=False)  # the layer for its noise: one compilation serves them all
         if gate != "static":
             self.beta = nn.Parameter(torch.ones(len(cfg.acts)))
             self.gate_net = nn.Sequential(nn.Linear(cfg.d_model, 32), nn.ReLU(), nn.Linear(32, len(cfg.acts)))
@@ -349,16 +342,16 @@ def borders(pos, cu):
 class Packed:
     """What the blocks share during one forward over flat documents: positions, attention, the gate's pool and noise."""
 
-    def __init__(self, model, pos, cu, max_len, causal, rows=None, merge=None):
+    def __init__(self, model, pos, cu, max_len, causal, rows=None, merge=None, count=None):
         self.pos, self.cu, self.tau, self.merge = pos, cu, model.tau, merge
         self.rope, self.dtype = model.rope(pos), model.dtype
         self.borders = borders(pos, cu) if model.cfg.ffn == "polyglu" else None
-        self.segments = merge.segments if merge else Segments(cu, max_len, causal=causal)
+        self.segments = merge.segments if merge else Segments(cu, max_len, causal=causal, count=count)
         noisy = model.training and model.cfg.gate_noise and model.cfg.ffn == "polyglu"
         if noisy and rows is None:
             die("gate_noise needs the global row numbers of the batch (rows); data.py gives them")
         stack = 0 if causal else model.cfg.n_layer  # encoder layers draw their own noise
-        self.noise = model.noise or ((lambda ffn: gumbel(model.cfg.seed, rows, stack + ffn.layer, *ffn.alpha.shape)) if noisy else None)
+        self.noise = model.noise or ((lambda ffn: gumbel(model.cfg.seed, rows, stack + ffn.number, *ffn.alpha.shape)) if noisy else None)
 
     def attend(self, attn, q, k, v):
         if self.merge:
@@ -401,21 +394,24 @@ class Cache:
         self.dtype = torch.float32 if model.dtype == torch.bfloat16 and weight.device.type == "cpu" else model.dtype
         self.k, self.v = (torch.zeros(shape, dtype=self.dtype, device=weight.device) for _ in "kv")
         self.lengths, self.max_len, self.out = [0] * batch, max_len, model.dtype
+        self.replay, self.steady = None, 0  # of replay.py: the recorded step, and steps since the batch was last another one
         self.sums = torch.zeros(cfg.n_layer, 2, batch, 1, 32, dtype=torch.float64, device=weight.device)  # all; before this block
         self.enc = None  # per layer: keys, values (B, G, S, E) of the encoder
         self.enc_mask = None  # (B, 1, 1, S)
 
-    def begin(self, model, ids, count):
-        self.count = count or [ids.shape[1]] * ids.shape[0]
-        if max(self.lengths) + ids.shape[1] > self.max_len:
-            die(f"{max(self.lengths) + ids.shape[1]} tokens do not fit the cache of {self.max_len}; ask for a longer one")
+    def begin(self, model, ids, count, keys=0):
+        """keys: for a recorded step, which sees that many of them through a mask and finds `pos` and `last` already on the device."""
         rows, width = ids.shape
-        device = ids.device
-        self.pos = torch.tensor(self.lengths, device=device)[:, None] + torch.arange(width, device=device)  # (B, T)
-        self.last = torch.tensor(self.count, device=device)[:, None]
+        self.count = count or [width] * rows
+        if max(self.lengths) + width > self.max_len:
+            die(f"{max(self.lengths) + width} tokens do not fit the cache of {self.max_len}; ask for a longer one")
+        device, self.even = ids.device, not keys and len(set(self.lengths)) == 1
+        if not keys:
+            self.pos = torch.tensor(self.lengths, device=device)[:, None] + torch.arange(width, device=device)  # (B, T)
+            self.last = torch.tensor(self.count, device=device)[:, None]
+        keys = keys or max(self.lengths) + width
         self.rope, self.tau, self.noise = model.rope(self.pos.flatten() + self.offset(model)), model.tau, None
         self.depth = {id(b.attn): i for i, b in enumerate(model.decoder.blocks)}
-        self.even, keys = len(set(self.lengths)) == 1, max(self.lengths) + width
         self.seen = [store[:, :, :, :keys].unbind() for store in (self.k, self.v)]  # per layer (B, G, K, E)
         self.new = [store[:, :, :, keys - width : keys].unbind() for store in (self.k, self.v)]
         self.mask = None  # a single query of an even batch sees everything
@@ -513,8 +509,8 @@ class Transformer(nn.Module):
     def forward(self, batch: dict) -> torch.Tensor:
         """Hidden states (N, D) after the final norm: of the decoder, or of the encoder when there is nothing else.
 
-        A batch holds ids (or embeds, (N, D)), pos, cu, max_len; an encoder-decoder's these for its encoder and dec_ids, dec_pos, dec_cu,
-        dec_max_len, kv_index, kv_cu, kv_max_len for its decoder.
+        A batch holds ids (or embeds, (N, D)), pos, cu, max_len, and docs where cu is longer than they; an encoder-decoder's these for its
+        encoder and dec_ids, dec_pos, dec_cu, dec_max_len, kv_index, kv_cu, kv_max_len for its decoder.
         """
         if self.encoder is None:
             return self.read(self.decoder, batch, causal=True)
@@ -537,7 +533,7 @@ class Transformer(nn.Module):
         if batch["max_len"] > self.cfg.max_len:
             die(f"a document of {batch['max_len']} tokens is longer than max_len={self.cfg.max_len}; raise it or cut the text")
         x = batch["embeds"].to(self.dtype) if "embeds" in batch else self.embed_tokens(batch["ids"])
-        return stack(x, Packed(self, batch["pos"], batch["cu"], batch["max_len"], causal, batch.get("rows")))
+        return stack(x, Packed(self, batch["pos"], batch["cu"], batch["max_len"], causal, batch.get("rows"), count=batch.get("docs")))
 
     # -- predicting tokens
 
@@ -594,6 +590,8 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def step(self, ids, cache: Cache, count: list[int] | None = None, embeds=None):
         """Read the next ids (B, T), the first count[b] of each row being real, and return hidden states (B, T, D)."""
+        if ids.is_cuda and ids.shape[1] == 1 and count is None and embeds is None and replay.ready(self, cache):
+            return cache.replay(ids, cache)
         cache.begin(self, ids, count)
         x = self.embed_tokens(ids.flatten()) if embeds is None else embeds.to(self.dtype).flatten(0, 1)
         hidden = self.decoder(x, cache).unflatten(0, ids.shape)
@@ -698,6 +696,16 @@ def build(cfg: ModelConfig, device: str = "cpu") -> Transformer:
     model.head_weight.data[cfg.vocab_size :] = 0
     model.embed.weight.data[cfg.vocab_size :] = 0
     return model.to(device)
+
+
+def compile_blocks(model):
+    """Compile every block, in place, by itself: one compilation of ten seconds serves all layers, and data parallel wrappers, which work
+    between blocks, stay out of it. What a graph loses at a block's borders is one pass over the residual stream."""
+    torch._dynamo.config.recompile_limit = 64  # phases of precision, encoders and decoders; past torch's 8 it would go on uncompiled
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.compile(dynamic=False)
+    return model
 
 
 def pool(hidden, batch, how="mean", normalize=True):

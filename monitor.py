@@ -22,7 +22,7 @@ import configurator
 import data
 import fp8
 from configurator import die
-from machine import peak_memory, total
+from machine import peak_memory, total, uncompiled
 from model import Linear, Transformer
 
 # ---- a step -------------------------------------------------------------------------------------------------------------
@@ -258,7 +258,8 @@ def fp8_statistics(model, loss):
             y.register_hook(lambda g: look(f"{one.name}.grad", g, state.grad_kind, one.slot + 1))
 
     now, state.watch = state.now.clone(), watch
-    torch.autograd.grad(loss(), next(p for p in model.parameters() if p.requires_grad))
+    with uncompiled():
+        torch.autograd.grad(loss(), next(p for p in model.parameters() if p.requires_grad))
     state.watch = None
     state.now.copy_(now)
     return sorted(rows.values(), key=lambda row: row["snr_db"])

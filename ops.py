@@ -10,6 +10,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+import head
+
 
 def full(x: torch.Tensor) -> torch.Tensor:
     """At least fp32: norms, rotations, routing and loss are never computed in bf16 (fp64 stays, for tests)."""
@@ -206,6 +208,16 @@ class Thin(torch.autograd.Function):
         return x.is_cuda and x.dtype == torch.bfloat16
 
 
+def _running_sum(x):
+    """x.cumsum(0) for a long and narrow x (N, C)."""
+    if x.device.type == "cpu":
+        return x.t().contiguous().cumsum(1).t()
+    size = 256  # a GPU would walk each column with one thread, or one block: so blocks of rows first, then what lies before each
+    blocks = F.pad(x, (0, 0, 0, -len(x) % size)).view(-1, size, x.shape[1]).cumsum(1)
+    before = F.pad(blocks[:-1, -1].cumsum(0), (0, 0, 1, 0))
+    return (blocks + before[:, None]).flatten(0, 1)[: len(x)]
+
+
 class WindowMean(torch.autograd.Function):
     """Mean of p over the tokens start:end of each token. Sums in fp64; `first`:`last` are the tokens whose window holds this one, so
     that the way back is a difference of cumulative sums too, and nothing is scattered. None, None: the window itself, for torch.compile
@@ -224,7 +236,7 @@ class WindowMean(torch.autograd.Function):
 
     @staticmethod
     def sums(x, start, end):
-        total = F.pad(x.double().t().contiguous().cumsum(1), (1, 0)).t()  # (N + 1, C); along dim 0 a GPU would walk it with 32 threads
+        total = F.pad(_running_sum(x.double()), (0, 0, 1, 0))  # (N + 1, C)
         return total[end] - total[start]
 
 
@@ -236,18 +248,8 @@ def matmul32(a, b):
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda and a.dtype == torch.bfloat16 else (a @ b)
 
 
-def _gradient_rows(logits, target, ok, scale):
-    """-> (d nll / d logits in the dtype of the operands, nll) for logits in fp32; ignored rows give zeros. No synchronisation."""
-    chosen, top = logits.gather(1, target), logits.amax(1, keepdim=True)
-    p = logits.sub_(top).exp_()
-    total = p.sum(1, keepdim=True)
-    nll = torch.where(ok, (total.log() + top - chosen).squeeze(1), 0)
-    scale = ok[:, None].to(p.dtype) if scale is None else ok[:, None] * scale
-    return p.mul_(scale / total).scatter_add_(1, target, -scale), nll
-
-
-def _gradient_blocks(logits, target, ok, scale):
-    """The same on a CPU, where no row is ignored: a few rows at a time stay in the cache, and the gradient takes the logits' place."""
+def _gradient_blocks(logits, target, scale):
+    """(d nll / d logits, nll) where no row is ignored: a few at a time stay in the cache, and the gradient takes the logits' place."""
     wide, size = torch.promote_types(logits.dtype, torch.float32), max(1, (1 << 20) // logits.shape[1])
     nll = []
     for lo in range(0, len(logits), size):
@@ -267,35 +269,33 @@ def _gradient_blocks(logits, target, ok, scale):
     return logits, torch.cat(nll).squeeze(1)
 
 
+def _chunks(h, w, targets, vocab, token_weight, grads, chunk):
+    """(nll, dh, dW in at least fp32), a chunk of logits at a time: a CPU's way, and that of float64. Ignored tokens are left out."""
+    acc = torch.promote_types(h.dtype, torch.float32)  # of logits, sums and dW
+    index = (targets != -100).nonzero().squeeze(1)
+    nll = torch.zeros(len(h), dtype=acc, device=h.device)
+    dh = torch.zeros_like(h) if grads else None
+    dw = torch.zeros(w.shape, dtype=acc, device=h.device) if grads and len(index) else None
+    for rows in index.split(chunk) if len(index) else ():
+        x = h[rows]
+        logits = x @ w.t()  # (chunk, Vpad)
+        logits[:, vocab:] = -math.inf
+        scale = None if token_weight is None else token_weight[rows].to(acc)[:, None]
+        dx, nll[rows] = _gradient_blocks(logits, targets[rows][:, None], scale)
+        if grads:
+            dh[rows] = dx @ w
+            dw = dw.addmm_(dx.t(), x) if dw.dtype == h.dtype else dw.add_(dx.t() @ x)
+    return nll, dh, dw
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, weight, targets, vocab, token_weight, chunk, grads):
-        acc = torch.promote_types(h.dtype, torch.float32)  # of logits, sums and dW
-        keep = targets != -100
-        index = None
-        if not h.is_cuda:  # skip ignored tokens where asking how many there are costs no synchronisation
-            index = keep.nonzero().squeeze(1)
-        n = h.shape[0] if index is None else len(index)
-        nll = torch.zeros(h.shape[0], dtype=acc, device=h.device)
         w = weight.to(h.dtype)
-        dh = torch.zeros_like(h) if grads else None
-        dw = torch.zeros(weight.shape, dtype=acc, device=h.device) if grads and n else None
-        for lo in range(0, n, chunk):
-            rows = slice(lo, min(lo + chunk, n)) if index is None else index[lo : lo + chunk]
-            x, ok = h[rows], keep[rows]
-            target = targets[rows].clamp(min=0)[:, None]
-            logits = matmul32(x, w.t())  # (chunk, Vpad)
-            logits[:, vocab:] = -math.inf
-            scale = None if token_weight is None else token_weight[rows].to(acc)[:, None]
-            dx, nll[rows] = (_gradient_rows if h.is_cuda else _gradient_blocks)(logits, target, ok, scale)
-            if grads:
-                dx = dx.to(h.dtype)
-                dh[rows] = dx @ w
-                if dw.dtype == h.dtype:
-                    dw.addmm_(dx.t(), x)
-                else:
-                    dw += matmul32(dx.t(), x)
-        ctx.grads = (dh, dw)
+        way = functools.partial(_chunks, chunk=chunk)
+        if h.is_cuda and h.dtype != torch.float64 and len(h):
+            way = head.narrow if h.dtype == torch.bfloat16 and h.shape[1] <= head.NARROW else head.wide
+        nll, *ctx.grads = way(h, w, targets, vocab, token_weight, grads)
         ctx.like = weight.shape, weight.dtype
         total = nll.sum() if token_weight is None else (nll * token_weight).sum()
         ctx.mark_non_differentiable(nll)
@@ -309,13 +309,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return dh.mul_(grad), dw, None, None, None, None, None
 
 
-def linear_cross_entropy(h, weight, targets, vocab, token_weight=None, chunk=2048):
+def linear_cross_entropy(h, weight, targets, vocab, token_weight=None, chunk=1024):
     """(sum of nll, nll per token detached) of softmax(h @ weight[:vocab].T) against targets (-100: ignored, nll 0).
 
-    The gradients are computed here, chunk by chunk, so that logits of [chunk, V] are all that ever exists.
+    The gradients are computed here, so that logits of [chunk, V] are all that ever exists; a GPU goes the ways of head.py.
     h (N, d) in the activation dtype, weight (Vpad, d); token_weight (N,) scales the sum, not the nll that is returned. Call it outside
     torch.compile, as train.py does: a loop over chunks holds nothing for a compiler (to say so in a decorator costs 1.2 s of imports).
     """
     grads = torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)
-    chunk = chunk if h.is_cuda else min(chunk, 1024)  # a CPU gains nothing from more
     return _LinearCrossEntropy.apply(h, weight, targets, vocab, token_weight, chunk, grads)

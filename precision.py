@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from config import fp8_table
 from configurator import die
+from flash import flash
 
 ROLES = ("qkv", "o", "gate_up", "down")  # never the embedding, its projection or the head: their error reaches the loss directly
 GEMMS = ("forward", "dgrad", "wgrad")
@@ -149,7 +150,7 @@ def info(cfg=None):
     lines = [
         f"device: {hw.name}{memory}, capability {hw.capability[0]}.{hw.capability[1]}",
         f"torch {torch.__version__}, CUDA {torch.version.cuda or 'absent'}, cuDNN {cudnn}, cuBLAS {cublas}",
-        f"transformer_engine {te}, flash-attn {version('flash-attn')}, attention: {'torch varlen flash' if hw.cuda else 'torch SDPA'}",
+        f"transformer_engine {te}, flash-attn {version('flash-attn')}, attention: {flash() if hw.cuda else 'torch SDPA'}",
     ]
     if cfg:
         used, why = resolve(cfg, hw)
@@ -254,7 +255,8 @@ def te_block(state, layer, plain, doc_mask, x, ctx):
     longest = ctx.segments.max_q
     with torch.autocast("cuda", torch.bfloat16):
         if doc_mask:  # flat tokens, documents by cu
-            lengths = {"cu_seqlens_q": ctx.cu, "cu_seqlens_kv": ctx.cu, "max_seqlen_q": longest, "max_seqlen_kv": longest}
+            cu = ctx.cu[: ctx.segments.count + 1]
+            lengths = {"cu_seqlens_q": cu, "cu_seqlens_kv": cu, "max_seqlen_q": longest, "max_seqlen_kv": longest}
             y = layer(x, self_attn_mask_type="padding_causal", rotary_pos_emb=state.rotary, **lengths)
         else:  # equal windows, batch first: its default, sequence first, would attend across the batch and still train
             y = layer(x.unflatten(0, (-1, longest)), self_attn_mask_type="causal", rotary_pos_emb=state.rotary[:longest]).flatten(0, 1)

@@ -15,7 +15,6 @@ import prelude  # isort: skip  # noqa: F401
 
 import errno
 import functools
-import itertools
 import math
 import os
 import random
@@ -45,10 +44,11 @@ import optim
 from configurator import die
 from contrast import ContrastConfig
 from denoise import DenoiseConfig
+from flash import flash
 from kernels import polyglu_backend
 from latent_data import LatentConfig
 from machine import gather, to_device, total
-from model import ModelConfig, build
+from model import ModelConfig, build, compile_blocks
 from precision import PrecisionConfig
 
 
@@ -260,7 +260,7 @@ def complain(step, losses, groups, model, machine) -> tuple[str, bool]:
     return f"step {step}: not finite: {text}", any(each["weight"] for each in everywhere)
 
 
-def warm_up(cfg, objective, model, call, raw, plan, step, machine) -> str:
+def warm_up(cfg, objective, call, raw, plan, step, machine) -> str:
     """Every stage's shapes, in each phase of precision, compiled and met by the allocator before the clock runs. On a stream of its own
     and without a step: parameters, optimizer, random states, the stream and FP8's histories stay what they are, to the bit."""
     began, state = time.perf_counter(), getattr(raw, "fp8", None)
@@ -273,11 +273,11 @@ def warm_up(cfg, objective, model, call, raw, plan, step, machine) -> str:
     stages = plan.stages[plan(step).stage :]
     for stage in stages:
         stream.step = stage.first
-        batches = [to_device(batches[0], machine.device) for batches in itertools.islice(stream, 2)]  # documents come in several counts
-        for phase, batch in itertools.product(sorted(phases), batches):
+        batch = to_device(next(stream)[0], machine.device)
+        for phase in sorted(phases):
             if phase:
                 state.on, state.warm = phase
-            hardware.sync_gradients(model, cfg.parallel, machine, now=cfg.parallel == "fsdp")
+            hardware.sync_gradients(call, cfg.parallel, machine, now=cfg.parallel == "fsdp")
             with hardware.enough_memory(cfg, plan(stage.first)), fp8.scope(raw):
                 sum(objective.sums(call, raw, batch)[0].values()).backward()
             raw.zero_grad(set_to_none=True)
@@ -317,7 +317,7 @@ def main(argv):
     raw.set_dtype(machine.dtype).to(machine.device).train()
     plan = optim.make_plan(cfg, machine.world, data.epoch_tokens(cfg) if cfg.epochs else 0)
     plan = mix.MixedPlan(plan, cfg) if cfg.auto_mix else plan
-    model = hardware.wrap(raw, cfg.parallel, machine)
+    call = hardware.wrap(compile_blocks(raw) if cfg.compile else raw, cfg.parallel, machine)
     optimizer = optim.build_optimizer(raw, cfg)
     stream = objective.open_stream(cfg, plan, machine.rank, machine.world)
     names = stream.names
@@ -332,9 +332,6 @@ def main(argv):
     fp8.load_memory(raw, state.pop("fp8", {}))
     if cfg.auto_mix:
         plan.state = state.pop("auto_mix", None) or plan.state
-    if cfg.compile:  # a shape for each stage, phase and power of four of documents; past torch's limit of 8 it would go on uncompiled
-        torch._dynamo.config.recompile_limit = 256
-    call = torch.compile(model, dynamic=False) if cfg.compile else model
     stream, tune = data.Prefetch(stream, cfg.prefetch), domains(cfg, 0) if cfg.auto_mix else {}
     sets = functools.cache(functools.partial(held_out, cfg))  # by window length: 0 is the usual one
     val = sets(0)
@@ -352,6 +349,8 @@ def main(argv):
         log.say(f"{plan.steps:,} steps" if texts and not cfg.stages else plan.table())
         if cfg.precision != "bf16":
             log.say(precision)
+        if machine.device.type == "cuda":
+            log.say(f"attention: {flash()}")
         if cfg.ffn == "polyglu":
             log.say("polyglu: {}, {}".format(*polyglu_backend(machine.device, cfg.acts, machine.dtype)))
         log.say(f"resumed from {resume_from}" if resume_from else f"new run in {out}")
@@ -372,7 +371,7 @@ def main(argv):
             log.say(f"saved {out}/step-{step:06d}, {size / 1e6:,.1f} MB{' (best so far)' if best else ''}")
 
     if cfg.objective == "lm" and (cfg.compile or machine.device.type == "cuda") and step < plan.steps:
-        line = warm_up(cfg, objective, model, call, raw, plan, step, machine)
+        line = warm_up(cfg, objective, call, raw, plan, step, machine)
         if lead:
             log.say(line)
     params = [p for p in raw.parameters() if p.requires_grad]
@@ -409,7 +408,7 @@ def main(argv):
         # forward and backward; the loss is the token mean of the global batch, the wrapper averages over ranks
         sums = torch.zeros(len(terms), dtype=torch.float64, device=machine.device)
         for i, batch in enumerate(batches):
-            hardware.sync_gradients(model, cfg.parallel, machine, now=i == len(batches) - 1)
+            hardware.sync_gradients(call, cfg.parallel, machine, now=i == len(batches) - 1)
             batch = to_device(batch, machine.device)
             with hardware.enough_memory(cfg, row):
                 with fp8.scope(raw):
@@ -504,7 +503,7 @@ def main(argv):
         log.close()
     if machine.world > 1:
         torch.distributed.barrier()  # rank 0 still saves and logs when the others are done; a peer that left would hang it
-        del model, call
+        del call
         hardware.leave()
     del lock
 

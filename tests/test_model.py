@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from model import ModelConfig, Segments, attention, build, merged_rectangle, rectangle
+from replay import Replay
 
 SMALL = dict(vocab_size=100, n_layer=2, n_head=4, d_model=32, max_len=64, init_std=0.1, gate_noise=False)
 KNOBS = {
@@ -119,6 +120,23 @@ def test_cache_in_any_chunks(name):
             done[r] += count[r]
     for part, states in zip(parts, whole, strict=True):
         torch.testing.assert_close(torch.cat(part), states, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["gqa", "lagged", "running", "llama3 rope"])
+def test_a_step_to_be_recorded_is_the_same_step(name):
+    """What a CUDA graph would record: positions in a tensor, a fixed number of keys behind a mask."""
+    model, ids = make(**KNOBS[name]), torch.randint(100, (3, 24), generator=torch.Generator().manual_seed(2))
+    plain, fixed = (model.new_cache(3, 40) for _ in "ab")
+    for cache in (plain, fixed):
+        model.step(ids[:, :9], cache, [9, 4, 7])
+    recorded = Replay(model, fixed, 32)
+    for t in range(9, 24):
+        recorded.pos.copy_(torch.tensor(fixed.lengths)[:, None])
+        recorded.ids.copy_(ids[:, t : t + 1])
+        hidden = recorded.run(model, fixed)
+        fixed.end()
+        torch.testing.assert_close(hidden, model.step(ids[:, t : t + 1], plain))
+    assert fixed.lengths == plain.lengths == [24, 19, 22]
 
 
 @pytest.mark.parametrize("name", KNOBS)

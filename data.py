@@ -212,14 +212,14 @@ def collate(shards, source, rows, seq_len, pieces, doc_mask=True, fixed_cu=False
         die(f"{names}: token id {raw.max()} lies outside the vocabulary of {shards[0].tokenizer['vocab_size']}: damaged, see --verify")
     targets = np.where(untrained[:, 1:], IGNORE, raw[:, 1:]).reshape(-1)
     length = np.diff(cu := np.append(np.flatnonzero(new[:, :-1]), n))
-    fill = n - len(length) if fixed_cu else 0
     batch = {
         "ids": torch.from_numpy(raw[:, :-1].reshape(-1)),  # (N,)
         "targets": torch.from_numpy(targets),  # (N,)
         "pos": torch.from_numpy(np.arange(n) - np.repeat(cu[:-1], length)),  # (N,)
-        "cu": torch.from_numpy(np.pad(cu.astype(np.int32), (0, fill), "edge")),  # (S + 1,); one shape: (N + 1,)
+        "cu": torch.from_numpy(np.pad(cu.astype(np.int32), (0, (n - len(length)) * fixed_cu), "edge")),  # (S + 1,); one shape: (N + 1,)
         "docs": len(length),  # S
         "max_len": int(length.max()),
+        "window": seq_len,  # which no document leaves
         "rows": torch.from_numpy(rows),  # (R,)
         "source": torch.from_numpy(source),  # (R,)
         "tokens": int(np.minimum(size, seq_len).sum()),

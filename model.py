@@ -117,14 +117,14 @@ class Segments:
 
     Causal means aligned at the end (the last query sees every key), which is what merged attention and caches need. On a GPU the
     variable-length flash kernel (half precision only) reads `cu` itself. Elsewhere segments of like length are padded together, a few
-    SDPA calls per layer; the plan is made once per forward and shared by all layers. count: segments, where `cu` is longer than they.
+    SDPA calls per layer, planned once per forward. count: segments, where `cu` is longer than they; window: what no segment leaves.
     """
 
-    def __init__(self, cu_q, max_q, cu_k=None, max_k=None, causal=True, count=None):
+    def __init__(self, cu_q, max_q, cu_k=None, max_k=None, causal=True, count=None, window=0):
         self.cu_q, self.max_q, self.causal = cu_q, max_q, causal
         self.cu_k, self.max_k = (cu_q, max_q) if cu_k is None else (cu_k, max_k)
         self.count = len(cu_q) - 1 if count is None else count
-        self.sizes = torch.tensor([self.max_q, self.max_k, self.count], device="cpu")  # a tensor: numbers would each be compiled anew
+        self.sizes = torch.tensor([self.max_q, self.max_k, self.count, window], device="cpu")  # numbers would each be compiled anew
         self.calls = None  # the plan, made when a layer first needs it
 
     def plan(self):
@@ -342,11 +342,11 @@ def borders(pos, cu):
 class Packed:
     """What the blocks share during one forward over flat documents: positions, attention, the gate's pool and noise."""
 
-    def __init__(self, model, pos, cu, max_len, causal, rows=None, merge=None, count=None):
+    def __init__(self, model, pos, cu, max_len, causal, rows=None, merge=None, count=None, window=0):
         self.pos, self.cu, self.tau, self.merge = pos, cu, model.tau, merge
         self.rope, self.dtype = model.rope(pos), model.dtype
         self.borders = borders(pos, cu) if model.cfg.ffn == "polyglu" else None
-        self.segments = merge.segments if merge else Segments(cu, max_len, causal=causal, count=count)
+        self.segments = merge.segments if merge else Segments(cu, max_len, causal=causal, count=count, window=window)
         noisy = model.training and model.cfg.gate_noise and model.cfg.ffn == "polyglu"
         if noisy and rows is None:
             die("gate_noise needs the global row numbers of the batch (rows); data.py gives them")
@@ -533,7 +533,8 @@ class Transformer(nn.Module):
         if batch["max_len"] > self.cfg.max_len:
             die(f"a document of {batch['max_len']} tokens is longer than max_len={self.cfg.max_len}; raise it or cut the text")
         x = batch["embeds"].to(self.dtype) if "embeds" in batch else self.embed_tokens(batch["ids"])
-        return stack(x, Packed(self, batch["pos"], batch["cu"], batch["max_len"], causal, batch.get("rows"), count=batch.get("docs")))
+        more = {"count": batch.get("docs"), "window": batch.get("window", 0)}
+        return stack(x, Packed(self, batch["pos"], batch["cu"], batch["max_len"], causal, batch.get("rows"), **more))
 
     # -- predicting tokens
 
@@ -661,7 +662,7 @@ def rectangle(ids: torch.Tensor) -> dict:
     rows, width = ids.shape
     pos = torch.arange(width, device=ids.device).repeat(rows)
     cu = torch.arange(rows + 1, dtype=torch.int32, device=ids.device) * width
-    return {"ids": ids.flatten(), "pos": pos, "cu": cu, "max_len": width, "rows": torch.arange(rows, device=ids.device)}
+    return {"ids": ids.flatten(), "pos": pos, "cu": cu, "max_len": width, "window": width, "rows": torch.arange(rows, device=ids.device)}
 
 
 def merged_rectangle(enc_ids, dec_ids) -> dict:

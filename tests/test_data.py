@@ -89,7 +89,7 @@ def open_stream(cfg, plan, rank=0, world=1, log=quiet):
 def digest(batches):
     sha = hashlib.sha256()
     for batch in batches:
-        for key in sorted(batch.keys() - {"docs"}):  # how many `cu` cuts: nothing that is trained on
+        for key in sorted(batch.keys() - {"docs", "window"}):  # what `cu` says too
             sha.update(key.encode() + np.asarray(batch[key]).tobytes())
     return sha.hexdigest()
 

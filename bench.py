@@ -71,7 +71,7 @@ SHAPES = {
         "embed": ({"vocab_size": 4096, "n_layer": 6, "n_head": 6, "n_kv_head": 2, "d_model": 384, "d_ff": 1024}, 192),
     },
     "gpu": {
-        "decode": ({"vocab_size": 50_304, "n_layer": 12, "n_head": 12, "d_model": 768, "d_ff": 3072}, 64, 64),
+        "decode": ({"vocab_size": 50_304, "n_layer": 12, "n_head": 12, "d_model": 768, "d_ff": 3072}, 64, 256),
         "embed": ({"vocab_size": 4096, "n_layer": 28, "n_head": 16, "n_kv_head": 8, "d_model": 1024, "d_ff": 3072}, 10_000),
     },
     "tiny": {"decode": (gpu.TINY, 8, 8), "embed": (gpu.TINY | {"max_len": 1024}, 8)},
@@ -186,7 +186,8 @@ def decode(opt, where, batch):
     flops, rate = ceilings(where, opt.clock)
     step = max(model.num_params() * where.dtype.itemsize / rate, 2 * model.num_params() * batch / flops)  # every weight is read once
     floor = new * step + 2 * model.num_params() * batch * prompt / flops
-    row = report(f"decode{batch}", what, race(sides, opt, where, warm=1), "tokens/s", batch * new, floor=floor)
+    brief = SimpleNamespace(**vars(opt) | {"rounds": min(opt.rounds, 4) if opt.suite == "gpu" else opt.rounds})
+    row = report(f"decode{batch}", what, race(sides, brief, where, warm=1), "tokens/s", batch * new, floor=floor)
     row["GB/s"] = new * model.num_params() * where.dtype.itemsize * row["prism"] / (batch * new) / 1e9
     print(f"  weights read at {row['GB/s']:,.0f} GB/s, {row['GB/s'] * 1e9 / rate:.0%} of the {rate / 1e9:,.0f} measured")
     return [row]
@@ -213,7 +214,7 @@ def embed(opt, where):
             same = peer.encode(few, show_progress_bar=False, convert_to_tensor=True).float().cpu()
             same = float((torch.from_numpy(ours.encode(few)) * same).sum(1).min())
             weights = ours.model.num_params() - ours.model.embed.weight.numel()
-            floor = 2 * weights * sum(len(ours.ids(text)) for text in texts) / ceilings(where._replace(dtype=mine), opt.clock)[0]
+            floor = 2 * weights * sum(map(len, ours.rows(texts))) / ceilings(where._replace(dtype=mine), opt.clock)[0]
             what = f"{count} texts, encoder of {keys['n_layer']} x {keys['d_model']}, {str(mine)[6:]} against {str(theirs)[6:]}"
             what = f"encoding {what}, cosine of the two >= {same:.4f}"
             yield report(name, what, race(sides, brief, where, warm=opt.suite == "cpu"), "texts/s", count, floor=floor)

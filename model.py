@@ -753,14 +753,14 @@ class Embedder(nn.Module):
         hidden = self.model.read(stack, batch, causal=self.causal)
         return hidden, pool(hidden, batch, self.pooling, self.normalize)
 
-    def ids(self, text, max_length=0):
-        """What the exported tokenizer makes of a text: cut, then EOS; an empty text is one EOS."""
-        ids = self.tok.encode(text)[: (max_length or self.max_length) - self.append_eos] if text else []
-        return [*ids, self.tok.eos_id] if self.append_eos or not ids else ids
+    def rows(self, texts, max_length=0):
+        """What the exported tokenizer makes of each text: cut, then EOS; an empty text is one EOS."""
+        rows = [ids[: (max_length or self.max_length) - self.append_eos] for ids in self.tok.encode_many(texts)]
+        return [[*ids, self.tok.eos_id] if self.append_eos or not ids else ids for ids in rows]
 
     @torch.no_grad()
     def encode(self, texts, batch_size: int = 1 << 30, max_length: int = 0, batch_tokens: int = 8192):
-        rows = [self.ids(text, max_length) for text in ([texts] if isinstance(texts, str) else texts)]
+        rows = self.rows([texts] if isinstance(texts, str) else texts, max_length)
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
         vectors, at = torch.empty(len(rows), self.model.cfg.d_model, device=self.model.embed.weight.device), 0
         while at < len(order):

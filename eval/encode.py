@@ -57,7 +57,7 @@ def main(argv):
             start = now()
             vectors[name] = np.asarray(encode(), np.float32)
             seconds[name].append(now() - start)
-    length = [len(ours.ids(text)) for text in texts]
+    length = list(map(len, ours.rows(texts)))
     print(f"{opt.texts} texts, {np.median(length):.0f} tokens median, {max(length)} longest; {opt.dtype} on {device}, {opt.clock} seconds")
     result = {}
     for name in sides:

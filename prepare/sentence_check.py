@@ -63,7 +63,7 @@ def verify(opt, folder) -> bool:
     ours = {mode: Embedder.load(folder, dtype=torch.float64, **settings | {"pooling": mode}).double() for mode in POOLING}
     trained = Embedder.load(checkpoint.resolve(opt.ckpt), dtype=torch.float32, pooling=opt.pooling, **settings)
     texts = [text for text in TEXTS if text or opt.append_eos]
-    rows = [trained.ids(text) for text in texts]
+    rows = trained.rows(texts)
     theirs = tok(texts, truncation=True, max_length=opt.max_seq_length)["input_ids"]
     check(
         "tokens are the training side's, truncation and EOS included",

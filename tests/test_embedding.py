@@ -133,7 +133,8 @@ def test_embedder_does_not_care_about_batches(run, pooling):
     ):
         assert np.abs(one_by_one - all_at_once).max() < 1e-5
     assert embedder.encode("a").shape == (64,) and embedder.encode([]).shape == (0, 64)
-    assert len(embedder.ids("x" * 700)) == 512 and embedder.ids("x" * 700)[-1] == 256
+    [row] = embedder.rows(["x" * 700])
+    assert len(row) == 512 and row[-1] == 256
     assert embedder.encode(texts, max_length=4)[3] == pytest.approx(embedder.encode("xxx"), abs=1e-6)
     hidden, pooled = embedder(flat([[1, 2, 3]]))
     assert hidden.shape == (3, 64) and pooled.shape == (1, 64)

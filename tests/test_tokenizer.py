@@ -127,6 +127,13 @@ def test_long_texts_are_cut_where_no_token_moves(tmp_path, monkeypatch):
     assert tokenizer.load("bytes").decode(tokenizer.load("bytes").encode("é" * 1000)) == "é" * 1000
 
 
+def test_many_texts_are_encoded_as_each_of_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizer, "LONG", 40)
+    texts = ["", "hello world", *unicode_strings(20), "in hell\n" * 30, MARKED, "\ud800 alone"]
+    for tok in every(tmp_path):
+        assert tok.encode_many(texts) == [tok.encode(text) for text in texts]
+
+
 def test_rank_files_and_bytes_become_the_same_tokenizer_json(tmp_path, capsys):
     for source in "bytes", ranks(tmp_path / "mine.tiktoken"):
         converter.main([f"--from={source}", f"--out={tmp_path}/json", "--max_docs=5"])

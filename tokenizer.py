@@ -92,7 +92,7 @@ class Tokenizer:
         """[encode(text), ...], on all cores where the library has a way to."""
         parts = [list(pieces(scalar(text))) for text in texts]
         ids = iter(self.run_many([piece for some in parts for piece in some]))
-        return [[i for _ in some for i in next(ids)] for some in parts]
+        return [[i for _ in some for i in np.asarray(next(ids), np.uint32).tolist()] for some in parts]
 
     def decode(self, ids):
         return self.whole(list(ids)) if self.whole else b"".join(self.table[i] for i in ids).decode("utf-8", "replace")

@@ -131,7 +131,8 @@ def test_many_texts_are_encoded_as_each_of_them(tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizer, "LONG", 40)
     texts = ["", "hello world", *unicode_strings(20), "in hell\n" * 30, MARKED, "\ud800 alone"]
     for tok in every(tmp_path):
-        assert tok.encode_many(texts) == [tok.encode(text) for text in texts]
+        many = tok.encode_many(texts)
+        assert many == [tok.encode(text) for text in texts] and {type(i) for ids in many for i in ids} == {int}
 
 
 def test_rank_files_and_bytes_become_the_same_tokenizer_json(tmp_path, capsys):

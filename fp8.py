@@ -7,7 +7,7 @@ that its largest magnitude meets the largest FP8 number, cast, multiplied, and t
     forward y = x W^T (x, W in E4M3)      dgrad dx = g W      wgrad dW = g^T x (g in E5M2: range before precision)
 Weights are cast once per optimizer step (`refresh`); evaluation, sampling and export run in bf16 (`evaluation`). Which GEMMs
 are worth it, fallbacks and TransformerEngine: precision.py.
-Read next: `Linear` in model.py, then precision.py.
+Read next: `Linear` in model.py, fp8_triton.py (the casts on a GPU), then precision.py.
 """
 
 import contextlib
@@ -20,12 +20,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from configurator import die
+from fp8_triton import E4M3, E5M2, MAX, cast, cast_both, cast_into
 from machine import uncompiled
 from precision import choose, hardware, linears, report, resolve, te_apply, te_load, te_scope, te_tensors
-
-E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-MAX = {E4M3: 448.0, E5M2: 57344.0}
-
 
 # ---- the arithmetic -----------------------------------------------------------------------------------------------------
 
@@ -35,22 +32,19 @@ def scale_of(amax, kind, margin=0):
     return (MAX[kind] / amax.double().clamp(min=1e-12) / 2**margin).float()
 
 
-def cast(x, scale, kind):
-    """The clamp is explicit: torch's own cast saturates in some versions and gives NaN in others."""
-    return (x.float() * scale).clamp(-MAX[kind], MAX[kind]).to(kind)
-
-
-def operand(x, kind, state, slot):
-    """-> x in FP8, row-major, and its inverse scale. Delayed scaling keeps this operand's history in `slot`, a tensor (1,): a number of its
-    own would compile every layer anew."""
-    amax = x.detach().abs().amax().float()
+def operand(x, kind, state, heard=None, used=None, both=True):
+    """x (M, K) in FP8: row-major, transposed (None: not asked for), and its inverse scale. Delayed scaling keeps what it hears and what it
+    uses in tensors (1,) of this operand alone: a number would compile every layer anew, and a tensor of all layers that one block's
+    backward writes to is one that the graph of another block has saved."""
+    amax = x.detach().abs().amax(1).amax().float()  # by rows first: so it rides on a norm, or on whatever else works along rows
     scale = scale_of(amax, kind, state.margin)
     if state.delayed:
-        state.now.index_copy_(0, slot, torch.maximum(state.now.index_select(0, slot), amax))
+        heard.copy_(torch.maximum(heard, amax))
         if state.warm:  # a Python bool: the cast must not wait for this tensor's own amax
-            scale = state.scale.index_select(0, slot)[0]
+            scale = used[0]
+    q, qt = cast_both(x, scale, kind) if both else (cast(x, scale, kind).contiguous(), None)
     # amax * 0 is NaN for a non-finite amax: an infinity clamped to the maximum would hide from the loop's guard
-    return cast(x, scale, kind).contiguous(), scale.reciprocal() + amax * 0
+    return q, qt, scale.reciprocal() + amax * 0
 
 
 def gemm(a, b, inv_a, inv_b, dtype, fast=False):
@@ -59,30 +53,28 @@ def gemm(a, b, inv_a, inv_b, dtype, fast=False):
 
 
 class Matmul(torch.autograd.Function):
-    """y = x W^T, each of the three GEMMs in FP8 or in x.dtype. Plain traced ops, so that compile fuses amax and cast into
-    what comes before; an opaque operator could not."""
+    """y = x W^T, each of the three GEMMs in FP8 or in x.dtype. amax and scales are plain traced ops, which compile fuses into what comes
+    before. wgrad contracts over tokens, so it needs both operands transposed: of x, that is all the backward keeps."""
 
     @staticmethod
-    def forward(ctx, x, weight, wq, wqt, w_inv, slots, state, use):  # x (M, K), weight and wq (N, K), wqt (K, N)
-        ctx.state, ctx.use, ctx.dtype = state, use, x.dtype
-        xq = x_inv = x
+    def forward(ctx, x, weight, wq, wqt, w_inv, one, state):  # x (M, K), weight and wq (N, K), wqt (K, N)
+        ctx.one, ctx.state, ctx.dtype = one, state, x.dtype
+        use, xq, xqt, x_inv = one.use, x, x, x
         if use[0] or use[2]:
-            xq, x_inv = operand(x, E4M3, state, slots[:1])
-        ctx.save_for_backward(*((xq, x_inv) if use[2] else (x, x)), weight, wqt, w_inv, slots)
+            xq, xqt, x_inv = operand(x, E4M3, state, *one.inputs, both=use[2])
+        ctx.save_for_backward(*((xqt, x_inv) if use[2] else (x, x)), weight, wqt, w_inv)
         return gemm(xq, wq.t(), x_inv, w_inv, x.dtype, fast=True) if use[0] else x @ weight.to(x.dtype).t()  # (M, N)
 
     @staticmethod
     def backward(ctx, g):  # (M, N)
-        x, x_inv, weight, wqt, w_inv, slots = ctx.saved_tensors
-        _, dgrad, wgrad = ctx.use
+        x, x_inv, weight, wqt, w_inv = ctx.saved_tensors  # x (K, M) in FP8 for wgrad
+        _, dgrad, wgrad = ctx.one.use
         if dgrad or wgrad:
-            gq, g_inv = operand(g, ctx.state.grad_kind, ctx.state, slots[1:])
+            gq, gqt, g_inv = operand(g, ctx.state.grad_kind, ctx.state, *ctx.one.grads, both=wgrad)
         dx = gemm(gq, wqt.t(), g_inv, w_inv, ctx.dtype) if dgrad else g @ weight.to(g.dtype)  # (M, K)
-        if wgrad:  # both operands need a transposed copy; the output stays in the dtype of the masters
-            dw = gemm(gq.t().contiguous(), x.t().contiguous().t(), g_inv, x_inv, weight.dtype)  # (N, K)
-        else:
-            dw = (g.t() @ x).to(weight.dtype)
-        return dx, dw, None, None, None, None, None, None
+        # the output of FP8 stays in the dtype of the masters
+        dw = gemm(gqt, x.t(), g_inv, x_inv, weight.dtype) if wgrad else (g.t() @ x).to(weight.dtype)  # (N, K)
+        return dx, dw, None, None, None, None, None
 
 
 def matmul(state, one, x, weight, bias):
@@ -92,7 +84,7 @@ def matmul(state, one, x, weight, bias):
     flat = x.reshape(-1, x.shape[-1])
     odd = -flat.shape[0] % 16  # wgrad contracts over tokens, in sixteens; zero rows add nothing
     padded = F.pad(flat, (0, 0, 0, odd)) if odd else flat
-    y = Matmul.apply(padded, weight, one.wq, one.wqt, one.inv, one.slots, state, one.use)[: flat.shape[0]]
+    y = Matmul.apply(padded, weight, one.wq, one.wqt, one.inv, one, state)[: flat.shape[0]]
     if state.watch is not None:
         state.watch(one, flat, weight, y)
     y = y.reshape(*x.shape[:-1], -1)
@@ -124,7 +116,8 @@ def apply(model, cfg, device, stages=(), hw=None):
         on=cfg.fp8_start_step == 0, live=True, start=cfg.fp8_start_step, plain=next(iter(mine.values())).matmul, watch=None, casts=0,
         ones=[], twins=[], blocks=[], uses={}, grad_kind=E4M3 if cfg.fp8_format == "e4m3" else E5M2, margin=cfg.fp8_margin,
         delayed=cfg.fp8_recipe == "delayed", warm=False, most_recent=cfg.fp8_algo == "most_recent", reduce=cfg.fp8_reduce_amax,
-        now=torch.zeros(slots, device=device), history=torch.zeros(cfg.fp8_history, slots, device=device),
+        heard=[torch.zeros(1, device=device) for _ in range(slots)], scales=[torch.ones(1, device=device) for _ in range(slots)],
+        history=torch.zeros(cfg.fp8_history, slots, device=device),
         scale=torch.ones(slots, device=device), saturated=torch.zeros(slots, device=device),
     )  # fmt: skip
     if used != "bf16" and cfg.parallel == "fsdp":
@@ -137,7 +130,8 @@ def apply(model, cfg, device, stages=(), hw=None):
         if any(use):
             wq = torch.empty(n, k, dtype=E4M3, device=device)
             one = SimpleNamespace(name=name, linear=linear, use=use, slot=2 * i, wq=wq, wqt=wq.t().contiguous())
-            one.inv, one.slots = torch.ones((), device=device), torch.tensor([2 * i, 2 * i + 1], device=device)
+            one.inv = torch.ones((), device=device)
+            one.inputs, one.grads = zip(state.heard[2 * i : 2 * i + 2], state.scales[2 * i : 2 * i + 2], strict=True)
             linear.matmul = functools.partial(matmul, state, one)
             state.ones.append(one)
             state.uses[name] = use
@@ -157,25 +151,34 @@ def refresh(model, step=True):
     state = getattr(model, "fp8", None)
     if not state:
         return
-    weights = [one.linear.weight for one in state.ones]
-    for one, weight, amax in zip(state.ones, weights, torch._foreach_norm(weights, math.inf) if weights else (), strict=True):
-        scale = scale_of(amax.float(), E4M3, state.margin)
-        one.wq.copy_(cast(weight, scale, E4M3))
-        one.wqt.copy_(one.wq.t())
-        one.inv.copy_(scale.reciprocal() + amax * 0)
-        one.version = weight._version
-        state.casts += 1
-    if not (step and state.delayed and state.ones and state.on):
+    if state.ones:
+        weights = [one.linear.weight for one in state.ones]
+        amax = torch.stack(torch._foreach_norm(weights, math.inf)).float()  # one launch for what can be one: there may be 112 Linears
+        scales = scale_of(amax, E4M3, state.margin)
+        torch._foreach_copy_([one.inv for one in state.ones], (scales.reciprocal() + amax * 0).unbind())
+        for one, weight, scale in zip(state.ones, weights, scales.unbind(), strict=True):
+            cast_into(weight, scale, one.wq, one.wqt)
+            one.version = weight._version
+            state.casts += 1
+    if not (state.delayed and state.ones):
         return
+    if step and state.on:
+        listen(state)
+    torch._foreach_copy_(state.scales, state.scale.split(1))
+
+
+def listen(state):
+    """The end of a step of delayed scaling: what was heard goes into the history, and the history decides on the next scales."""
+    now = torch.cat(state.heard)
+    torch._foreach_zero_(state.heard)
     if state.reduce and dist.is_initialized():
-        dist.all_reduce(state.now, dist.ReduceOp.MAX)
-    kinds = torch.tensor([MAX[E4M3], MAX[state.grad_kind]], dtype=torch.float64, device=state.now.device).repeat(len(state.now) // 2)
-    state.saturated += (state.now * state.scale > kinds * (1 + 1e-6)) if state.warm else 0
+        dist.all_reduce(now, dist.ReduceOp.MAX)
+    kinds = torch.tensor([MAX[E4M3], MAX[state.grad_kind]], dtype=torch.float64, device=now.device).repeat(len(now) // 2)
+    state.saturated += (now * state.scale > kinds * (1 + 1e-6)) if state.warm else 0
     state.history.copy_(state.history.roll(1, 0))
-    state.history[0] = torch.where(state.now.isfinite(), state.now, state.history[1])  # a skipped step leaves no NaN behind
+    state.history[0] = torch.where(now.isfinite(), now, state.history[1])  # a skipped step leaves no NaN behind
     amax = state.history[0] if state.most_recent else state.history.amax(0)
     state.scale.copy_(torch.where(amax > 0, (kinds / amax.double() / 2**state.margin).float(), state.scale))
-    state.now.zero_()
     state.warm = True
 
 
@@ -222,7 +225,7 @@ def load_memory(model, saved):
     """Resume delayed scaling; after a run that kept no such memory it starts with one step of current scaling."""
     state = getattr(model, "fp8", None)
     if state and state.delayed:
-        saved = {key: value.to(state.now.device) for key, value in saved.items()}
+        saved = {key: value.to(state.scale.device) for key, value in saved.items()}
         if state.used == "te":
             te_load(state, saved)
         elif "history" in saved and saved["history"].shape == state.history.shape:

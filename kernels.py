@@ -3,17 +3,19 @@
 `polyglu_mix` is the whole of PolyGLU between its two GEMMs: y = (sum_k g_k sigma_k(a)) * u with g = softmax_k(al + s).
 Written naively it materialises ten tensors of [N, f, 4]; here one pass reads a and u and writes y, the backward reads
 dy, a, u once more and writes da|du, and only (a, u, al, s) wait in between: what SwiGLU keeps, plus 16 bytes a token.
-On a GPU it is a Triton kernel, on a CPU blocks of rows small enough to stay in cache; both sit behind one custom
-operator, which torch.compile takes whole, without a graph break. The Triton path has never run on a GPU: it is right in Triton's
-interpreter (tests/test_kernels.py under TRITON_INTERPRET=1) and compiles for an H100 without spills (LOG.md); its speed is unknown.
-Read next: model.py (PolyGLU, SwiGLU), which calls it; tests/test_kernels.py for the accuracy that is promised.
+On a GPU it is a Triton kernel (glu_triton.py), on a CPU blocks of rows small enough to stay in cache; both sit behind one custom
+operator, which torch.compile takes whole, without a graph break. So does SwiGLU's way back, which a compiler would read twice.
+Read next: model.py (PolyGLU, SwiGLU), which calls it; glu_triton.py; tests/test_kernels.py for the accuracy that is promised.
 """
-
-import os
 
 import torch
 import torch.nn.functional as F
 from torch import library
+
+from glu_triton import HAS_TRITON, _backward_triton, _forward_triton, silu_backward
+
+if HAS_TRITON:
+    from glu_triton import PLAIN  # noqa: F401 (for head.py)
 
 aten, _MINUS = torch.ops.aten, torch.tensor(-1.0)
 
@@ -70,8 +72,29 @@ class _GLU(torch.autograd.Function):
         return both, None
 
 
+class _SwiGLU(torch.autograd.Function):
+    """The plain formula, which a compiler fuses, and a way back that it takes as one operator: its own would read all of this twice."""
+
+    @staticmethod
+    def forward(ctx, au):
+        ctx.save_for_backward(au)
+        a, u = au.chunk(2, -1)
+        return F.silu(a) * u
+
+    @staticmethod
+    def backward(ctx, dy):
+        (au,) = ctx.saved_tensors
+        return torch.ops.prism.swiglu_backward(dy.reshape(-1, dy.shape[-1]), au.reshape(-1, au.shape[-1])).view(au.shape)
+
+
+_swiglu_backward = library.custom_op("prism::swiglu_backward", silu_backward, mutates_args=(), schema="(Tensor dy, Tensor au) -> Tensor")
+_swiglu_backward.register_fake(lambda dy, au: au.new_empty(au.shape))
+
+
 def glu(au, act="silu"):
     """act(a) * u of au = [a | u]: keeps au alone and writes its gradient into one buffer, as polyglu_mix does."""
+    if act == "silu" and au.device.type in ("cuda", "meta") and au.dtype != torch.float64 and torch.is_grad_enabled():
+        return _SwiGLU.apply(au)
     if torch.compiler.is_compiling():  # it fuses the plain form, and cannot trace writes into the halves of a buffer
         return ACTIVATIONS[act](au.chunk(2, -1)[0]) * au.chunk(2, -1)[1]
     return _GLU.apply(au, act) if torch.is_grad_enabled() else _glu(au, act)  # a Function costs a decoded token 20 us a layer
@@ -166,170 +189,6 @@ def _backward_torch(dy, au, al, s, acts):
             torch.sum(dz, 2, out=ds[1:, tokens])
     dal[:, 0], ds[0] = -dal[:, 1:].sum(1), -ds[1:].sum(0)
     return dau, dal.transpose(1, 2).contiguous(), ds.t().contiguous() if s is not None else al.new_empty(0)
-
-
-# ---- Triton: K = 4, the default activations. Imported only where it can run (or be interpreted). ------------------
-
-HAS_TRITON = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
-if HAS_TRITON:
-    import triton
-    import triton.language as tl
-
-    PLAIN = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-
-    @triton.jit
-    def _exp(x):  # one instruction here and below; the full-range forms spend four to six, a quarter of the whole kernel
-        return (
-            tl.exp(x) if PLAIN else tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * 1.44269504], tl.float32, True, 1)
-        )
-
-    @triton.jit
-    def _inverse(x):
-        return 1.0 / x if PLAIN else tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
-
-    @triton.jit
-    def _activations(a):
-        """relu, tanh, sigmoid, Phi, phi of a: two exponentials and two reciprocals for all of them; 1.5e-7 off at most."""
-        b = tl.abs(a)
-        e = _exp(-b)
-        e2 = e * e
-        r = _inverse((1.0 + e) * (1.0 + e2))
-        half = (1.0 + e2) * r  # sigmoid(|a|)
-        sig = tl.where(a >= 0, half, e * half)
-        tanh = (1.0 - e2) * (1.0 + e) * r
-        gauss = _exp(-0.5 * a * a)
-        t = _inverse(1.0 + 0.23164189 * b)  # Abramowitz and Stegun 7.1.26
-        tail = t * (0.127414796 + t * (-0.142248368 + t * (0.7107068705 + t * (-0.7265760135 + t * 0.5307027145)))) * gauss  # Phi(-|a|)
-        return tl.maximum(a, 0.0), tl.where(a >= 0, tanh, -tanh), sig, tl.where(a >= 0, 1.0 - tail, tail), gauss * 0.3989422804
-
-    @triton.jit
-    def _load4(ptr, index, ok):
-        index = index * 4
-        a, b = tl.load(ptr + index, mask=ok, other=0.0), tl.load(ptr + index + 1, mask=ok, other=0.0)
-        return a, b, tl.load(ptr + index + 2, mask=ok, other=0.0), tl.load(ptr + index + 3, mask=ok, other=0.0)
-
-    @triton.jit
-    def _store4(ptr, index, a, b, c, d, ok):
-        tl.store(ptr + index * 4, a, mask=ok)
-        tl.store(ptr + index * 4 + 1, b, mask=ok)
-        tl.store(ptr + index * 4 + 2, c, mask=ok)
-        tl.store(ptr + index * 4 + 3, d, mask=ok)
-
-    @triton.jit
-    def _top(a, b, c, d):
-        """The largest of four, and how far the smallest lies below it."""
-        top = tl.maximum(tl.maximum(a, b), tl.maximum(c, d))
-        return top, tl.minimum(tl.minimum(a, b), tl.minimum(c, d)) - top
-
-    @triton.jit
-    def _columns(al_ptr, s_ptr, cols, col_ok, toks, tok_ok, HAS_S: tl.constexpr):
-        """exp(al - max) per neuron, and whether exp(al) exp(s) may stand for exp(al + s) in all of this block: the sum over k is at least
-        exp(-spread) of the neuron, and of the token, so one of the two being small everywhere is enough."""
-        a0, a1, a2, a3 = _load4(al_ptr, cols, col_ok)
-        top, spread = _top(a0, a1, a2, a3)
-        safe = True
-        if HAS_S:
-            s0, s1, s2, s3 = _load4(s_ptr, toks, tok_ok)
-            _, wide = _top(s0, s1, s2, s3)
-            safe = tl.maximum(tl.min(spread, 0), tl.min(wide, 0)) > -46.0
-        return _exp(a0 - top), _exp(a1 - top), _exp(a2 - top), _exp(a3 - top), safe
-
-    @triton.jit
-    def _gates(A0, A1, A2, A3, safe, al_ptr, s_ptr, cols, col_ok, toks, tok_ok, HAS_S: tl.constexpr):
-        """Unnormalised gates, four (BN, BF) tiles, and 1 / their sum; padded lanes hold a uniform gate."""
-        s0, s1, s2, s3 = _load4(s_ptr, toks, tok_ok & HAS_S)
-        if HAS_S:
-            top, _ = _top(s0, s1, s2, s3)
-            p0, p1 = _exp(s0 - top)[:, None] * A0[None, :], _exp(s1 - top)[:, None] * A1[None, :]
-            p2, p3 = _exp(s2 - top)[:, None] * A2[None, :], _exp(s3 - top)[:, None] * A3[None, :]
-            if not safe:  # an exponential per gate
-                a0, a1, a2, a3 = _load4(al_ptr, cols, col_ok)
-                p0, p1 = s0[:, None] + a0[None, :], s1[:, None] + a1[None, :]
-                p2, p3 = s2[:, None] + a2[None, :], s3[:, None] + a3[None, :]
-                high, far = _top(p0, p1, p2, p3)
-                p0, p1, p2, p3 = _exp(p0 - high), _exp(p1 - high), _exp(p2 - high), _exp(p3 - high)
-        else:
-            one = s0[:, None] + 1.0
-            p0, p1, p2, p3 = one * A0[None, :], one * A1[None, :], one * A2[None, :], one * A3[None, :]
-        return p0, p1, p2, p3, _inverse(p0 + p1 + p2 + p3)
-
-    @triton.jit
-    def _forward_kernel(
-        au_ptr, al_ptr, s_ptr, y_ptr, stride, per_row, f,
-        HAS_S: tl.constexpr, CHUNK: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr,
-    ):  # fmt: skip
-        """CHUNK tokens x BF neurons; blocks never straddle two rows, because each has its own noise."""
-        chunks = tl.cdiv(per_row, CHUNK)
-        row, first = (tl.program_id(0) // chunks).to(tl.int64), (tl.program_id(0) % chunks) * CHUNK
-        cols, every = tl.program_id(1) * BF + tl.arange(0, BF), first + tl.arange(0, CHUNK)
-        col_ok, al_ptr = cols < f, al_ptr + row * f * 4
-        A0, A1, A2, A3, safe = _columns(al_ptr, s_ptr, cols, col_ok, row * per_row + every, every < per_row, HAS_S)
-        for start in range(0, CHUNK, BN):
-            local = first + start + tl.arange(0, BN)
-            tok_ok, toks = local < per_row, row * per_row + local
-            ok, at = tok_ok[:, None] & col_ok[None, :], toks[:, None] * stride + cols[None, :]
-            a = tl.load(au_ptr + at, mask=ok, other=0.0).to(tl.float32)
-            u = tl.load(au_ptr + at + f, mask=ok, other=0.0).to(tl.float32)
-            p0, p1, p2, p3, r = _gates(A0, A1, A2, A3, safe, al_ptr, s_ptr, cols, col_ok, toks, tok_ok, HAS_S)
-            relu, tanh, sig, cdf, pdf = _activations(a)
-            y = (p0 * relu + p1 * tanh + (p2 * sig + p3 * cdf) * a) * (r * u)
-            tl.store(y_ptr + toks[:, None] * f + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=ok)
-
-    @triton.jit
-    def _backward_kernel(
-        dy_ptr, au_ptr, al_ptr, s_ptr, dau_ptr, dal_ptr, ds_ptr, stride, n, per_row, f,
-        HAS_S: tl.constexpr, CHUNK: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr,
-    ):  # fmt: skip
-        """As forward; also leaves partial sums of dal (BF, 4) and ds (CHUNK, 4). No atomics: repeats are bitwise equal."""
-        chunks = tl.cdiv(per_row, CHUNK)
-        row, first = (tl.program_id(0) // chunks).to(tl.int64), (tl.program_id(0) % chunks) * CHUNK
-        cols, every = tl.program_id(1) * BF + tl.arange(0, BF), first + tl.arange(0, CHUNK)
-        col_ok, al_ptr = cols < f, al_ptr + row * f * 4
-        A0, A1, A2, A3, safe = _columns(al_ptr, s_ptr, cols, col_ok, row * per_row + every, every < per_row, HAS_S)
-        # dz sums to zero over k, so dz_0 follows from the others; summed over tokens in registers, across warps only at the end
-        sum1, sum2, sum3 = tl.zeros([BN, BF], tl.float32), tl.zeros([BN, BF], tl.float32), tl.zeros([BN, BF], tl.float32)
-        for start in range(0, CHUNK, BN):
-            local = first + start + tl.arange(0, BN)
-            tok_ok, toks = local < per_row, row * per_row + local
-            ok, at = tok_ok[:, None] & col_ok[None, :], toks[:, None] * stride + cols[None, :]
-            a = tl.load(au_ptr + at, mask=ok, other=0.0).to(tl.float32)
-            u = tl.load(au_ptr + at + f, mask=ok, other=0.0).to(tl.float32)
-            dy = tl.load(dy_ptr + toks[:, None] * f + cols[None, :], mask=ok, other=0.0).to(tl.float32)
-            p0, p1, p2, p3, r = _gates(A0, A1, A2, A3, safe, al_ptr, s_ptr, cols, col_ok, toks, tok_ok, HAS_S)
-            relu, tanh, sig, cdf, pdf = _activations(a)
-            silu, gelu = a * sig, a * cdf
-            m = (p0 * relu + p1 * tanh + p2 * silu + p3 * gelu) * r
-            dm = dy * u * r  # the gates' normalisation rides on dm
-            slope = tl.where(a > 0, p0, 0.0) + p1 * (1.0 - tanh * tanh) + p2 * (sig + silu * (1.0 - sig)) + p3 * (cdf + a * pdf)
-            to = toks[:, None] * (2 * f) + cols[None, :]
-            tl.store(dau_ptr + to, (dm * slope).to(dau_ptr.dtype.element_ty), mask=ok)
-            tl.store(dau_ptr + to + f, (dy * m).to(dau_ptr.dtype.element_ty), mask=ok)
-            dz1, dz2, dz3 = p1 * dm * (tanh - m), p2 * dm * (silu - m), p3 * dm * (gelu - m)
-            sum1, sum2, sum3 = sum1 + dz1, sum2 + dz2, sum3 + dz3
-            if HAS_S:
-                d1, d2, d3 = tl.sum(dz1, 1), tl.sum(dz2, 1), tl.sum(dz3, 1)
-                _store4(ds_ptr, tl.program_id(1).to(tl.int64) * n + toks, -(d1 + d2 + d3), d1, d2, d3, tok_ok)
-        d1, d2, d3 = tl.sum(sum1, 0), tl.sum(sum2, 0), tl.sum(sum3, 0)
-        _store4(dal_ptr, tl.program_id(0).to(tl.int64) * f + cols, -(d1 + d2 + d3), d1, d2, d3, col_ok)
-
-
-def _forward_triton(au, al, s):
-    n, f, rows = au.shape[0], au.shape[1] // 2, len(al)
-    y, has, s = au.new_empty(n, f), s is not None, al if s is None else s  # without s, a pointer that is never read
-    grid = (rows * triton.cdiv(n // rows, 64), triton.cdiv(f, 128))
-    _forward_kernel[grid](au, al, s, y, au.stride(0), n // rows, f, HAS_S=has, CHUNK=64, BN=8, BF=128, num_warps=8)
-    return y
-
-
-def _backward_triton(dy, au, al, s):
-    n, f, rows = au.shape[0], au.shape[1] // 2, len(al)
-    grid = (rows * triton.cdiv(n // rows, 256), triton.cdiv(f, 128))
-    dau, dal = au.new_empty(n, 2 * f), al.new_empty(rows, grid[0] // rows, f, 4)
-    has, s = s is not None, al if s is None else s
-    ds = al.new_empty(grid[1] if has else 0, n, 4)
-    args = (dy, au, al, s, dau, dal, ds, au.stride(0), n, n // rows, f)
-    _backward_kernel[grid](*args, HAS_S=has, CHUNK=256, BN=8, BF=128, num_warps=8)
-    return dau, dal.sum(1), ds.sum(0) if has else al.new_empty(0)
 
 
 # ---- The operator -------------------------------------------------------------------------------------------------

@@ -257,11 +257,11 @@ def fp8_statistics(model, loss):
         if y.requires_grad and any(one.use[1:]):
             y.register_hook(lambda g: look(f"{one.name}.grad", g, state.grad_kind, one.slot + 1))
 
-    now, state.watch = state.now.clone(), watch
+    heard, state.watch = [t.clone() for t in state.heard], watch
     with uncompiled():
         torch.autograd.grad(loss(), next(p for p in model.parameters() if p.requires_grad))
     state.watch = None
-    state.now.copy_(now)
+    torch._foreach_copy_(state.heard, heard)
     return sorted(rows.values(), key=lambda row: row["snr_db"])
 
 

@@ -269,7 +269,7 @@ def warm_up(cfg, objective, call, raw, plan, step, machine) -> str:
         phases = {(state.on, state.warm), (True, state.warm), (True, state.delayed)}
     elif state and state.used == "te" and state.delayed:
         phases = set()  # its histories would hear these batches
-    kept = (state.on, state.warm, state.now.clone()) if state else ()
+    kept = (state.on, state.warm, [t.clone() for t in state.heard]) if state else ()
     stages = plan.stages[plan(step).stage :]
     for stage in stages:
         stream.step = stage.first
@@ -283,7 +283,7 @@ def warm_up(cfg, objective, call, raw, plan, step, machine) -> str:
             raw.zero_grad(set_to_none=True)
     if state:
         state.on, state.warm = kept[:2]
-        state.now.copy_(kept[2])
+        torch._foreach_copy_(state.heard, kept[2])
     hardware.wait(machine.device)
     return f"warmed up {len(stages)} stages x {len(phases)} phases of precision in {time.perf_counter() - began:.1f} s"
 

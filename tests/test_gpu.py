@@ -12,15 +12,17 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import denoise_stream
+import flash
 import fp8
 import machine
 import model as M
 import optim
 import sample
 from kernels import gumbel
-from model import ModelConfig
+from model import ModelConfig, Segments
 from train import Config
 
 pytestmark = pytest.mark.gpu
@@ -253,3 +255,48 @@ def test_out_of_memory_is_one_line_with_a_remedy(capsys):
         torch.empty(10 << 40, dtype=torch.uint8, device=DEVICE)
     line = capsys.readouterr().err.strip()
     assert stop.value.code == 2 and "\n" not in line and line.endswith("try --micro_tokens=512"), line
+
+
+# ---- attention, kernel by kernel ---------------------------------------------------------------------------------------------
+
+
+def plain_attention(q, k, v, lengths, causal):
+    outs, share = [], q.shape[1] // k.shape[1]
+    for a, b, c in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
+        scores = torch.einsum("qhe,khe->hqk", a, b.repeat_interleave(share, 1)) * a.shape[-1] ** -0.5
+        if causal:
+            scores = scores.masked_fill(torch.ones_like(scores[0], dtype=torch.bool).triu(1), -math.inf)
+        outs.append(torch.einsum("hqk,khe->qhe", scores.softmax(-1), c.repeat_interleave(share, 1)))
+    return torch.cat(outs)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "lengths", "window"),
+    [
+        ("packed", [300, 1, 700, 23], 0),
+        ("windows", [256] * 4, 256),
+        ("windows", [1024], 0),
+        ("tiles", [8] * 128, 8),
+        ("tiles", [3, 5, 8, 1, 7] + [8] * 125, 8),
+        ("tiles", [64] * 16, 64),
+    ],
+)
+def test_each_kernel_of_attention(kind, lengths, window, causal):
+    """Whatever torch's kernel, forward and backward are those of one softmax per query over its own document."""
+    n, generator = 1024, torch.Generator().manual_seed(3)
+    q, k, v, dy = (torch.randn(n, h, 64, generator=generator).to(DEVICE, torch.bfloat16) for h in (6, 2, 2, 6))
+    cu = F.pad(torch.tensor([0, *lengths]).cumsum(0).int(), (0, n - len(lengths)), value=n).to(DEVICE)  # as compiled runs have it
+    segments = Segments(cu, max(lengths), causal=causal, count=len(lengths), window=window)
+    assert flash._kind(n, n, *segments.sizes.tolist()) == kind
+    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+    got = segments.attend(*leaves)
+    got.backward(dy)
+    wide = [t.double().requires_grad_() for t in (q, k, v)]
+    want = plain_attention(*wide, lengths, causal)
+    want.backward(dy.double())
+    pairs = zip("oqkv", [got, *(t.grad for t in leaves)], [want, *(t.grad for t in wide)], strict=True)
+    errors = {name: float((a.double() - b).norm() / b.norm()) for name, a, b in pairs}
+    assert max(errors.values()) < 1e-2, errors
+    with torch.no_grad():
+        torch.testing.assert_close(segments.attend(q, k, v), got.detach())

@@ -212,7 +212,12 @@ def triton_run(au, al, s, dy):
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize(
     ("n", "f", "rows", "spread", "dtype"),
-    [(34, 200, 2, 1, torch.float32), (1, 130, 1, 1, torch.float32), (300, 70, 1, 1, torch.bfloat16), (40, 40, 1, 200, torch.float32)],
+    [
+        (34, 200, 2, 1, torch.float32),
+        (1, 130, 1, 5, torch.float32),  # gates e^20 apart
+        (300, 70, 1, 1, torch.bfloat16),
+        (40, 40, 1, 200, torch.float32),  # an exponential per gate
+    ],
 )
 def test_triton_equals_float64(n, f, rows, spread, dtype, static):
     args = inputs(n, f, rows, 4, dtype, min(spread, 10) if static else spread, static)
@@ -224,6 +229,47 @@ def test_triton_equals_float64(n, f, rows, spread, dtype, static):
     for a, b in zip(got[2:], want[2:], strict=True):
         assert (a - b).abs().max() <= (1e-3 if bf16 else 1e-5) * b.abs().max()
     assert all(map(torch.equal, got, triton_run(*args)))
+
+
+@triton_path
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_triton_swiglu_backward_equals_float64(dtype):
+    au, _, _, dy = inputs(5, 2100, 1, dtype=dtype)
+    au[0, :6] = torch.tensor([0.0, 100, -100, 1e-4, -1e4, 1e4]).to(dtype)
+    wide = F.pad(au, (0, 12)).to(DEVICE)  # a strided view, no multiple of 16 elements
+    got = kernels.silu_backward(dy.to(DEVICE), wide[:, :4200]).cpu()
+    leaf = au.double().requires_grad_()
+    (F.silu(leaf[:, :2100]) * leaf[:, 2100:]).backward(dy.double())
+    rounding = 0 if dtype == torch.float32 else 2**-8 if DEVICE == "cuda" else 2**-7  # the interpreter truncates to bf16
+    assert got.dtype == dtype and got.is_contiguous()
+    assert ((got.double() - leaf.grad).abs() <= 1e-6 + (1e-6 + rounding) * leaf.grad.abs()).all()
+
+
+def test_swiglu_traces_as_one_operator_backward():
+    """On the meta device, as on a GPU: the values are the plain formula's, the gradient is prism::swiglu_backward of (dy, au) alone."""
+    seen, au = [], torch.randn(3, 4, 32, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    from torch._dynamo.backends.common import aot_autograd  # both would cost every test the import
+    from torch._functorch.aot_autograd import make_boxed_func
+
+    keep = aot_autograd(fw_compiler=lambda graph, _: seen.append(graph) or make_boxed_func(graph.forward))
+    y = torch.compile(glu, backend=keep, fullgraph=True)(au)
+    y.backward(torch.ones_like(y))
+    assert y.shape == (3, 4, 16) and au.grad.shape == au.shape
+    calls = [[str(node.target) for node in graph.graph.nodes if node.op == "call_function"] for graph in seen]
+    assert "aten.silu.default" in calls[0] and [c for c in calls[1] if "prism" in c or "cat" in c] == ["prism.swiglu_backward.default"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gpu_swiglu(compiled):
+    au, _, _, dy = (t.cuda() for t in inputs(2000, 512, 2, dtype=torch.bfloat16))
+    ours, truth = au.clone().requires_grad_(), au.double().requires_grad_()
+    y = (torch.compile(glu, fullgraph=True) if compiled else glu)(ours)
+    y.backward(dy)
+    want = F.silu(truth[:, :512]) * truth[:, 512:]
+    want.backward(dy.double())
+    close((y.detach().cpu(), ours.grad.cpu()), (want.detach().cpu(), truth.grad.cpu()), 1e-5, 2**-7 if not compiled else 2**-8)
 
 
 @pytest.mark.gpu

@@ -133,7 +133,8 @@ def test_fp8_reduce_amax_is_what_lets_ranks_agree(reduce, monkeypatch):
     fp8.apply(model, cfg, "cpu")
     monkeypatch.setattr(fp8.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(fp8.dist, "all_reduce", lambda x, op: x.fill_(7.0))  # another rank has seen larger values
-    model.fp8.now.fill_(3.0)
+    for heard in model.fp8.heard:
+        heard.fill_(3.0)
     fp8.refresh(model)
     assert model.fp8.history.max() == (7.0 if reduce else 3.0)
 

@@ -203,7 +203,8 @@ def embed(opt, where):
         path = encoder_folder(keys, folder, f"{folder}/d")
         wide, fast = torch.float32, where.dtype
         brief = SimpleNamespace(**vars(opt) | {"rounds": 3 if opt.suite == "gpu" else opt.rounds})
-        for name, mine, theirs in (("embed16", fast, fast), ("embed_auto", fast, wide), ("embed", wide, wide)):
+        kinds = (("embed16", fast, fast), ("embed_auto", fast, wide), ("embed", wide, wide))
+        for name, mine, theirs in kinds[: 2 if opt.suite == "gpu" else 3]:
             ours, peer = Embedder.load(path, where.device, mine), SentenceTransformer(path, device=str(where.device)).to(theirs)
             texts = encode.texts_of(count, ours.tok, ours.max_length)
             sides = {

@@ -3,7 +3,7 @@
 torch takes them as Python integers, and each would be compiled anew: every stage of a curriculum, every longest document. Here they are
 a small tensor on the host, and what it says chooses among torch's kernels at every call:
     packed    FlashAttention over segments (2, torch's own; 3 through the package flash_attn_interface)
-    windows   rows without a border inside, from 256 tokens on: cuDNN, 1.6 times as fast as FlashAttention 2 on a Hopper (LOG.md)
+    windows   rows without a border inside, from 256 tokens on: cuDNN, 1.6 times as fast as FlashAttention 2 on an H200 (LOG.md)
     tiles     windows of less than 128 tokens share tiles of 128 behind a mask: a kernel per window would idle
 Read next: Segments in model.py, which calls `varlen`.
 """
@@ -29,10 +29,10 @@ def flash() -> str:
     return "FlashAttention 2" + ", cuDNN for whole windows" * cudnn
 
 
-def _kind(n_q, n_k, longest_q, longest_k, count, window):
+def _kind(n_q, n_k, width, longest_q, longest_k, count, window):
     if 0 < window < TILE and TILE % window == 0 and n_q == n_k and n_q % TILE == 0:
         return "tiles"
-    whole = longest_q == longest_k >= 256 and longest_q * count == n_q == n_k
+    whole = longest_q == longest_k >= 256 and longest_q * count == n_q == n_k and width <= 128
     return "windows" if whole and "cuDNN" in flash() else "packed"
 
 
@@ -57,17 +57,17 @@ def _bias(cu, n, like, causal):
 
 def _varlen(q, k, v, cu_q, cu_k, sizes, causal):
     longest_q, longest_k, count, window = sizes.tolist()  # it lives on the host
-    n, heads, share = len(q), q.shape[1], q.shape[1] // k.shape[1]
-    kind = _kind(n, len(k), longest_q, longest_k, count, window)
+    n, heads = len(q), q.shape[1]
+    kind = _kind(n, len(k), q.shape[2], longest_q, longest_k, count, window)
     if kind == "packed":
         cu = cu_q[: count + 1], cu_k[: count + 1]
         longest_q = max(2, longest_q)  # at 1 the kernel would take every document for one token
         out, lse, *_ = aten._flash_attention_forward(q, k, v, *cu, longest_q, longest_k, 0.0, causal, False)
         return out.contiguous(), lse
-    args = [_rows(t, TILE if kind == "tiles" else longest_q, s) for t, s in ((q, 1), (k, share), (v, share))]
-    if kind == "windows":
-        out, lse, *_ = aten._scaled_dot_product_cudnn_attention(*args, None, True, 0.0, causal, False)
+    if kind == "windows":  # cuDNN knows grouped heads
+        out, lse, *_ = aten._scaled_dot_product_cudnn_attention(*(_rows(t, longest_q) for t in (q, k, v)), None, True, 0.0, causal, False)
     else:
+        args = [_rows(t, TILE, heads // t.shape[1]) for t in (q, k, v)]
         bias = _bias(cu_q[: count + 1], n, q, causal).expand(-1, heads, -1, -1)
         out, lse, *_ = aten._scaled_dot_product_efficient_attention(*args, bias, True, 0.0, False)
     return _flat(out, heads), lse.reshape(heads, n)  # (rows, heads, length) in truth: only the way back reads it
@@ -75,8 +75,8 @@ def _varlen(q, k, v, cu_q, cu_k, sizes, causal):
 
 def _varlen_backward(dy, q, k, v, out, lse, cu_q, cu_k, sizes, causal):
     longest_q, longest_k, count, window = sizes.tolist()
-    n, heads, groups, share = len(q), q.shape[1], k.shape[1], q.shape[1] // k.shape[1]
-    kind = _kind(n, len(k), longest_q, longest_k, count, window)
+    n, heads, groups = len(q), q.shape[1], k.shape[1]
+    kind = _kind(n, len(k), q.shape[2], longest_q, longest_k, count, window)
     if kind == "packed":
         seed, unused = torch.zeros(2, dtype=torch.uint64, device=q.device), q.new_empty(0)  # there is no dropout
         cu = cu_q[: count + 1], cu_k[: count + 1]
@@ -84,7 +84,7 @@ def _varlen_backward(dy, q, k, v, out, lse, cu_q, cu_k, sizes, causal):
         grads = aten._flash_attention_backward(dy.contiguous(), q, k, v, out, lse, *cu, *lengths, 0.0, causal, seed, unused)
         return tuple(grad.contiguous() for grad in grads)
     length, seed = TILE if kind == "tiles" else longest_q, torch.zeros((), dtype=torch.long, device=q.device)
-    dy, q, k, v, out = (_rows(t, length, s) for t, s in ((dy.contiguous(), 1), (q, 1), (k, share), (v, share), (out, 1)))
+    dy, q, k, v, out = (_rows(t, length, heads // t.shape[1] if kind == "tiles" else 1) for t in (dy.contiguous(), q, k, v, out))
     if kind == "windows":
         lse, nothing = lse.view(-1, heads, length, 1), (None, None, None, length, length)
         grads = aten._scaled_dot_product_cudnn_attention_backward(dy, q, k, v, out, lse, seed, seed, *nothing, 0.0, causal)

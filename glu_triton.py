@@ -4,6 +4,7 @@ A pass reads a and u (and dy) and writes y (or da|du) once; nothing of size [N, 
 and 0.67 ms back at 65,536 tokens of 4096 neurons, but so do 44 and 74 instructions an element: to be fast here is to count them. Hence
 gates are a column's exponential times a token's, each of the routing's two sums pulls out the factor that is constant along it, an
 activation is a few instructions around one approximate exponential or reciprocal, and tiles are on their way while one is computed.
+Measured there: 0.48 and 0.99 ms; SwiGLU's way back 0.64 (LOG.md).
 Imported only where it can run, or be interpreted (TRITON_INTERPRET=1 pytest tests/test_kernels.py -k triton).
 Read next: kernels.py, whose operators call this; tests/test_kernels.py for the accuracy that is promised.
 """
@@ -13,11 +14,11 @@ import os
 import torch
 
 HAS_TRITON = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
-# CHUNK tokens a program walks in tiles of BN tokens x BF neurons, 8 elements (16 bytes) a thread. The next tile waits in registers (AHEAD)
-# or the next STAGES - 1 in shared memory: where registers are short, ptxas would put off loads into them. 168 of them: 12 warps a SM.
-FORWARD = {"CHUNK": 128, "BN": 4, "BF": 256, "AHEAD": 1, "STAGES": 1, "num_warps": 4}
-BACKWARD = {"CHUNK": 256, "BN": 4, "BF": 256, "AHEAD": 0, "STAGES": 3, "num_warps": 4, "maxnreg": 168}
-SILU = {"BLOCK": 2048, "num_warps": 4}
+# CHUNK tokens a program walks in tiles of BN tokens x BF neurons, 8 elements (16 bytes) a thread, STAGES - 1 tiles on their way into shared
+# memory: the fastest of 17 each on an H200. 168 registers: 12 warps a SM, and what spills lies outside of the loop.
+FORWARD = {"CHUNK": 128, "BN": 4, "BF": 256, "STAGES": 4, "num_warps": 4}
+BACKWARD = {"CHUNK": 128, "BN": 1, "BF": 256, "STAGES": 3, "num_warps": 1, "maxnreg": 168}
+SILU = {"BLOCK": 4096, "num_warps": 8}
 
 if HAS_TRITON:
     import triton
@@ -111,30 +112,23 @@ if HAS_TRITON:
     @triton.jit
     def _walk_forward(
         A0, A1, A2, A3, au_ptr, al_ptr, s_ptr, y_ptr, stride, limit, f, cols, col_ok,
-        HAS_S: tl.constexpr, NARROW: tl.constexpr, BN: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr,
+        HAS_S: tl.constexpr, NARROW: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
     ):  # fmt: skip
-        if AHEAD:
-            s0, s1, s2, s3 = _tokens(s_ptr, 0, limit, BN, HAS_S)
-            a, u = _tile(au_ptr, 0, stride, limit, cols, col_ok, BN), _tile(au_ptr + f, 0, stride, limit, cols, col_ok, BN)
         for start in tl.range(0, limit, BN, num_stages=STAGES):
-            toks, here = start + tl.arange(0, BN), start + BN * AHEAD
-            t0, t1, t2, t3 = _tokens(s_ptr, here, limit, BN, HAS_S)
-            next_a, next_u = _tile(au_ptr, here, stride, limit, cols, col_ok, BN), _tile(au_ptr + f, here, stride, limit, cols, col_ok, BN)
-            if not AHEAD:
-                s0, s1, s2, s3 = t0, t1, t2, t3
-                a, u = next_a, next_u
+            toks = start + tl.arange(0, BN)
+            s0, s1, s2, s3 = _tokens(s_ptr, start, limit, BN, HAS_S)
+            a, u = _tile(au_ptr, start, stride, limit, cols, col_ok, BN), _tile(au_ptr + f, start, stride, limit, cols, col_ok, BN)
             p0, p1, p2, p3, r, _, _, _ = _gates(A0, A1, A2, A3, s0, s1, s2, s3, al_ptr, cols, col_ok, HAS_S, NARROW)
             x = a.to(tl.float32)
             relu, tanh, sig, gelu, _ = _activations(x)
             y = (p0 * relu + p1 * tanh + p2 * (x * sig) + p3 * gelu) * (r * u.to(tl.float32))
             ok = (toks < limit)[:, None] & col_ok[None, :]
             tl.store(y_ptr + toks[:, None] * f + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=ok)
-            s0, s1, s2, s3, a, u = t0, t1, t2, t3, next_a, next_u
 
     @triton.jit
     def _forward_kernel(
         au_ptr, al_ptr, s_ptr, y_ptr, stride, per_row, f,
-        HAS_S: tl.constexpr, CHUNK: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr,
+        HAS_S: tl.constexpr, CHUNK: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr, STAGES: tl.constexpr,
     ):  # fmt: skip
         """CHUNK tokens x BF neurons; blocks never straddle two rows, because each has its own noise."""
         chunks = tl.cdiv(per_row, CHUNK)
@@ -143,29 +137,22 @@ if HAS_TRITON:
         col_ok, al_ptr, s_ptr, au_ptr, y_ptr = cols < f, al_ptr + row * f * 4, s_ptr + token * 4, au_ptr + token * stride, y_ptr + token * f
         A0, A1, A2, A3 = _columns(al_ptr, cols, col_ok, HAS_S)
         if _narrow(s_ptr, limit, CHUNK, HAS_S):
-            _walk_forward(A0, A1, A2, A3, au_ptr, al_ptr, s_ptr, y_ptr, stride, limit, f, cols, col_ok, HAS_S, True, BN, AHEAD, STAGES)
+            _walk_forward(A0, A1, A2, A3, au_ptr, al_ptr, s_ptr, y_ptr, stride, limit, f, cols, col_ok, HAS_S, True, BN, STAGES)
         else:
-            _walk_forward(A0, A1, A2, A3, au_ptr, al_ptr, s_ptr, y_ptr, stride, limit, f, cols, col_ok, HAS_S, False, BN, 0, 1)
+            _walk_forward(A0, A1, A2, A3, au_ptr, al_ptr, s_ptr, y_ptr, stride, limit, f, cols, col_ok, HAS_S, False, BN, 1)
 
     @triton.jit
     def _walk_backward(
         A0, A1, A2, A3, dy_ptr, au_ptr, al_ptr, s_ptr, dau_ptr, ds_ptr, stride, limit, f, cols, col_ok, HAS_S: tl.constexpr,
-        NARROW: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr,
+        NARROW: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr, STAGES: tl.constexpr,
     ):  # fmt: skip
         # dz sums to zero over k, so dz_0 follows from the others; summed over tokens in registers, across warps only at the end
         sum1, sum2, sum3 = tl.zeros([BN, BF], tl.float32), tl.zeros([BN, BF], tl.float32), tl.zeros([BN, BF], tl.float32)
-        if AHEAD:
-            s0, s1, s2, s3 = _tokens(s_ptr, 0, limit, BN, HAS_S)
-            a, u = _tile(au_ptr, 0, stride, limit, cols, col_ok, BN), _tile(au_ptr + f, 0, stride, limit, cols, col_ok, BN)
-            dy = _tile(dy_ptr, 0, f, limit, cols, col_ok, BN)
         for start in tl.range(0, limit, BN, num_stages=STAGES):
-            toks, here = start + tl.arange(0, BN), start + BN * AHEAD
-            t0, t1, t2, t3 = _tokens(s_ptr, here, limit, BN, HAS_S)
-            next_a, next_u = _tile(au_ptr, here, stride, limit, cols, col_ok, BN), _tile(au_ptr + f, here, stride, limit, cols, col_ok, BN)
-            next_dy = _tile(dy_ptr, here, f, limit, cols, col_ok, BN)
-            if not AHEAD:
-                s0, s1, s2, s3 = t0, t1, t2, t3
-                a, u, dy = next_a, next_u, next_dy
+            toks = start + tl.arange(0, BN)
+            s0, s1, s2, s3 = _tokens(s_ptr, start, limit, BN, HAS_S)
+            a, u = _tile(au_ptr, start, stride, limit, cols, col_ok, BN), _tile(au_ptr + f, start, stride, limit, cols, col_ok, BN)
+            dy = _tile(dy_ptr, start, f, limit, cols, col_ok, BN)
             tok_ok = toks < limit
             p0, p1, p2, p3, r, S1, S2, S3 = _gates(A0, A1, A2, A3, s0, s1, s2, s3, al_ptr, cols, col_ok, HAS_S, NARROW)
             x, g = a.to(tl.float32), dy.to(tl.float32)
@@ -183,7 +170,6 @@ if HAS_TRITON:
             if HAS_S:
                 d1, d2, d3 = tl.sum(p1 * v1, 1), tl.sum(p2 * v2, 1), tl.sum(p3 * v3, 1)
                 _store4(ds_ptr, toks, d1, d2, d3, tok_ok)
-            s0, s1, s2, s3, a, u, dy = t0, t1, t2, t3, next_a, next_u, next_dy
         d1, d2, d3 = tl.sum(sum1, 0), tl.sum(sum2, 0), tl.sum(sum3, 0)
         if NARROW:
             d1, d2, d3 = d1 * A1, d2 * A2, d3 * A3
@@ -192,7 +178,7 @@ if HAS_TRITON:
     @triton.jit
     def _backward_kernel(
         dy_ptr, au_ptr, al_ptr, s_ptr, dau_ptr, dal_ptr, ds_ptr, stride, n, per_row, f,
-        HAS_S: tl.constexpr, CHUNK: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr,
+        HAS_S: tl.constexpr, CHUNK: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr, STAGES: tl.constexpr,
     ):  # fmt: skip
         """As forward; also leaves partial sums of dal (BF, 4) and ds (CHUNK, 4). No atomics: repeats are bitwise equal."""
         chunks = tl.cdiv(per_row, CHUNK)
@@ -204,12 +190,12 @@ if HAS_TRITON:
         if _narrow(s_ptr, limit, CHUNK, HAS_S):
             d1, d2, d3 = _walk_backward(
                 A0, A1, A2, A3, dy_ptr, au_ptr, al_ptr, s_ptr, dau_ptr, ds_ptr, stride, limit, f, cols, col_ok,
-                HAS_S, True, BN, BF, AHEAD, STAGES,
+                HAS_S, True, BN, BF, STAGES,
             )  # fmt: skip
         else:
             d1, d2, d3 = _walk_backward(
                 A0, A1, A2, A3, dy_ptr, au_ptr, al_ptr, s_ptr, dau_ptr, ds_ptr, stride, limit, f, cols, col_ok,
-                HAS_S, False, BN, BF, 0, 1,
+                HAS_S, False, BN, BF, 1,
             )  # fmt: skip
         _store4(dal_ptr, tl.program_id(0).to(tl.int64) * f + cols, d1, d2, d3, col_ok)
 

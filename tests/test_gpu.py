@@ -288,7 +288,7 @@ def test_each_kernel_of_attention(kind, lengths, window, causal):
     q, k, v, dy = (torch.randn(n, h, 64, generator=generator).to(DEVICE, torch.bfloat16) for h in (6, 2, 2, 6))
     cu = F.pad(torch.tensor([0, *lengths]).cumsum(0).int(), (0, n - len(lengths)), value=n).to(DEVICE)  # as compiled runs have it
     segments = Segments(cu, max(lengths), causal=causal, count=len(lengths), window=window)
-    assert flash._kind(n, n, *segments.sizes.tolist()) == kind
+    assert flash._kind(n, n, 64, *segments.sizes.tolist()) == kind
     leaves = [t.clone().requires_grad_() for t in (q, k, v)]
     got = segments.attend(*leaves)
     got.backward(dy)

@@ -270,22 +270,29 @@ def warm_up(cfg, objective, call, raw, plan, step, machine) -> str:
     elif state and state.used == "te" and state.delayed:
         phases = set()  # its histories would hear these batches
     kept = (state.on, state.warm, [t.clone() for t in state.heard]) if state else ()
-    stages = plan.stages[plan(step).stage :]
+    stages, lines = plan.stages[plan(step).stage :], []
+
+    def backward():
+        hardware.sync_gradients(call, cfg.parallel, machine, now=cfg.parallel == "fsdp")
+        with hardware.enough_memory(cfg, plan(stage.first)), fp8.scope(raw):
+            sum(objective.sums(call, raw, batch)[0].values()).backward()
+
     for stage in stages:
         stream.step = stage.first
         batch = to_device(next(stream)[0], machine.device)
+        if state and state.used == "fp8" and stage is stages[0]:
+            state.on = True
+            lines.append(fp8.verify(raw, backward))
         for phase in sorted(phases):
             if phase:
                 state.on, state.warm = phase
-            hardware.sync_gradients(call, cfg.parallel, machine, now=cfg.parallel == "fsdp")
-            with hardware.enough_memory(cfg, plan(stage.first)), fp8.scope(raw):
-                sum(objective.sums(call, raw, batch)[0].values()).backward()
+            backward()
             raw.zero_grad(set_to_none=True)
     if state:
         state.on, state.warm = kept[:2]
         torch._foreach_copy_(state.heard, kept[2])
     hardware.wait(machine.device)
-    return f"warmed up {len(stages)} stages x {len(phases)} phases of precision in {time.perf_counter() - began:.1f} s"
+    return "\n".join([f"warmed up {len(stages)} stages x {len(phases)} phases of precision in {time.perf_counter() - began:.1f} s", *lines])
 
 
 # ---- the loop ------------------------------------------------------------------------------------------------------------

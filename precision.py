@@ -159,7 +159,7 @@ def info(cfg=None):
 
 
 # ---- TransformerEngine --------------------------------------------------------------------------------------------------
-# Written against the source of 2.20.2; no kernel of it has been launched from this file. Its modules borrow our parameters, so that
+# Written against the source of 2.20.2 and run with it on an H200, at both depths (LOG.md). Its modules borrow our parameters, so that
 # masters, names and checkpoints stay ours, and they are never registered: `_extra_state` (a pickle) is neither saved nor loaded.
 # torch.compile leaves them out: inside a graph 2.20.2 refuses delayed scaling, and most of its modules break the graph anyway.
 

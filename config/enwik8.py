@@ -1,4 +1,4 @@
-"""enwik8, a byte at a time: 41M parameters against the 12-layer Transformers of the literature. Nobody has run it on a GPU yet.
+"""enwik8, a byte at a time: 41M parameters against the 12-layer Transformers of the literature. It has not been run yet.
 
 Published bits per byte of the test split: 1.11 (12 layers, 44M; Al-Rfou et al. 2018), 1.06 (Transformer-XL, 12 layers, 41M). 65,536 tokens
 a step, 24,000 steps: 1.6 billion bytes, 17 times the training split; 0.28 GFLOP a byte make 4.5e17: half an hour at 250 TFLOP/s.

@@ -9,7 +9,8 @@
 layer 6,096,384 = q 589,824 + kv 196,608 + o 589,824 + ffn 4,718,592 + norms 1,536; x 28 = 170,698,752; E 25,600,640; P 98,304;
 final norm 768. --tie=False --parameters=350002304 is the full head.
 Loss at init 12.36 = ln 200,005 + 768 x 0.02^2 / 2, less if something leaks.
-A step is 98,304 tokens, 48 windows of 2,048. micro_tokens: 98,304 fits an H200, 49,152 80 GB, 12,288 24 GB (estimates).
+A step is 98,304 tokens, 48 windows of 2,048. micro_tokens: 98,304 takes 65 GiB of an H200; 49,152 for 80 GB and
+12,288 for 24 GB are estimates.
 Read next: config/curriculum_ultra.py, the stages; precision.py, what --precision really runs.
 """
 

@@ -221,6 +221,16 @@ def embed(opt, where):
             yield report(name, what, race(sides, brief, where, warm=opt.suite == "cpu"), "texts/s", count, floor=floor)
 
 
+def in_turn(runs, rounds, out):
+    """{name: argv} -> {name: wall seconds}, one process of each after the other; each finds no folder `out`."""
+    seconds = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, argv in runs.items():
+            shutil.rmtree(out, ignore_errors=True)
+            seconds[name].append(child_cost(argv)[0])
+    return seconds
+
+
 LIBRARY = """import json, sys; from tokenizers import Tokenizer
 texts = [json.loads(line)["text"] for line in open(sys.argv[2])]
 Tokenizer.from_file(sys.argv[1]).encode_batch_fast(texts)"""
@@ -237,11 +247,7 @@ def prepare(opt, where):
         ours = ["-m", "prepare.text", f"--from={folder}/texts.jsonl", f"--tokenizer={folder}/hf", f"--out={folder}/out"]
         runs = {"prism": [*ours, "--workers=2"], "1 process": [*ours, "--workers=1"]}
         runs["tokenizers"] = ["-c", LIBRARY, f"{folder}/hf/tokenizer.json", f"{folder}/texts.jsonl"]
-        seconds = {name: [] for name in runs}
-        for _ in range(3):
-            for name, argv in runs.items():
-                shutil.rmtree(f"{folder}/out", ignore_errors=True)
-                seconds[name].append(child_cost(argv)[0])
+        seconds = in_turn(runs, 3, f"{folder}/out")
     size = sum(len(text.encode()) for text in texts) / 1e6
     what = f"prepare.text on two processes, {size:.0f} MB of jsonl, BPE of 4,096 ids, start-up included"
     pairs = ({name: seconds[name] for name in ("prism", other)} for other in ("tokenizers", "1 process"))
@@ -254,11 +260,7 @@ def startup(opt, where):
         child_cost(["-m", "prepare.text", f"--from={__file__}", "--separator=\n\n", "--val=0.1", f"--out={folder}/d"])
         small = ["config/debug.py", f"--data={folder}/d", f"--out={folder}/r", "--max_steps=1", "--eval_every=0", "--resume=auto"]
         runs = {"first": ["train.py", *small], "torch": ["-c", "import torch"], "help": ["train.py", "--help"], "python": ["-c", "pass"]}
-        seconds = {name: [] for name in runs}
-        for _ in range(5):
-            shutil.rmtree(f"{folder}/r", ignore_errors=True)
-            for name, argv in runs.items():
-                seconds[name].append(child_cost(argv)[0])
+        seconds = in_turn(runs, 5, f"{folder}/r")
     ours, empty = ({"prism": seconds[a], b: seconds[b]} for a, b in (("first", "torch"), ("help", "python")))
     return [
         report("first", "train.py over one step and its checkpoint, against import torch; lower is better", ours, "s", None, higher=False),

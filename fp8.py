@@ -213,23 +213,6 @@ def scope(model):
     return te_scope(state) if state.used == "te" else contextlib.nullcontext()
 
 
-def verify(model, backward):
-    """FP8's gradients beside bf16's of the same batch, before the first step -> a line to log; stops where one is wrong. A scale that does
-    not belong to its product, in a library or a compiler, leaves the loss as it was and trains towards nothing: seen once (LOG.md)."""
-    state, found = model.fp8, []
-    for state.live in (False, True):
-        backward()
-        found.append({name: p.grad.float() for name, p in model.named_parameters() if p.grad is not None})
-        model.zero_grad(set_to_none=True)
-    plain, ours = found
-    floor = 0.01 * torch.nn.utils.get_total_norm(list(plain.values()))  # a tiny gradient may be noise
-    far = {name: float((ours[name] - g).norm() / (g.norm() + floor)) for name, g in plain.items()}
-    worst = max(far, key=lambda name: far[name] if math.isfinite(far[name]) else math.inf)
-    if not far[worst] < 1:
-        die(f"precision=fp8: the gradient of {worst} is {far[worst]:.3g} of its length off bf16's: use --precision=bf16 here")
-    return f"fp8: gradients {sorted(far.values())[len(far) // 2]:.1%} from bf16's, {worst} furthest, {far[worst]:.1%}"
-
-
 def memory(model):
     """Delayed scaling's histories, plain fp32 tensors by name; {} for every stateless choice."""
     state = getattr(model, "fp8", None)

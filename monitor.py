@@ -265,6 +265,23 @@ def fp8_statistics(model, loss):
     return sorted(rows.values(), key=lambda row: row["snr_db"])
 
 
+def compare_gradients(model, backward):
+    """FP8's gradients beside bf16's of the same batch, before the first step -> a line to log; stops where one is wrong. A scale that does
+    not belong to its product, in a library or a compiler, leaves the loss as it was and trains towards nothing: seen once (LOG.md)."""
+    state, found = model.fp8, []
+    for state.live in (False, True):
+        backward()
+        found.append({name: p.grad.float() for name, p in model.named_parameters() if p.grad is not None})
+        model.zero_grad(set_to_none=True)
+    plain, ours = found
+    floor = 0.01 * torch.nn.utils.get_total_norm(list(plain.values()))  # a tiny gradient may be noise
+    far = {name: float((ours[name] - g).norm() / (g.norm() + floor)) for name, g in plain.items()}
+    worst = max(far, key=lambda name: far[name] if math.isfinite(far[name]) else math.inf)
+    if not far[worst] < 1:
+        die(f"precision=fp8: the gradient of {worst} is {far[worst]:.3g} of its length off bf16's: use --precision=bf16 here")
+    return f"fp8: gradients {sorted(far.values())[len(far) // 2]:.1%} from bf16's, {worst} furthest, {far[worst]:.1%}"
+
+
 def entropy(p):
     return -(p * p.clamp(min=1e-30).log()).sum(-1)
 

@@ -282,7 +282,7 @@ def warm_up(cfg, objective, call, raw, plan, step, machine) -> str:
         batch = to_device(next(stream)[0], machine.device)
         if state and state.used == "fp8" and stage is stages[0]:
             state.on = True
-            lines.append(fp8.verify(raw, backward))
+            lines.append(monitor.compare_gradients(raw, backward))
         for phase in sorted(phases):
             if phase:
                 state.on, state.warm = phase

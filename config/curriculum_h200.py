@@ -1,4 +1,4 @@
-"""The ten stages with batches for an H200: 300,000 steps of 32,768 to 36,864 tokens, 10.24B in all, about 10.5 h.
+"""The ten stages with batches for an H200: 300,000 steps of 32,768 to 36,864 tokens, 10.24B in all, about 10 h.
 
     python train.py config/superbpe_197m.py config/curriculum_h200.py
 

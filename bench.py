@@ -24,8 +24,6 @@ import json
 import os
 import platform
 import resource
-import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -44,8 +42,10 @@ from configurator import die
 from eval import encode, fp8_table, gpu, operators, write_json
 from eval.peers import (
     ceilings,
+    child_cost,
     encoder_folder,
     fresh,
+    in_turn,
     middle,
     one_line,
     our_step,
@@ -94,23 +94,6 @@ def report(name, what, seconds, unit, amount, higher=True, floor=0.0):
     line = f"{us} {rates[0]:,.4g} {unit}, {peer} {rates[1]:,.4g}: {spread}"
     print(f"{name:<10} {line}{f', {floor / a:.0%} of the floor' if floor else ''}  {what}", flush=True)
     return row
-
-
-# Linux carries the peak of a parent over fork and exec into its child: a small process in between measures, not this big one
-RELAY = """import resource, subprocess, sys, time
-start = time.perf_counter()
-child = subprocess.run([sys.executable, *sys.argv[1:]], stdout=subprocess.DEVNULL)
-print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
-sys.exit(child.returncode)"""
-
-
-def child_cost(argv):
-    """Wall seconds and peak memory in bytes of a Python process."""
-    done = subprocess.run([sys.executable, "-c", RELAY, *argv], capture_output=True, text=True)
-    if done.returncode:
-        die(f"bench: {' '.join(argv)[:80]} failed: {done.stderr[-300:]}")
-    seconds, peak = done.stdout.split()
-    return float(seconds), int(peak) * (1 if sys.platform == "darwin" else 1024)
 
 
 # ---- rows ---------------------------------------------------------------------------------------------------------------
@@ -219,16 +202,6 @@ def embed(opt, where):
             what = f"{count} texts, encoder of {keys['n_layer']} x {keys['d_model']}, {str(mine)[6:]} against {str(theirs)[6:]}"
             what = f"encoding {what}, cosine of the two >= {same:.4f}"
             yield report(name, what, race(sides, brief, where, warm=opt.suite == "cpu"), "texts/s", count, floor=floor)
-
-
-def in_turn(runs, rounds, out):
-    """{name: argv} -> {name: wall seconds}, one process of each after the other; each finds no folder `out`."""
-    seconds = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, argv in runs.items():
-            shutil.rmtree(out, ignore_errors=True)
-            seconds[name].append(child_cost(argv)[0])
-    return seconds
 
 
 LIBRARY = """import json, sys; from tokenizers import Tokenizer

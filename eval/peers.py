@@ -11,6 +11,8 @@ import gc
 import io
 import shutil
 import statistics
+import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -25,6 +27,7 @@ import fp8
 import machine
 import monitor
 import optim
+from configurator import die
 from denoise_stream import collate
 from model import ModelConfig, Transformer, build, compile_blocks, rectangle
 from train import Config
@@ -266,3 +269,32 @@ def encoder_folder(keys, folder, tokens):
     shutil.copytree(Path(tokens, "tokenizer"), run / "tokenizer")
     sentence.main([f"--ckpt={run}", "--to=sentence-transformers", f"--out={out}"])
     return str(out)
+
+
+# ---- whole processes --------------------------------------------------------------------------------------------------
+
+# Linux carries the peak of a parent over fork and exec into its child: a small process in between measures, not this big one
+RELAY = """import resource, subprocess, sys, time
+start = time.perf_counter()
+child = subprocess.run([sys.executable, *sys.argv[1:]], stdout=subprocess.DEVNULL)
+print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(child.returncode)"""
+
+
+def child_cost(argv):
+    """Wall seconds and peak memory in bytes of a Python process."""
+    done = subprocess.run([sys.executable, "-c", RELAY, *argv], capture_output=True, text=True)
+    if done.returncode:
+        die(f"bench: {' '.join(argv)[:80]} failed: {done.stderr[-300:]}")
+    seconds, peak = done.stdout.split()
+    return float(seconds), int(peak) * (1 if sys.platform == "darwin" else 1024)
+
+
+def in_turn(runs, rounds, out):
+    """{name: argv} -> {name: wall seconds}, one process of each after the other; each finds no folder `out`."""
+    seconds = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, argv in runs.items():
+            shutil.rmtree(out, ignore_errors=True)
+            seconds[name].append(child_cost(argv)[0])
+    return seconds

@@ -106,15 +106,8 @@ def attention(opt, where):
 
             return run
 
-        def direct(q=q, k=k, v=v, cu=cu, length=length, causal=causal):
-            from flash_attn_interface import flash_attn_varlen_func
-
-            first = lambda out: out if isinstance(out, torch.Tensor) else out[0]  # noqa: E731 (versions differ)
-            return lambda: first(flash_attn_varlen_func(q, k, v, cu, cu, length, length, causal=causal))
-
         makers = {"prism": lambda ours=ours, q=q, k=k, v=v: partial(ours.attend, q, k, v)}
         makers |= {"SDPA, cuDNN": partial(dense, SDPBackend.CUDNN_ATTENTION), "SDPA, flash": partial(dense, SDPBackend.FLASH_ATTENTION)}
-        makers["FlashAttention 3"] = direct
         what = f"{rows} x {length}, {heads}/{groups} heads of {width}, {'causal' if causal else 'bidirectional'}; prism: {flash()}"
         work = 4 * rows * heads * length**2 * width / (1 + causal)
         yield from forward_and_backward(f"attention{length}", what, makers, (q, k, v), opt, where, flops=(work, 2.5 * work))

@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from configurator import die
-from fp8_triton import E4M3, E5M2, MAX, cast, cast_both, cast_into
+from fp8_triton import E4M3, E5M2, MAX, cast, cast_both, cast_into, expect_sound_casts
 from machine import uncompiled
 from precision import choose, hardware, linears, report, resolve, te_apply, te_load, te_scope, te_tensors
 
@@ -138,6 +138,8 @@ def apply(model, cfg, device, stages=(), hw=None):
     if used != "bf16" and not state.uses:
         used, why = "bf16", [*why, f"fp8_filter={cfg.fp8_filter} leaves 0 % of matmul FLOPs in FP8 at width {model.cfg.d_model}"]
     state.used = used
+    if state.ones and torch.device(device).type != "meta":
+        expect_sound_casts([(torch.float32, E4M3), (model.dtype, E4M3), (model.dtype, state.grad_kind)], device)
     refresh(model, step=False)
     line = f"precision: {cfg.precision} requested, {plain if used == 'bf16' else used} used" + "".join(f"; {w}" for w in why)
     if cfg.precision_required and used != cfg.precision:

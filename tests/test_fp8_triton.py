@@ -1,5 +1,9 @@
 """fp8_triton.py against the plain cast, bit by bit: the kernel on a GPU or in Triton's interpreter, the operator anywhere."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -37,6 +41,25 @@ def test_both_layouts_are_the_plain_cast_to_the_bit(kind, dtype, m, k, tile, mon
     values = want.float().nan_to_num()
     assert values.max() == top == -values.min()
     assert torch.equal(bits(row), bits(want)) and torch.equal(bits(col), bits(want).t())
+
+
+def test_a_fouled_transpose_stops_the_run(monkeypatch, capsys):
+    fp8_triton.expect_sound_casts([(torch.float32, E4M3), (torch.bfloat16, E5M2)], "cpu")
+    right = fp8_triton.cast_both
+    monkeypatch.setattr(fp8_triton, "cast_both", lambda *args: (right(*args)[0], right(*args)[1].flip(0)))
+    with pytest.raises(SystemExit) as stop:
+        fp8_triton.expect_sound_casts([(torch.float32, E4M3)], "cpu")
+    assert stop.value.code == 2 and "set TRITON_PTXAS_PATH to a ptxas of CUDA 13.3" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_casts_are_sound_with_the_assembler_that_a_user_has():
+    """In a process of its own: inductor points Triton to another ptxas in those where it has compiled."""
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_PTXAS_PATH"}
+    kinds = "[(dtype, kind) for dtype in (torch.float32, torch.bfloat16) for kind in (fp8_triton.E4M3, fp8_triton.E5M2)]"
+    code = f"import torch, fp8_triton; fp8_triton.expect_sound_casts({kinds}, 'cuda')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_the_operator_is_what_torch_takes_it_for():

@@ -63,6 +63,7 @@ if importlib.util.find_spec("transformer_engine"):
 def start(out, *argv):
     """A command, its output in OUT.log. Two processes compile for it, not one per core; every recompilation is in the log."""
     env = os.environ | {"TORCH_LOGS": "recompiles", "TORCHINDUCTOR_COMPILE_THREADS": "2", "PYTHONUNBUFFERED": "1"}
+    env.pop("TRITON_PTXAS_PATH", None)  # inductor may have set it here; a user's shell has not
     with open(f"{out}.log", "w") as log:
         process = subprocess.Popen(
             [sys.executable, *argv], cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT

@@ -433,7 +433,8 @@ def main(argv):
         if good:
             if row.clip:
                 torch.nn.utils.clip_grads_with_norm_(params, row.clip, whole)
-            optimizer.step()
+            with hardware.enough_memory(cfg, row):  # the first step makes the moments
+                optimizer.step()
             fp8.refresh(raw)
         else:
             by_term, by_name = dict(zip(terms, sums.tolist(), strict=True)), dict(zip(names, meter.here[:, 0].tolist(), strict=False))

@@ -10,7 +10,7 @@ import torch
 from torch import library
 
 from configurator import die
-from kernels import HAS_TRITON
+from glu_triton import HAS_TRITON
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 MAX = {E4M3: 448.0, E5M2: 57344.0}
@@ -26,7 +26,7 @@ if HAS_TRITON:
     import triton
     import triton.language as tl
 
-    from kernels import PLAIN
+    from glu_triton import PLAIN
 
     @triton.jit
     def _cast_both(x_ptr, scale_ptr, row_ptr, col_ptr, M, K, TOP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, SPAN: tl.constexpr):

@@ -25,10 +25,10 @@ if HAS_TRITON:
     import triton.language as tl
 
     PLAIN = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-    LOG2E, DENSITY = tl.constexpr(1.44269504), tl.constexpr(0.3989422804)
+    LOG2E, DENSITY = tl.constexpr(1.4426950408889634), tl.constexpr(0.3989422804)
 
     @triton.jit
-    def _exp2(x):  # one instruction here and below; the full-range forms spend four to six
+    def exp2(x):  # one instruction here and below; the full-range forms spend four to six
         return tl.exp2(x) if PLAIN else tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
 
     @triton.jit
@@ -38,12 +38,12 @@ if HAS_TRITON:
     @triton.jit
     def _activations(a):
         """relu, tanh, sigmoid, gelu, Phi(-|a|) of a. Where exp(-a) overflows, its reciprocals are the 0 that they should be."""
-        e, b, relu = _exp2(a * -LOG2E), tl.abs(a), tl.maximum(a, 0.0)
+        e, b, relu = exp2(a * -LOG2E), tl.abs(a), tl.maximum(a, 0.0)
         tanh = 2.0 * _inverse(e * e + 1.0) - 1.0
         # log2 Phi(-b), fitted so that Phi and b Phi are at most 6.5e-7 off: one exponential, no reciprocal; gelu(a) = relu(a) - b Phi(-b)
         p = 0.007282377734 + b * -0.0005002594845
         p = -1.0000018557 + b * (-1.151052049 + b * (-0.4594140765 + b * (-0.05234323993 + b * p)))
-        tail = _exp2(p)
+        tail = exp2(p)
         return relu, tanh, _inverse(1.0 + e), relu - b * tail, tail
 
     @triton.jit
@@ -64,7 +64,7 @@ if HAS_TRITON:
         """exp(al - max) per neuron; with no s, the gates themselves."""
         a0, a1, a2, a3 = _load4(al_ptr, cols, col_ok)
         top = tl.maximum(tl.maximum(a0, a1), tl.maximum(a2, a3))
-        a0, a1, a2, a3 = _exp2((a0 - top) * LOG2E), _exp2((a1 - top) * LOG2E), _exp2((a2 - top) * LOG2E), _exp2((a3 - top) * LOG2E)
+        a0, a1, a2, a3 = exp2((a0 - top) * LOG2E), exp2((a1 - top) * LOG2E), exp2((a2 - top) * LOG2E), exp2((a3 - top) * LOG2E)
         r = 1.0 if HAS_S else 1.0 / (a0 + a1 + a2 + a3)
         return a0 * r, a1 * r, a2 * r, a3 * r
 
@@ -83,15 +83,15 @@ if HAS_TRITON:
         """Unnormalised gates of a tile, 1 / their sum, and of each but the first the factor that is the token's own."""
         if HAS_S:
             if NARROW:
-                S1, S2, S3 = _exp2((s1 - s0) * LOG2E)[:, None], _exp2((s2 - s0) * LOG2E)[:, None], _exp2((s3 - s0) * LOG2E)[:, None]
+                S1, S2, S3 = exp2((s1 - s0) * LOG2E)[:, None], exp2((s2 - s0) * LOG2E)[:, None], exp2((s3 - s0) * LOG2E)[:, None]
                 p0, p1, p2, p3 = A0[None, :], A1[None, :] * S1, A2[None, :] * S2, A3[None, :] * S3
             else:  # an exponential per gate
                 a0, a1, a2, a3 = _load4(al_ptr, cols, col_ok)
                 p0, p1 = s0[:, None] + a0[None, :], s1[:, None] + a1[None, :]
                 p2, p3 = s2[:, None] + a2[None, :], s3[:, None] + a3[None, :]
                 top = tl.maximum(tl.maximum(p0, p1), tl.maximum(p2, p3))
-                p0, p1 = _exp2((p0 - top) * LOG2E), _exp2((p1 - top) * LOG2E)
-                p2, p3 = _exp2((p2 - top) * LOG2E), _exp2((p3 - top) * LOG2E)
+                p0, p1 = exp2((p0 - top) * LOG2E), exp2((p1 - top) * LOG2E)
+                p2, p3 = exp2((p2 - top) * LOG2E), exp2((p3 - top) * LOG2E)
                 S1, S2, S3 = p1, p2, p3
             r = _inverse((p0 + p3) + (p1 + p2))
         else:
@@ -157,7 +157,7 @@ if HAS_TRITON:
             p0, p1, p2, p3, r, S1, S2, S3 = _gates(A0, A1, A2, A3, s0, s1, s2, s3, al_ptr, cols, col_ok, HAS_S, NARROW)
             x, g = a.to(tl.float32), dy.to(tl.float32)
             relu, tanh, sig, gelu, tail = _activations(x)
-            silu, density = x * sig, _exp2(x * x * (-0.5 * LOG2E)) * tl.abs(x)
+            silu, density = x * sig, exp2(x * x * (-0.5 * LOG2E)) * tl.abs(x)
             m, dm = (p0 * relu + p1 * tanh + p2 * silu + p3 * gelu) * r, g * u.to(tl.float32) * r  # the normalisation rides on dm
             low = p3 * (tail - DENSITY * density)  # gelu' of -|a|: 1 minus that of |a|
             slope = p1 * (1.0 - tanh * tanh) + p2 * (sig + silu - silu * sig) + tl.where(x > 0, (p0 + p3) - low, low)
@@ -207,7 +207,7 @@ if HAS_TRITON:
         a = tl.load(au_ptr + cols, mask=ok, other=0.0).to(tl.float32)
         u = tl.load(au_ptr + f + cols, mask=ok, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + token * f + cols, mask=ok, other=0.0).to(tl.float32)
-        sig = _inverse(1.0 + _exp2(a * -LOG2E))
+        sig = _inverse(1.0 + exp2(a * -LOG2E))
         silu = a * sig
         tl.store(dau_ptr + cols, (dy * u * (sig + silu - silu * sig)).to(dau_ptr.dtype.element_ty), mask=ok)
         tl.store(dau_ptr + f + cols, (dy * silu).to(dau_ptr.dtype.element_ty), mask=ok)

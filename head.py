@@ -12,7 +12,7 @@ Read next: ops.py (linear_cross_entropy), which calls it; tests/test_head.py for
 import torch
 import torch.nn.functional as F
 
-from kernels import HAS_TRITON
+from glu_triton import HAS_TRITON
 
 NARROW = 128  # the widest head whose logits are recomputed rather than stored
 CHUNK = 2.5e9, 1024  # bytes of fp32 logits that exist at a time in a wide head, but no fewer rows than this
@@ -25,13 +25,9 @@ if HAS_TRITON:
     import triton
     import triton.language as tl
 
-    from kernels import PLAIN
+    from glu_triton import LOG2E, PLAIN, exp2
 
-    LOG2E, LOW = tl.constexpr(1.4426950408889634), tl.constexpr(-1e30)  # LOW: the maximum of nothing yet; no difference to it is nan
-
-    @triton.jit
-    def _exp2(x):
-        return tl.exp2(x) if PLAIN else tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+    LOW = tl.constexpr(-1e30)  # the maximum of nothing yet; no difference to it is nan
 
     @triton.jit
     def _dot(a, b, acc=None):
@@ -41,8 +37,8 @@ if HAS_TRITON:
     def _finish(top, others, chosen):
         """From max and sum over all but the target: (nll, log2 of the total, p - 1 of the target, 2^top / total)."""
         high = tl.maximum(top, chosen) * LOG2E
-        factor = _exp2(top * LOG2E - high)
-        total = others * factor + _exp2(chosen * LOG2E - high)
+        factor = exp2(top * LOG2E - high)
+        total = others * factor + exp2(chosen * LOG2E - high)
         lse = high + tl.log2(total)
         return (lse - chosen * LOG2E) / LOG2E, lse, -others * factor / total, factor / total
 
@@ -55,8 +51,8 @@ if HAS_TRITON:
         if hit:  # rare, and two instructions out of nine for each logit
             s = tl.where((cols[None, :] != target[:, None]) & (cols < vocab)[None, :], s, float("-inf"))
         higher = tl.maximum(top, tl.max(s, 1))
-        p = _exp2(s * LOG2E - (higher * LOG2E)[:, None])
-        factor = _exp2((top - higher) * LOG2E)
+        p = exp2(s * LOG2E - (higher * LOG2E)[:, None])
+        factor = exp2((top - higher) * LOG2E)
         others = others * factor + tl.sum(p, 1)
         if GRADS:
             acc = _dot(p.to(w.dtype), w, acc * factor[:, None])
@@ -101,7 +97,7 @@ if HAS_TRITON:
         for i in range(blocks):
             toks, hit = i * BM + tl.arange(0, BM), tl.load(hit_ptr + tl.program_id(0) * blocks + i) != 0
             h = tl.load(h_ptr + toks[:, None] * D + k[None, :])
-            p = _exp2(_dot(w, h.T) * LOG2E - tl.load(lse_ptr + toks)[None, :])
+            p = exp2(_dot(w, h.T) * LOG2E - tl.load(lse_ptr + toks)[None, :])
             if hit:
                 p = tl.where(cols[:, None] == tl.load(target_ptr + toks)[None, :], tl.load(own_ptr + toks)[None, :], p)
             if WEIGHTED:
@@ -128,7 +124,7 @@ if HAS_TRITON:
                 x = tl.load(x_ptr + at, mask=at < width, other=0.0)
                 x = tl.where((at < vocab) & (at != target), x, float("-inf"))
                 higher = tl.maximum(top, tl.max(x, 0))
-                others = others * _exp2((top - higher) * LOG2E) + tl.sum(_exp2((x - higher) * LOG2E), 0)
+                others = others * exp2((top - higher) * LOG2E) + tl.sum(exp2((x - higher) * LOG2E), 0)
                 top = higher
             nll, lse, own, _ = _finish(top, others, tl.load(x_ptr + target))
             tl.store(nll_ptr + row, nll)
@@ -137,7 +133,7 @@ if HAS_TRITON:
                 for i in range(blocks):  # backwards: what was read last may still lie in the L2
                     at = (blocks - 1 - i) * BLOCK + cols
                     x = tl.load(x_ptr + at, mask=at < width, other=0.0)
-                    p = tl.where(at < vocab, tl.where(at == target, own, _exp2(x * LOG2E - lse)) * weight, 0.0)
+                    p = tl.where(at < vocab, tl.where(at == target, own, exp2(x * LOG2E - lse)) * weight, 0.0)
                     tl.store(dx_ptr + at, p.to(dx_ptr.dtype.element_ty), mask=at < width, eviction_policy="evict_first")
 
 

@@ -12,10 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import library
 
-from glu_triton import HAS_TRITON, _backward_triton, _forward_triton, silu_backward
-
-if HAS_TRITON:
-    from glu_triton import PLAIN  # noqa: F401 (for head.py)
+from glu_triton import _backward_triton, _forward_triton, silu_backward
 
 aten, _MINUS = torch.ops.aten, torch.tensor(-1.0)
 

@@ -509,8 +509,8 @@ class Transformer(nn.Module):
     def forward(self, batch: dict) -> torch.Tensor:
         """Hidden states (N, D) after the final norm: of the decoder, or of the encoder when there is nothing else.
 
-        A batch holds ids (or embeds, (N, D)), pos, cu, max_len, and docs where cu is longer than they; an encoder-decoder's these for its
-        encoder and dec_ids, dec_pos, dec_cu, dec_max_len, kv_index, kv_cu, kv_max_len for its decoder.
+        A batch holds ids (or embeds, (N, D)), pos, cu, max_len; docs: their number, if cu is longer; window: tokens of a row, which no
+        document leaves. An encoder-decoder's: dec_ids, dec_pos, dec_cu, dec_max_len, kv_index, kv_cu, kv_max_len, too.
         """
         if self.encoder is None:
             return self.read(self.decoder, batch, causal=True)

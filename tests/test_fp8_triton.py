@@ -12,7 +12,7 @@ from torch import library
 
 import fp8_triton
 from fp8_triton import E4M3, E5M2
-from kernels import HAS_TRITON
+from glu_triton import HAS_TRITON
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import head
-from kernels import HAS_TRITON
+from glu_triton import HAS_TRITON
 from ops import linear_cross_entropy
 
 triton_path = pytest.mark.skipif(not HAS_TRITON, reason="needs CUDA or TRITON_INTERPRET=1")

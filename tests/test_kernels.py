@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import library
 
+import glu_triton
 import kernels
 from kernels import ACTIVATIONS, DEFAULT_ACTS, glu, gumbel, polyglu_mix, polyglu_reference
 from ops import linear_cross_entropy, rms_norm
@@ -198,14 +199,14 @@ def test_cross_entropy_outliers_and_bf16():
 
 
 # The Triton kernels: on a GPU, or in Triton's interpreter (TRITON_INTERPRET=1 pytest tests/test_kernels.py -k triton).
-triton_path = pytest.mark.skipif(not kernels.HAS_TRITON, reason="needs CUDA or TRITON_INTERPRET=1")
+triton_path = pytest.mark.skipif(not glu_triton.HAS_TRITON, reason="needs CUDA or TRITON_INTERPRET=1")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def triton_run(au, al, s, dy):
     au, al, s, dy = (t if t is None else t.to(DEVICE) for t in (au, al, s, dy))
-    grads = kernels._backward_triton(dy, au, al, s)
-    return [t.cpu() for t in (kernels._forward_triton(au, al, s), *grads[: 2 if s is None else 3])]
+    grads = glu_triton._backward_triton(dy, au, al, s)
+    return [t.cpu() for t in (glu_triton._forward_triton(au, al, s), *grads[: 2 if s is None else 3])]
 
 
 @triton_path
@@ -289,7 +290,7 @@ def test_gpu_operator_and_cross_entropy():
 def test_triton_is_not_imported_without_a_gpu():
     if torch.cuda.is_available():
         pytest.skip("this machine has one")
-    code = "import sys, kernels; sys.exit('triton' in sys.modules and not kernels.HAS_TRITON)"
+    code = "import sys, kernels; sys.exit('triton' in sys.modules and not sys.modules['glu_triton'].HAS_TRITON)"
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     assert subprocess.run([sys.executable, "-c", code], env=env).returncode == 0
 

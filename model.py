@@ -234,10 +234,12 @@ class Attention(nn.Module):
     def forward(self, x, ctx):
         queries, keys = self.n_head, self.n_kv
         qk, v = self.qkv(x).view(-1, queries + 2 * keys, self.width).split_with_sizes((queries + keys, keys), 1)  # (N, heads, E)
-        # queries and keys are normed and turned together: half the calls
-        qk = norm_rotate(qk, self.qk_weight() if self.normed else None, self.eps, ctx.rope, ctx.dtype)
-        q, k = qk.split_with_sizes((queries, keys), 1)
+        q, k = self.turn(qk, ctx.rope, ctx.dtype).split_with_sizes((queries, keys), 1)
         return self.out(ctx.attend(self, q, k, v).flatten(1))
+
+    def turn(self, qk, rope, dtype):
+        """Queries and keys are normed and rotated together: half the calls."""
+        return norm_rotate(qk, self.qk_weight() if self.normed else None, self.eps, rope, dtype)
 
     def qk_weight(self):
         """(H + G, E)"""
@@ -396,6 +398,7 @@ class Cache:
         self.lengths, self.max_len, self.out = [0] * batch, max_len, model.dtype
         self.replay, self.steady = None, 0  # of replay.py: the recorded step, and steps since the batch was last another one
         self.sums = torch.zeros(cfg.n_layer, 2, batch, 1, 32, dtype=torch.float64, device=weight.device)  # all; before this block
+        self.tables = model.rope(torch.arange(max_len, device=weight.device))
         self.enc = None  # per layer: keys, values (B, G, S, E) of the encoder
         self.enc_mask = None  # (B, 1, 1, S)
 
@@ -410,7 +413,9 @@ class Cache:
             self.pos = torch.tensor(self.lengths, device=device)[:, None] + torch.arange(width, device=device)  # (B, T)
             self.last = torch.tensor(self.count, device=device)[:, None]
         keys = keys or max(self.lengths) + width
-        self.rope, self.tau, self.noise = model.rope(self.pos.flatten() + self.offset(model)), model.tau, None
+        at = self.pos.flatten()
+        self.rope = model.rope(at + self.offset(model)) if self.enc is not None else [table[at] for table in self.tables]
+        self.tau, self.noise = model.tau, None
         self.depth = {id(b.attn): i for i, b in enumerate(model.decoder.blocks)}
         self.seen = [store[:, :, :, :keys].unbind() for store in (self.k, self.v)]  # per layer (B, G, K, E)
         self.new = [store[:, :, :, keys - width : keys].unbind() for store in (self.k, self.v)]
@@ -442,6 +447,9 @@ class Cache:
         k, v = self.seen[0][layer], self.seen[1][layer]
         if self.enc is not None:
             k, v = (torch.cat((e, own), dim=2) for e, own in zip(self.enc[layer], (k, v), strict=True))
+        if width == 1 and self.mask is None and q.device.type == "cpu":  # two products: up to twice as fast there as SDPA of one query
+            q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+            return ops.seen(q, k, v).view(rows, -1, q.shape[-1]).to(self.out)
         causal = self.mask is None and width > 1
         y = F.scaled_dot_product_attention(q, k, v, self.mask, is_causal=causal, enable_gqa=q.shape[1] != groups)
         return (y.flatten(1, 2) if width == 1 else y.transpose(1, 2).flatten(0, 1)).to(self.out)
@@ -615,9 +623,11 @@ class Transformer(nn.Module):
         for module in parts:
             if fast and isinstance(module, Linear):
                 module.forward = ops.laid_out(module.weight, rows, module.bias, half)
-        for module in self.modules():
-            if isinstance(module, Attention) and module.normed:
-                module.qk_weight = functools.partial(torch.Tensor.detach, module.qk_weight())
+        for module in self.modules() if fast else ():
+            if isinstance(module, Attention):
+                module.turn = ops.few_turned(module.qk_weight() if module.normed else None, module.eps, module.turn)
+            elif isinstance(module, RMSNorm):
+                module.forward = ops.few_normed(module.weight, module.eps, module.forward)
         if fast and head:
             head = ops.laid_out(self.head_weight, rows, half=half)
             self.predict = lambda hidden: head(self.head_input(hidden))[..., : self.cfg.vocab_size].float()

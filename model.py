@@ -15,7 +15,6 @@ document sees another. `model(batch)` gives hidden states (N, D); `model.nll` th
 Read next: ops.py (the chunked loss), kernels.py (the fused PolyGLU), data.py (where batches come from), train.py (the loop).
 """
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

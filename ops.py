@@ -37,7 +37,7 @@ def _scalar(value, dtype):
     return torch.tensor(value, dtype=dtype)
 
 
-def _swap(x):
+def swap(x):
     return x.roll(x.shape[-1] // 2, -1)
 
 
@@ -52,7 +52,7 @@ def _norm_rotate(x, weight, eps, cos, sin, dtype):
     wide = full(x)
     if weight is not None:
         wide = torch.mul(wide, _inverse_rms(wide, eps)).mul_(weight)
-    return (wide if cos is None else torch.addcmul(_swap(wide).mul_(sin), wide, cos)).to(dtype)
+    return (wide if cos is None else torch.addcmul(swap(wide).mul_(sin), wide, cos)).to(dtype)
 
 
 class _NormRotate(torch.autograd.Function):
@@ -70,7 +70,7 @@ class _NormRotate(torch.autograd.Function):
         for rows in _pieces(x):
             g = full(dy[rows])
             if cos is not None:  # back by the same angle
-                g = torch.mul(g, cos[rows]).sub_(_swap(g).mul_(sin[rows]))
+                g = torch.mul(g, cos[rows]).sub_(swap(g).mul_(sin[rows]))
             if weight is not None:
                 unit = full(x[rows])
                 scale = _inverse_rms(unit, ctx.eps)
@@ -106,7 +106,7 @@ def rotate(x, rope):
     if _eager_cpu(x):
         return _on_cpu(x, None, 0.0, cos, sin)
     wide = x.to(torch.promote_types(x.dtype, cos.dtype))
-    return (wide * cos + _swap(wide) * sin).to(x.dtype)
+    return (wide * cos + swap(wide) * sin).to(x.dtype)
 
 
 def norm_rotate(x, weight, eps, rope, dtype):
@@ -118,7 +118,7 @@ def norm_rotate(x, weight, eps, rope, dtype):
     return _norm_rotate(x, weight, eps, *rope, dtype)
 
 
-# ---- attention on a CPU, and weights laid out for it -------------------------------------------------------------------
+# ---- attention on a CPU -------------------------------------------------------------------------------------------------
 
 
 class Gather(torch.autograd.Function):
@@ -153,67 +153,6 @@ def attention(q, k, v, mask, causal):
     if mask is not None:
         scores.view(shape[0], -1, share, shape[2], k.shape[1]).masked_fill_(~mask.unsqueeze(-3), -math.inf)  # (S, G, share, n, m)
     return torch.bmm(scores.softmax(-1), v).view(shape[0], -1, share, *shape[2:]).flatten(1, 2)
-
-
-FEW = 4  # rows of a product; from there on the blocked form of oneDNN is as fast
-FEW_NUMBERS = 1 << 16  # of norms and rotations
-
-
-def half_fits(weights, rows):
-    """Whether FBGEMM's product of a few fp32 rows with an fp16 matrix can stand for the bf16 one: it streams up to twice as many weights
-    a second (LOG.md), and bf16 numbers from 6e-5 to 65,504 are fp16 numbers; smaller ones move by 3e-8 at most."""
-    fits = rows <= FEW and "fbgemm" in torch.backends.quantized.supported_engines
-    return fits and all(w.dtype == torch.bfloat16 and w.device.type == "cpu" and bool(w.abs().max() < 65504) for w in weights)
-
-
-def laid_out(weight, rows, bias=None, half=False):
-    """x -> F.linear(x, weight, bias) for `rows` rows at a time, with the weight in the order that a CPU's vector units want: in fp32 one
-    row streams a transposed matrix twice as fast; `half` is the above, for fp32 x; everything else takes the blocked form of oneDNN.
-    Later changes of the weight are not seen."""
-    bias = None if bias is None else bias.detach().to(weight.dtype)
-    if weight.dtype == torch.float32 and rows == 1:
-        if weight.shape[0] >= weight.shape[1]:
-            weight.data = weight.data.t().contiguous().t()
-        return lambda x: F.linear(x, weight, bias)
-    weight = weight.detach()
-    if half:
-        few = torch.ops.quantized.linear_prepack_fp16(weight.float(), None if bias is None else bias.float())
-        many = lambda x: F.linear(x.to(weight.dtype), weight, bias).float()  # noqa: E731 (a prompt)
-        return lambda x: torch.ops.quantized.linear_dynamic_fp16(x, few) if x.shape[0] <= FEW else many(x)
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-    return lambda x: torch.ops.mkldnn._linear_pointwise.default(x, packed, bias, "none", [], "")
-
-
-def seen(q, k, v):
-    """One query's heads q (S, share, E) over all keys k, v (S, m, E), without gradients: in fp32 a little faster than SDPA of one query."""
-    scores = torch.baddbmm(q.new_empty(1, 1, 1), q, k.mT, beta=0, alpha=q.shape[-1] ** -0.5)
-    return torch.bmm(scores.softmax(-1), v)
-
-
-def _unit(weight, eps):
-    """x -> x / rms(x) * weight in fp32, in four calls."""
-    width = weight.shape[-1]
-    scaled, floor = weight.detach().float() * width**0.5, torch.tensor((eps * width) ** 0.5)
-    return lambda x: torch.div(x, torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).hypot_(floor)).mul_(scaled)
-
-
-def few_normed(weight, eps, many):
-    """rms_norm of a few rows: there a call costs more than its work."""
-    unit = _unit(weight, eps)
-    return lambda x: unit(x).to(x.dtype) if x.numel() <= FEW_NUMBERS else many(x)
-
-
-def few_turned(weight, eps, many):
-    """norm_rotate of a few rows; weight None: only turned."""
-    unit = full if weight is None else _unit(weight, eps)
-
-    def turned(x, rope, dtype):
-        if x.numel() > FEW_NUMBERS:
-            return many(x, rope, dtype)
-        wide, (cos, sin) = unit(x), rope
-        return torch.addcmul(_swap(wide).mul_(sin), wide, cos).to(dtype)
-
-    return turned
 
 
 # ---- the gate of PolyGLU ------------------------------------------------------------------------------------------------

@@ -133,16 +133,16 @@ def find_resume(run, how):
 # ---- saving and loading -------------------------------------------------------------------------------------------------
 
 
-def whole(tensor):
-    """A parameter or state tensor on the CPU; gathers the shards of a fully sharded one, so every rank must ask for it."""
-    tensor = tensor.detach()
-    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).cpu().contiguous()
+def whole(tensor, keep=True):
+    """A parameter or state tensor on the CPU; gathers the shards of a fully sharded one, so every rank must ask for it, kept or not."""
+    tensor = (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach()
+    return tensor.cpu().contiguous() if keep else None
 
 
 def random_state() -> str:
     name, keys, *rest = np.random.get_state()
     state = {"torch": bytes(torch.get_rng_state()).hex(), "numpy": [name, keys.tolist(), *rest], "python": random.getstate()}
-    return json.dumps(state | ({"cuda": bytes(torch.cuda.get_rng_state()).hex()} if torch.cuda.is_available() else {}))
+    return json.dumps(state | ({"cuda": bytes(torch.cuda.get_rng_state()).hex()} if torch.cuda.is_initialized() else {}))
 
 
 def set_random_state(text: str):
@@ -151,7 +151,7 @@ def set_random_state(text: str):
     random.setstate((version, tuple(internal), gauss))
     np.random.set_state(state["numpy"])
     torch.set_rng_state(unhex(state["torch"]))
-    if "cuda" in state and torch.cuda.is_available():
+    if "cuda" in state and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(unhex(state["cuda"]))
 
 
@@ -174,9 +174,10 @@ def save(run, step, model, optimizer, state: dict, keep, metric=None, is_best=Fa
     helps = int(os.environ.get("RANK", 0))
     if helps and not any(hasattr(p, "full_tensor") for p in model.parameters()):
         return 0
-    weights, moments = {n: whole(t) for n, t in model.state_dict().items()}, {f"fp8/{k}": t.cpu() for k, t in state.pop("fp8", {}).items()}
+    weights = {n: whole(t, not helps) for n, t in model.state_dict().items()}
+    moments = {f"fp8/{k}": t.cpu() for k, t in state.pop("fp8", {}).items()}
     for name, p in model.named_parameters() if optimizer else ():
-        moments |= {f"{name}.{kind}": whole(value) for kind, value in optimizer.state.get(p, {}).items()}
+        moments |= {f"{name}.{kind}": whole(value, not helps) for kind, value in optimizer.state.get(p, {}).items()}
     if helps:
         return 0
     run, name = Path(run), f"step-{step:06d}"

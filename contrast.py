@@ -72,9 +72,14 @@ class PairStream:
                 die(f"{cfg.data}: every row needs a query and a positive, and there must be one")
         else:
             self.shards = data.Shards(cfg.data, "train")
-        self.size, self.state = len(self.rows) if self.rows else self.shards.n_documents, {"step": 0}
+        self.size = len(self.rows) if self.rows else self.shards.n_documents
+        known = self.shards.id if self.shards else hashlib.blake2b(Path(cfg.data).read_bytes(), digest_size=8).hexdigest()
+        self.order = f"pairs={cfg.contrast_pairs} max_enc={cfg.max_enc} seed={cfg.seed} data={known}"  # all that decides it
+        self.state = {"step": 0, "order": self.order}
 
     def load(self, state):
+        if state.get("order", self.order) != self.order:
+            die(f"the checkpoint read {state['order']}, not {self.order}: resume with its data and settings, or use --init_from")
         self.step, self.state = state["step"], dict(state)
 
     def texts(self, g):
@@ -103,7 +108,7 @@ class PairStream:
         starts = range(first + self.rank * n, first + self.cfg.contrast_pairs, self.world * n)
         batches = [self.micro([self.texts(g) for g in range(at, at + n)], at) for at in starts]
         self.step += 1
-        self.state = {"step": self.step}
+        self.state = {"step": self.step, "order": self.order}
         return batches
 
     def micro(self, pairs, number):

@@ -430,8 +430,8 @@ class Prefetch:
     """Any stream, built ahead by a thread: the same items in the same order, and the state that belongs to the last delivered one.
     An error in the thread is raised by the very next next(). `wait`: seconds that the last next() spent waiting for data."""
 
-    def __init__(self, stream, depth=2, pin=None):
-        self.stream, self.depth, self.pin = stream, depth, torch.cuda.is_available() if pin is None else pin
+    def __init__(self, stream, depth=2, pin=False):
+        self.stream, self.depth, self.pin = stream, depth, pin
         self.state, self.wait, self.thread = stream.state, 0.0, None
 
     def work(self, ready, stop):

@@ -111,13 +111,15 @@ def apply(model, cfg, device, stages=(), hw=None):
         return f"precision: bf16 requested, {plain} used"
     if not hasattr(model, "embed"):
         die(f"precision={cfg.precision} is not made for objective={cfg.objective}: use --precision=bf16")
+    grad_kind = E4M3 if cfg.fp8_format == "e4m3" else E5M2
     slots = 2 * len(mine)  # 2i and 2i + 1: input and output gradient of Linear i, whatever the filter
     state = model.fp8 = SimpleNamespace(
         on=cfg.fp8_start_step == 0, live=True, start=cfg.fp8_start_step, plain=next(iter(mine.values())).matmul, watch=None, casts=0,
-        ones=[], twins=[], blocks=[], uses={}, grad_kind=E4M3 if cfg.fp8_format == "e4m3" else E5M2, margin=cfg.fp8_margin,
+        ones=[], twins=[], blocks=[], uses={}, grad_kind=grad_kind, margin=cfg.fp8_margin,
         delayed=cfg.fp8_recipe == "delayed", warm=False, most_recent=cfg.fp8_algo == "most_recent", reduce=cfg.fp8_reduce_amax,
         heard=[torch.zeros(1, device=device) for _ in range(slots)], scales=[torch.ones(1, device=device) for _ in range(slots)],
         history=torch.zeros(cfg.fp8_history, slots, device=device),
+        kinds=torch.tensor([MAX[E4M3], MAX[grad_kind]] * len(mine), dtype=torch.float64, device=device),
         scale=torch.ones(slots, device=device), saturated=torch.zeros(slots, device=device),
     )  # fmt: skip
     if used != "bf16" and cfg.parallel == "fsdp":
@@ -175,18 +177,19 @@ def listen(state):
     torch._foreach_zero_(state.heard)
     if state.reduce and dist.is_initialized():
         dist.all_reduce(now, dist.ReduceOp.MAX)
-    kinds = torch.tensor([MAX[E4M3], MAX[state.grad_kind]], dtype=torch.float64, device=now.device).repeat(len(now) // 2)
-    state.saturated += (now * state.scale > kinds * (1 + 1e-6)) if state.warm else 0
+    state.saturated += (now * state.scale > state.kinds * (1 + 1e-6)) if state.warm else 0
     state.history.copy_(state.history.roll(1, 0))
     state.history[0] = torch.where(now.isfinite(), now, state.history[1])  # a skipped step leaves no NaN behind
     amax = state.history[0] if state.most_recent else state.history.amax(0)
-    state.scale.copy_(torch.where(amax > 0, (kinds / amax.double() / 2**state.margin).float(), state.scale))
+    state.scale.copy_(torch.where(amax > 0, (state.kinds / amax.double() / 2**state.margin).float(), state.scale))
     state.warm = True
 
 
 def set_step(model, step):
     """bf16 before fp8_start_step; -> the line to log when the step switches, else None. Call it at every step."""
     state = getattr(model, "fp8", None)
+    if state:
+        torch._foreach_zero_(state.heard)  # by a step that was skipped
     if not state or state.on == (step >= state.start):
         return None
     state.on = not state.on

@@ -40,8 +40,7 @@ def reader_of(lm: Transformer, layers: int, causal: bool, blocks: int = 0) -> Tr
     A decoder and an encoder have the same blocks, so only the mask is lifted. `blocks` more of the same shape are put on top.
     """
     side, gate = ("decoder", lm.cfg.gate) if lm.encoder is None else ("encoder", lm.cfg.gate_enc)
-    keep = layers or lm.cfg.n_layer
-    if keep > lm.cfg.n_layer:
+    if (keep := layers or lm.cfg.n_layer) > lm.cfg.n_layer:
         die(f"latent_layers={keep}, but the reader has {lm.cfg.n_layer}; use 0 for all")
     to = "decoder" if causal else "encoder"
     act = lm.cfg.act if isinstance(lm.cfg.act, str) else (*lm.cfg.act[:keep], *lm.cfg.act[-1:] * blocks)
@@ -50,6 +49,7 @@ def reader_of(lm: Transformer, layers: int, causal: bool, blocks: int = 0) -> Tr
     old = {k.replace(side + ".", to + ".", 1): v for k, v in lm.state_dict().items() if k.startswith((side, "embed"))}
     new = reader.state_dict()
     reader.load_state_dict({k: old[k].to(v) if k in old and block_number(k) < keep else v for k, v in new.items()})
+    reader.tau.copy_(lm.tau)
     return reader
 
 

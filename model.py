@@ -170,6 +170,9 @@ class Segments:
         fits = q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
         if q.device.type != "cpu" and fits:  # `meta` too: tests trace it as a GPU would run it
             return varlen(q, k, v, self.cu_q, self.cu_k, self.sizes, self.causal)
+        return self.attend_padded(q, k, v)
+
+    def attend_padded(self, q, k, v):
         if self.calls is None:
             self.plan()
         if self.q_slots:
@@ -358,7 +361,7 @@ class Packed:
     def attend(self, attn, q, k, v):
         if self.merge:
             ke, ve = attn.encoder_keys(self.merge.hidden, self.merge.rope)
-            k, v = (torch.cat(pair).index_select(0, self.merge.index) for pair in ((ke, k), (ve, v)))
+            k, v = (Gather.apply(torch.cat(pair), self.merge.index, self.merge.back, None) for pair in ((ke, k), (ve, v)))
         return self.segments.attend(q, k, v)
 
     def pool(self, ffn, p):
@@ -379,6 +382,7 @@ class Merge:
     hidden: torch.Tensor
     rope: tuple | None
     index: torch.Tensor  # cat(encoder, decoder)[index] = [enc_b ; dec_b] for every example b
+    back: torch.Tensor  # its inverse
     segments: Segments
 
 
@@ -433,7 +437,9 @@ class Transformer(nn.Module):
             return hidden
         cross, pos = self.cfg.cross_rope, batch["dec_pos"]
         segments = Segments(batch["dec_cu"], batch["dec_max_len"], batch["kv_cu"], batch["kv_max_len"])
-        merge = Merge(hidden, None if cross == "none" else self.rope(batch["pos"]), batch["kv_index"], segments)
+        index = batch["kv_index"]
+        back = torch.empty_like(index).scatter_(0, index, torch.arange(len(index), device=index.device))
+        merge = Merge(hidden, None if cross == "none" else self.rope(batch["pos"]), index, back, segments)
         ctx = Packed(self, pos, batch["dec_cu"], batch["dec_max_len"], True, batch.get("rows"), merge)
         if cross == "continue":  # rotary positions go on where the encoder's end; the gate counts the decoder's own tokens
             ctx.rope = self.rope(pos + torch.repeat_interleave(batch["cu"].diff(), batch["dec_cu"].diff(), output_size=len(pos)))
@@ -620,6 +626,7 @@ def build(cfg: ModelConfig, device: str = "cpu") -> Transformer:
 def compile_blocks(model):
     """Compile every block, in place, by itself: one compilation of ten seconds serves all layers, and data parallel wrappers, which work
     between blocks, stay out of it. What a graph loses at a block's borders is one pass over the residual stream."""
+    Segments.attend_padded = torch.compiler.disable(Segments.attend_padded)  # every batch has a plan of its own, each would be compiled
     torch._dynamo.config.recompile_limit = 64  # phases of precision, encoders and decoders; past torch's 8 it would go on uncompiled
     for module in model.modules():
         if isinstance(module, Block):

@@ -1,4 +1,5 @@
-"""Settings that would do nothing in a run: typed on the command line they stop it, from a config file they are named as it starts.
+"""Numbers that no run can have are refused, and so are settings that would do nothing in it: typed on the command line they stop it,
+from a config file they are named as it starts.
 
 One config may follow another that trains something else (config/encdec_contrast.py after config/encdec_ul2.py), so what a file leaves
 over is no mistake; what somebody has just typed is. `NEEDS` is all there is to it. Read next: train.py, which asks.
@@ -11,7 +12,7 @@ from latent_data import LatentConfig
 
 SHAPE = """n_layer n_head n_kv_head d_model head_dim d_ff norm_eps qk_norm qkv_bias rope_theta rope_scaling rope_bf16 embed_rank ffn act
     acts gate gate_enc gate_block init_std remat"""
-FP8 = "precision_required fp8_format fp8_recipe fp8_mode fp8_filter fp8_start_step fp8_history fp8_algo fp8_margin fp8_stats_every"
+FP8 = "precision_required fp8_format fp8_recipe fp8_mode fp8_filter fp8_start_step fp8_history fp8_algo fp8_margin"
 NEEDS = (  # what it takes, and which settings; a key without a value: it must be set at all
     ("objective=latent", " ".join(f.name for f in fields(LatentConfig))),
     ("objective=lm", "packing doc_mask chunk domains domains_every eval_stage auto_mix"),
@@ -23,17 +24,19 @@ NEEDS = (  # what it takes, and which settings; a key without a value: it must b
     ("objective=denoise", "mixture mixture_end mode_tokens max_dec closing_sentinel length_adaptive snap analyze_batch"),
     ("objective=denoise|contrast", "max_enc"),
     ("objective=contrast", "contrast_tau contrast_pairs contrast_micro contrast_symmetric contrast_pooling"),
+    ("arch=decoder|encdec", "gate allow_noncausal"),
     ("arch=encdec", "cross_rope n_sentinels"),
     ("arch=encoder|encdec", "gate_enc"),
     ("ffn=swiglu", "act"),
     ("ffn=polyglu", "acts gate gate_enc gate_block gate_noise allow_noncausal tau_max tau_min"),
+    ("objective=lm|denoise|contrast", "tau_max tau_min"),
     ("gate=lagged or gate_enc=lagged", "gate_block"),
     ("optimizer=muon", "muon_lr muon_momentum"),
     ("schedule=wsd", "decay_share"),
     ("schedule=cosine|linear|wsd", "min_lr_ratio"),
     ("warmup", "warmup_from"),
     ("precision=fp8|te", FP8),
-    ("precision=fp8", "fp8_emulate"),
+    ("precision=fp8", "fp8_emulate fp8_stats_every"),
     ("precision=te", "te_block fp8_attention"),
     ("fp8_recipe=delayed", "fp8_history fp8_algo fp8_reduce_amax"),
     ("mix_end", "mix_decay_start"),
@@ -44,6 +47,25 @@ NEEDS = (  # what it takes, and which settings; a key without a value: it must b
     ("wire_bits", "wire_start"),
     ("calibration=fixed", "prefix_rms"),
 )
+
+
+POSITIVE = """vocab_size n_layer n_head d_model max_len gate_block seq_len tokens_per_step decay_share tau_max tau_min max_enc max_dec
+    contrast_tau contrast_pairs contrast_micro""".split()
+
+
+def possible(cfg):
+    """Refuse numbers that no run can have."""
+    for key, value in vars(cfg).items():
+        if type(value) in (int, float) and key not in ("seed", "fp8_margin") and (value < 0 or (value == 0 and key in POSITIVE)):
+            die(f"{key}={value} must be {'above 0' if key in POSITIVE else '0 or more'}")
+    for n, row in enumerate(cfg.stages):
+        for key in row.keys() & {"seq_len", "rows", "accum"}:
+            if row[key] < 1:
+                die(f"stages: row {n}: {key}={row[key]} must be above 0")
+    if not all(0 <= beta < 1 for beta in cfg.betas):
+        die(f"betas={cfg.betas} must lie in [0, 1)")
+    if cfg.optimizer == "muon" and not cfg.lr:
+        die("optimizer=muon scales by muon_lr / lr: lr must be above 0; set --lr=3e-3")
 
 
 def met(cfg, need):

@@ -219,7 +219,7 @@ def held_out(cfg, length=0) -> dict[str, list]:
     if cfg.objective == "lm":
         longest = length or max([row.get("seq_len", cfg.seq_len) for row in cfg.stages], default=cfg.seq_len)
         micro = max(min(cfg.micro_tokens or cfg.tokens_per_step, 16384), longest)
-        how = {"packing": "windows" if length else cfg.packing}
+        how = {"packing": "windows" if length else cfg.packing, "doc_mask": cfg.doc_mask}
         val = {name: data.val_batches(path, longest, cfg.eval_tokens, micro, **how) for name, path in sources(cfg).items()}
         texts = domains(cfg, 1 if cfg.auto_mix else None, length or 2048)
         return {f"{k}_split" if k in texts else k: v for k, v in val.items()} | texts
@@ -300,6 +300,7 @@ def warm_up(cfg, objective, call, raw, plan, step, machine) -> str:
 
 def main(argv):
     cfg, files = configurator.load(Config, argv, __doc__)
+    needs.possible(cfg)
     idle = needs.idle(cfg, argv)
     machine = hardware.find(cfg.device, cfg.dtype)
     hardware.join(machine)
@@ -339,7 +340,7 @@ def main(argv):
     fp8.load_memory(raw, state.pop("fp8", {}))
     if cfg.auto_mix:
         plan.state = state.pop("auto_mix", None) or plan.state
-    stream, tune = data.Prefetch(stream, cfg.prefetch), domains(cfg, 0) if cfg.auto_mix else {}
+    stream, tune = data.Prefetch(stream, cfg.prefetch, machine.device.type == "cuda"), domains(cfg, 0) if cfg.auto_mix else {}
     sets = functools.cache(functools.partial(held_out, cfg))  # by window length: 0 is the usual one
     val = sets(0)
 
@@ -367,7 +368,7 @@ def main(argv):
 
     def save(step, metrics):
         score = metrics.get(cfg.best_metric)
-        best = score is not None and (state["best"] is None or score < state["best"])
+        best = score is not None and math.isfinite(score) and (state["best"] is None or score < state["best"])
         state["best"] = score if best else state["best"]
         now = {"step": step, "stream": position, "bytes": meter.bytes(), "metrics": metrics, "tau": float(raw.tau), "fp8": fp8.memory(raw)}
         full = state | now | {"config": configurator.to_dict(cfg)} | ({"auto_mix": plan.state} if cfg.auto_mix else {})
@@ -487,7 +488,7 @@ def main(argv):
             if tune and not end:
                 with fp8.evaluation(raw):
                     scores = evaluate(raw, tune, machine, shares=cfg.parallel == "ddp")
-                line = plan.answer(step, {name: scores[f"val/{name}/bpb"] for name in tune})
+                line = plan.answer(step, {name: scores[f"val/{name}/bpb{'' if raw.cfg.causal else '_noncausal'}"] for name in tune})
                 if lead:
                     log.say(line)
         if end or (cfg.save_every and step % cfg.save_every == 0):

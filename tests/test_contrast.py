@@ -157,6 +157,9 @@ def test_stream_is_resumable_and_covers_an_epoch(tmp_path):
     assert torch.equal(next(later)[0]["ids"], one[9]["ids"])
     with pytest.raises(SystemExit):
         contrast.PairStream(config(cfg.data, contrast_pairs=10), plan, 0, 1)
+    for change in ({"contrast_pairs": 8}, {"seed": 2}, {"max_enc": 40}):
+        with pytest.raises(SystemExit):
+            contrast.PairStream(config(cfg.data, **change), plan, 0, 1).load(later.state)
     with pytest.raises(SystemExit):
         contrast.build(ModelConfig(arch="decoder"))
 

@@ -386,7 +386,7 @@ def test_warming_up_compiles_every_stage(shards, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "warm_up", warm)
     torch._dynamo.reset()
     stages = "--stages=({'start': 0, 'seq_len': 16}, {'start': 2, 'seq_len': 32})"
-    train.main(short(shards, tmp_path, "--compile=True", "--doc_mask=False", stages, "--max_steps=4"))
+    train.main(short(shards, tmp_path, "--compile=True", stages, "--max_steps=4"))
     assert seen and 1 < seen[0] == len(graphs)
     assert "warmed up 2 stages x 1 phases of precision in" in capsys.readouterr().out
 

@@ -511,6 +511,7 @@ def test_validation_is_deterministic_and_counts_bytes(tmp_path):
     few = data.val_batches(dir, 64, tokens=640, micro_tokens=256)
     assert [len(batch["ids"]) for batch in few] == [256, 256, 128]
     assert torch.cat([batch["rows"] for batch in few]).tolist() == list(range(10))
+    assert all(len(batch["cu"]) == 5 for batch in data.val_batches(dir, 64, tokens=640, micro_tokens=256, doc_mask=False)[:2])  # 4 rows
     tiny = data.val_batches(dir, 8192, tokens=64)
     assert len(tiny) == 1 and len(tiny[0]["ids"]) == 8192 and int((tiny[0]["targets"] >= 0).sum()) == n - len(docs)
 

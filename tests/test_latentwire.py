@@ -323,7 +323,9 @@ def test_a_reader_keeps_its_own_gate():
     shape = dict(vocab_size=257, n_layer=1, n_head=2, d_model=16, max_len=32, ffn="polyglu", gate_noise=False)
     for arch, gate in (("encoder", "token"), ("decoder", "static")):
         lm = build(ModelConfig(arch=arch, gate="static", gate_enc="token", **shape))
+        lm.tau.fill_(0.25)  # as trained
         assert lw.reader_of(lm, 0, causal=False).cfg.gate_enc == gate
+        assert lw.reader_of(lm, 0, causal=False).tau == 0.25
 
 
 def test_wire_start_and_latent_questions_hold_back(models):

@@ -32,6 +32,17 @@ def test_every_setting_is_read_by_the_code_and_touched_by_a_test():
         assert re.search(rf"\b{key}\b", tests), f"{key}: no test touches it"
 
 
+def test_numbers_that_no_run_can_have_are_refused(capsys):
+    impossible = {"micro_tokens": -64, "seq_len": 0, "n_layer": 0, "gate_block": 0, "lr": -1.0, "decay_share": 0.0, "betas": (1.5, 0.9)}
+    for key, value in (*impossible.items(), ("stages", ({"seq_len": 64}, {"rows": 0})), ("chunk", -1), ("remat", -1), ("tau_min", 0.0)):
+        with pytest.raises(SystemExit):
+            needs.possible(Config(**{key: value}))
+        assert key in capsys.readouterr().err
+    for file in ROOT.glob("config/*.py"):
+        if not re.search("^(fp8_table|sweep)", file.name):
+            needs.possible(configurator.load(Config, [str(file)])[0])
+
+
 def test_what_would_do_nothing_is_refused_when_typed_and_named_when_inherited(capsys):
     keys = {f.name for f in fields(Config)}
     for need, some in needs.NEEDS:

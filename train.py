@@ -264,7 +264,7 @@ def warm_up(cfg, objective, call, raw, plan, step, machine) -> str:
     """Every stage's shapes, in each phase of precision, compiled and met by the allocator before the clock runs. On a stream of its own
     and without a step: parameters, optimizer, random states, the stream and FP8's histories stay what they are, to the bit."""
     began, state = time.perf_counter(), getattr(raw, "fp8", None)
-    stream, phases = data.open_stream(cfg, plan, machine.rank, machine.world, log=lambda text: None), {()}
+    stream, phases = objective.open_stream(cfg, plan, machine.rank, machine.world, log=lambda text: None), {()}
     if state and state.used == "fp8":
         phases = {(state.on, state.warm), (True, state.warm), (True, state.delayed)}
     elif state and state.used == "te" and state.delayed:
@@ -378,7 +378,7 @@ def main(argv):
         if lead:
             log.say(f"saved {out}/step-{step:06d}, {size / 1e6:,.1f} MB{' (best so far)' if best else ''}")
 
-    if cfg.objective == "lm" and (cfg.compile or machine.device.type == "cuda") and step < plan.steps:
+    if cfg.objective in ("lm", "denoise") and (cfg.compile or machine.device.type == "cuda") and step < plan.steps:
         line = warm_up(cfg, objective, call, raw, plan, step, machine)
         if lead:
             log.say(line)

@@ -27,27 +27,13 @@ from safetensors.torch import load_file, save_file
 
 import configurator
 from configurator import die
+from files import sync, write_json
 from model import ModelConfig, Transformer
 
 FILES = ("model.safetensors", "optim.safetensors")
 
 
-# ---- files that are whole or absent -------------------------------------------------------------------------------------
-
-
-def sync(path):
-    """A rename survives a power cut only if the file, and the folder that names it, have reached the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
-
-
-def write_text(path, text):
-    new = Path(path).with_name(f".tmp-{Path(path).name}")
-    new.write_text(text, encoding="utf-8")
-    sync(new)
-    os.replace(new, path)
-    sync(new.parent)
+# ---- a run and its folders ----------------------------------------------------------------------------------------------
 
 
 def point(link: Path, target: str):
@@ -93,7 +79,7 @@ def lock(run):
 
 def start_run(run, cfg, info):
     """config.json (the settings, and `info`: commit, versions, hardware) and the tokenizer, so that the folder stands alone."""
-    write_text(Path(run) / "config.json", json.dumps({"config": configurator.to_dict(cfg), **info}, indent=1) + "\n")
+    write_json(Path(run) / "config.json", {"config": configurator.to_dict(cfg), **info})
     folders = list(cfg.data.values()) if isinstance(cfg.data, dict) else [cfg.data]
     start = [resolve(cfg.init_from).parent] if cfg.init_from else []  # an encoder-decoder's knows its markers
     for source in [Path(folder) / "tokenizer" for folder in (start + folders if cfg.arch == "encdec" else folders + start)]:
@@ -191,11 +177,11 @@ def save(run, step, model, optimizer, state: dict, keep, metric=None, is_best=Fa
             sync(new / file)
         body = {"format": 1, "step": step, "optimizer": type(optimizer).__name__ if optimizer else "no optimizer"}
         body = json.loads(json.dumps(state | body | {"sha256": {f: digest(new / f) for f in FILES}}))
-        write_text(new / "state.json", json.dumps(body | {"sha256_state": digest_json(body)}, indent=1) + "\n")
+        write_json(new / "state.json", body | {"sha256_state": digest_json(body)})
         size = sum(p.stat().st_size for p in new.iterdir())
         history = json.loads((run / "history.json").read_text()) if (run / "history.json").exists() else []
         entry = {"step": step, "metric": metric, "best": is_best, "metrics": state.get("metrics", {}), "bytes": size, "time": time.time()}
-        write_text(run / "history.json", json.dumps([h for h in history if h["step"] < step] + [entry], indent=1) + "\n")
+        write_json(run / "history.json", [h for h in history if h["step"] < step] + [entry])
         # Moving `latest` is the last act: killed before it, the run goes on from the older step and does all of this once more. Only the
         # first save has no older step, so its links are there before the folder is.
         for link in ("latest", "best")[: 1 + is_best]:

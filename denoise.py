@@ -89,12 +89,6 @@ def is_sentinel(ids, sp: Special):
     return (ids >= sp.sentinel) & (ids < sp.sentinel + sp.n_sentinels)
 
 
-def sentinel_index(id: int, sp: Special) -> int:
-    if not is_sentinel(id, sp):
-        raise ValueError(f"id {id} is no sentinel: they are {sp.sentinel}..{sp.sentinel + sp.n_sentinels - 1}")
-    return id - sp.sentinel
-
-
 class Mixture(NamedTuple):
     denoisers: tuple[Denoiser, ...]
     first: np.ndarray  # (n,) weights at step 0, normalised

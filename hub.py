@@ -26,6 +26,7 @@ import checkpoint
 import configurator
 import tokenizer
 from configurator import die
+from files import write_json
 from model import Gate, ModelConfig, Transformer
 from prepare.prompts import stop_ids
 from prepare.released import ACTS, TOKENIZER_FILES, hf_fields, load_tensors, read, read_gguf, read_published
@@ -228,10 +229,6 @@ def copy_tokenizer(run, out):
         write_json(out / "generation_config.json", {"eos_token_id": stops, "pad_token_id": tok.eos_id})
     generation = json.loads((out / "generation_config.json").read_text())
     return {key: generation[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in generation}
-
-
-def write_json(path, value):
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def card(model, state, kind):

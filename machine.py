@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import gc
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -35,12 +36,16 @@ PEAKS |= {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "RTX 
 
 
 def find(device: str = "auto", dtype: str = "auto") -> Machine:
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        die(f"dtype={dtype} is not known; use auto, float32 or bfloat16")
     rank, world, local = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if kind.startswith("cuda"):
+    if re.fullmatch(r"cuda(:\d+)?", kind):
         if not torch.cuda.is_available():
             die(f"device={device}, but torch {torch.__version__} sees no GPU; use --device=cpu")
         where = torch.device("cuda", local) if kind == "cuda" else torch.device(kind)
+        if where.index >= torch.cuda.device_count():
+            die(f"{where}: there are {torch.cuda.device_count()} GPUs here; start no more processes than that, or choose another --device")
         torch.cuda.set_device(where)
         name, fast = torch.cuda.get_device_name(where), torch.cuda.get_device_capability(where) >= (8, 0)
     elif kind == "cpu":

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import checkpoint
 import configurator
 import data
+import files
 import fp8
 from configurator import die
 from machine import peak_memory, total, uncompiled
@@ -156,7 +156,7 @@ class Log:
         self.path, self.bar, self.sinks = out / "metrics.jsonl", None, []
         lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() and start else []
         lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]  # not what came after the last save
-        checkpoint.write_text(self.path, "".join(lines))
+        files.write(self.path, "".join(lines))
         if cfg.wandb:
             import wandb
 
@@ -164,7 +164,7 @@ class Log:
             known = ask("WANDB_RUN_ID") or (kept.read_text() if kept.exists() and start else None)
             where = {"project": ask("WANDB_PROJECT", "prism"), "name": ask("WANDB_NAME", out.name), "dir": ask("WANDB_DIR", str(out))}
             run = wandb.init(**where, config=configurator.to_dict(cfg), resume="allow", id=known)
-            checkpoint.write_text(kept, run.id)
+            files.write(kept, run.id)
             self.sinks.append((lambda row: run.log(row, step=row["step"]), run.finish))
         if cfg.tensorboard:
             from torch.utils.tensorboard import SummaryWriter

@@ -64,6 +64,10 @@ class Blanks:
 def last_words(kind, error, trace):
     if issubclass(kind, BrokenPipeError) and flush("\n"):
         raise SystemExit(1)
+    if issubclass(kind, KeyboardInterrupt):
+        raise SystemExit(130)
+    if issubclass(kind, (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)) and error.filename:
+        die(f"{error.filename}: {error.strerror}; correct the path")
     top = (getattr(error, "name", None) or "").partition(".")[0]
     listed = re.findall(r"^(\w+) = \[([^]]*)\]", (HERE / "pyproject.toml").read_text(), re.MULTILINE)
     extra = [name for name, packages in listed if re.search(rf'"{top}\W'.replace("_", "[-_]"), packages)]

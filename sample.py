@@ -8,8 +8,9 @@
 --lines makes each line of the input a prompt, --system=TEXT opens a chat, --mode=R|X|S|I names the denoising mode of an encoder-decoder,
 --allow_noncausal lets a decoder write whose gate hears later tokens. --beams=4 --temperature=0 looks for the likeliest text (beams.py).
 Decoding reads each token once through a KV cache. A row of a batch draws from its own random stream, so what a prompt yields does not
-depend on its neighbours. Only whole characters are printed. In Python: `sample.generate(model, tokenizer, prompt)`.
-Read next: Cache and step in model.py.
+depend on its neighbours, but for its length: the longest prompt decides how much room all have. Only whole characters are printed.
+In Python: `sample.generate(model, tokenizer, prompt)`.
+Read next: step in model.py, cache.py.
 """
 
 import prelude  # isort: skip
@@ -170,11 +171,16 @@ def main(argv):
     if checkpoint.read_state(checkpoint.resolve(opt.ckpt))["config"].get("objective") == "latent":
         import latentwire
 
+        if idle := sorted({arg[2:].partition("=")[0] for arg in argv} - {"ckpt", "prompt", "max_new_tokens", "device", "dtype"}):
+            die(f"--{idle[0]} would do nothing here: a latent run answers one question, greedily")
+
         return latentwire.say(opt.ckpt, prelude.listen(opt.prompt), opt.max_new_tokens, where)
     build = lambda cfg: Transformer(dataclasses.replace(cfg, allow_noncausal=cfg.allow_noncausal or opt.allow_noncausal))  # noqa: E731
     model, state = checkpoint.load(opt.ckpt, device=where.device, build=build)
     tok = tokenizers.load(checkpoint.resolve(opt.ckpt).parent)
     options = {key: getattr(opt, key) for key in ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "mode", "beams")}
+    if opt.mode and model.cfg.arch != "encdec":
+        die(f"--mode={opt.mode} would do nothing here: it needs an encoder-decoder")
     options |= {} if opt.mode or state["config"].get("mode_tokens", True) else {"mode": ""}
     start = [{"role": "system", "content": opt.system}] if opt.system else []
     if opt.chat and opt.prompt is None:

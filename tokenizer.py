@@ -131,6 +131,8 @@ def foreign(read):
     def careful(path, *more):
         try:
             return read(path, *more)
+        except ModuleNotFoundError:  # no fault of the file: prelude.py says what to install
+            raise
         except Exception as error:
             die(f"{path}: damaged, or not what its name says ({type(error).__name__}: {' '.join(str(error).split())[:200]}); copy it again")
 

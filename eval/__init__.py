@@ -6,7 +6,6 @@ Each is run as a module: `python -m eval.perplexity --ckpt=out/RUN`. Read next: 
 import prelude  # isort: skip  # noqa: F401
 
 import dataclasses
-import json
 import math
 import os
 
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 
 import checkpoint
+import files
 import machine
 import tokenizer
 from configurator import die
@@ -70,9 +70,6 @@ def bootstrap(top, bottom=None, draws=1000, seed=0, group=None):
 
 
 def write_json(path, value):
-    """Whole or not at all."""
+    """To --out, where one was given."""
     if path:
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        with open(path + ".tmp", "w", encoding="utf-8") as f:
-            json.dump(value, f, indent=1)
-        os.replace(path + ".tmp", path)
+        files.write_json(path, value)

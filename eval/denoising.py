@@ -7,9 +7,7 @@
 Read next: denoise.py, denoise_stream.py.
 """
 
-import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,6 +17,8 @@ import checkpoint
 import configurator
 import denoise
 import denoise_stream
+from configurator import die
+from eval import write_json
 from machine import find, to_device
 
 
@@ -113,6 +113,8 @@ def main(argv):
     opt = configurator.args({"ckpt": str, "data": "", "tokens": 65536, "device": "auto", "out": ""}, argv, __doc__)
     machine = find(opt.device, "auto")
     model, state = checkpoint.load(opt.ckpt)
+    if model.cfg.arch != "encdec":
+        die(f"arch={model.cfg.arch!r} denoises nothing; python -m eval.perplexity --ckpt={opt.ckpt} measures a decoder")
     known = {k: v for k, v in state["config"].items() if k in Config.__dataclass_fields__}
     changes = {"data": opt.data} if opt.data else {}
     cfg = configurator.from_dict(Config, known | changes | {"eval_tokens": opt.tokens}, opt.ckpt)
@@ -122,8 +124,7 @@ def main(argv):
     for name, r in rows.items():
         shuffled_loss = "-" if r["shuffled"] is None else f"{r['shuffled']:.4f}"
         print(f"{name:20} {r['loss']:8.4f} {r['accuracy']:9.4f} {shuffled_loss:>9} {r['tokens']:9,}")
-    if opt.out:
-        Path(opt.out).write_text(json.dumps({"ckpt": opt.ckpt, "step": state["step"], "denoisers": rows}, indent=1) + "\n")
+    write_json(opt.out, {"ckpt": opt.ckpt, "step": state["step"], "denoisers": rows})
 
 
 if __name__ == "__main__":

@@ -241,6 +241,8 @@ def compare(opt, encoder, device, data) -> tuple[dict, str]:
 
 def main(argv):
     opt = configurator.args(OPTIONS, argv, __doc__)
+    if not any(value is True for key, value in vars(opt).items() if key != "quiet"):
+        die("nothing to do: add --quick, --run_stsb, --run_sts, --run_retrieval, --run_mteb, --compare_baselines or --run_all")
     say = (lambda text: None) if opt.quiet else print
     device, data = find(opt.device, "auto").device, Path(opt.data)
     if opt.causal not in (None, "True", "False") or opt.dtype not in ("float32", "bfloat16"):

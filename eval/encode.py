@@ -8,16 +8,15 @@ Where the machine multiplies bf16 and --dtype=float32, prism is timed in bf16 to
 `--clock=cpu` counts CPU seconds of this process, the honest figure on a machine that others are using. Read next: model.py (Embedder).
 """
 
-import json
 import statistics
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
 
 import configurator
+from eval import write_json
 from machine import find
 from model import Embedder
 
@@ -70,8 +69,7 @@ def main(argv):
         }
         print(f"{name:34} {result[name]['texts/s']:9.1f} texts/s   {statistics.median(ratio):.2f}x [{min(ratio):.2f}, {max(ratio):.2f}]"
               f"   smallest cosine with prism {same:.6f}")  # fmt: skip
-    if opt.out:
-        Path(opt.out).write_text(json.dumps(result, indent=1) + "\n")
+    write_json(opt.out, result)
 
 
 if __name__ == "__main__":

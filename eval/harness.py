@@ -67,7 +67,7 @@ class PrismLM(TemplateLM):
             whole = text[: text.rfind("\n") + 1]  # a kill may have cut the last line
             if whole != text:
                 self.log.write_text(whole, encoding="utf-8")
-            for line in whole.splitlines():
+            for line in whole.split("\n")[:-1]:  # only a line feed: U+2028 may stand in an answer
                 row = json.loads(line)
                 self.done[row["key"]] = row["answer"]
 
@@ -237,6 +237,8 @@ def main(argv):
     o = configurator.args(OPTIONS, argv, __doc__)
     if bool(o.tasks) == bool(o.suite) or o.suite not in ("", *SUITES):
         die(f"give --tasks=a,b or --suite=, one of {', '.join(SUITES)}; got tasks={o.tasks!r}, suite={o.suite!r}")
+    if o.suite and o.num_fewshot >= 0:
+        die(f"--num_fewshot={o.num_fewshot} would do nothing here: a suite has its own; name its tasks with --tasks")
     model, state, _, facts = open_run(o)
     if model.cfg.arch != "decoder":
         die(f"arch={model.cfg.arch!r}: the harness scores decoders")
@@ -262,7 +264,8 @@ def main(argv):
     if o.suite in ("ppl", "all"):
         from eval import perplexity
 
-        perplexity.main([f"--ckpt={o.ckpt}", f"--device={o.device}", f"--out={out.removesuffix('.json')}-perplexity.json"])
+        same = [f"--{k}={getattr(o, k)}" for k in OPEN if k != "out"]
+        perplexity.main([*same, f"--out={out.removesuffix('.json')}-perplexity.json"])
 
 
 def log_of(out, facts):

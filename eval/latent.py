@@ -32,6 +32,7 @@ import latent_data
 import latentwire
 import machine
 import tokenizer
+from eval import write_json
 from eval.answers import budget_arms, cut_bytes, cut_tokens, exact, f1, interval, normalise, zstd_size
 from eval.latent_report import table, write
 
@@ -227,6 +228,8 @@ def evaluate(opt) -> dict:
     rows = [r for r in rows if all(s.aligned(r["question"], r["answers"][0]) for s in model.sides)]
     dropped = asked - len(rows)
     rows = random.Random(opt.seed).sample(rows, min(opt.samples, len(rows)))
+    if len({r["context"] for r in rows}) < 2:
+        configurator.die(f"{data}: {len(rows)} questions of --samples={opt.samples} remain; two passages are needed, to swap their packets")
     out = Path(opt.out or Path(opt.ckpt) / "eval")
     out.mkdir(parents=True, exist_ok=True)
     asks = [[r["context"], r["question"], r["answers"]] for r in rows]
@@ -249,6 +252,7 @@ def evaluate(opt) -> dict:
             for name, (prompts, vectors, by_ids) in tqdm(arms.items(), desc=path, disable=not sys.stderr.isatty()):
                 if f"{name}/{m}" not in kept:
                     kept[f"{name}/{m}"] = run_arm(model, m, rows, prompts, vectors, by_ids, opt)
+                    write_json(str(cache), {"key": key, "arms": kept})
                 results[name, m] = kept[f"{name}/{m}"]
             text_time, latent_time = seconds(model, m, rows, opt.bits[0], opt)
             metrics["arms"][path] = {name: summary(results[name, m]) for name in arms}
@@ -256,7 +260,6 @@ def evaluate(opt) -> dict:
             metrics["arms"][path][f"latent{opt.bits[0]}"]["seconds"] = latent_time
             metrics["intervals"][path] = differences(results, m, rows, opt)
         metrics["joint"] = joint(model, rows, results, packets, opt)
-    cache.write_text(json.dumps({"key": key, "arms": kept}))
     raw = [r["context"].encode() if cfg["compress"] == "context" else f"{r['context']}\n{r['question']}".encode() for r in rows]
     zstd = [zstd_size(r) for r in raw]
     slots = [len(p) for p in packets[opt.bits[0]]]

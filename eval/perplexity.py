@@ -68,7 +68,9 @@ def domain_batches(folder, tok, eval_len=2048, batch_tokens=16384, half=None, st
         die(f"--domains={folder}: no NAME.jsonl there; python -m prepare.val --from=DIR --out={folder} writes them")
     domains = {}
     for path in files:
-        texts = [row["text"] for row in read_rows(path)]
+        texts = [row.get("text") for row in read_rows(path)]
+        if None in texts:
+            die(f"{path}: a row has no text; python -m prepare.val makes such files")
         texts = [t for t in texts if half is None or hashlib.blake2b(t.encode()).digest()[0] % 2 == half]
         pieces, batches, held = [], [], 0  # (document, ids with one more in front, bytes, targets scored before)
         for i, text in enumerate(texts):
@@ -163,6 +165,9 @@ def sources(state):
 
 def main(argv):
     o = configurator.args(OPTIONS, argv, __doc__)
+    idle = {"eval_len", "window_stride"} if not o.domains else {"windows", "seq_len"} if not o.data else set()
+    if idle := sorted(idle & {arg[2:].partition("=")[0] for arg in argv}):
+        die(f"--{idle[0]} would do nothing here: it needs {'--data' if o.domains else '--domains'}")
     model, state, device, facts = open_run(o)
     if model.cfg.arch != "decoder":
         die(f"arch={model.cfg.arch!r} predicts no next token; python -m eval.denoising --ckpt={o.ckpt} measures it")

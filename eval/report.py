@@ -246,7 +246,8 @@ def page(runs, opt, progress=False):
     maps = [routing(run) for run in runs if run["routing"]]
     body += [f"<h2>Routing</h2>{''.join(maps)}"] if maps else []
     if opt.samples:
-        written = [samples(run, opt) for run in runs if run["config"] and next(run["path"].glob("step-*/state.json"), None)]
+        able = [run for run in runs if run["config"] and run["config"].get("objective") != "latent"]  # a packet's encoder writes no text
+        written = [samples(run, opt) for run in able if next(run["path"].glob("step-*/state.json"), None)]
         body += [f"<h2>Samples</h2>{''.join(written)}"] if any(written) else []
     body.append(f"<h2>Settings</h2>{settings(runs)}<h2>Environment</h2>")
     facts = list(dict.fromkeys(key for run in runs for key in run["about"]))

@@ -7,7 +7,6 @@ first tokenizer, bits per byte of a unigram model fitted on the odd documents an
 token says more and is harder to guess), speed, round trip; below, how many words the tokens of the vocabulary span. Bits per byte of a
 trained model, the figure that decides, come from eval/perplexity.py."""
 
-import json
 import os
 import re
 import sys
@@ -19,6 +18,7 @@ import numpy as np
 import configurator
 import tokenizer
 from configurator import die
+from files import write_json
 from prepare import sources
 
 
@@ -83,8 +83,7 @@ def main(argv):
             shown += f" {saved:7.1%} {row['unigram_bits_per_byte']:11.3f} {row['mb_per_s']:6.1f} {row['round_trip']:.1%}"
             print(f"  {tok.name[:24]:24} {tok.vocab_size:8,} {shown}")
     if o.out:
-        with open(o.out, "w", encoding="utf-8") as f:
-            json.dump(result, f, indent=1)
+        write_json(o.out, result)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,9 @@ is new, so both start from what the language model knows. The last four rows of 
 Read next: denoise.py (what is trained on it), train.py with config/encdec_ul2.py, prepare/sentence.py (its encoder for everybody).
 """
 
-import base64
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +25,10 @@ import hub
 import sample
 import tokenizer
 from configurator import die
+from files import write_json
 from model import ModelConfig, build, rectangle
 from prepare import Checks
+from prepare.tokenizer import convert
 
 
 def read(source: Path, dtype) -> tuple[dict, dict, dict]:
@@ -35,37 +37,20 @@ def read(source: Path, dtype) -> tuple[dict, dict, dict]:
         folder = checkpoint.resolve(source)
         model, state = checkpoint.load(folder, build=hub.load_anyway)
         tok = tokenizer.load(folder.parent)
-        info = {"family": "prism", "tokenizer": tok.files, "source": {"path": str(source), "step": state["step"]}}
+        info = {"family": "prism", "tau": float(model.tau), "tokenizer": tok.files, "source": {"path": str(source), "step": state["step"]}}
         info["source"]["sha256"] = {"model.safetensors": checkpoint.digest(folder / "model.safetensors")}
         return configurator.to_dict(model.cfg), {k: v.to(dtype) for k, v in model.state_dict().items()}, info
     return hub.read_model(source, dtype=dtype)
 
 
 def tokenizer_json(files: dict) -> bytes:
-    if "tokenizer.json" in files:
-        return files["tokenizer.json"]
-    if "bytes.json" in files:  # bytes as a byte-level BPE without merges: the same ids, in the format that everybody reads
-        return tokenizer.bpe(tokenizer.byte_alphabet(), [], tokenizer.GPT2, {tokenizer.EOS: 256})
-    ranked = next((name for name in files if name.endswith(".tiktoken")), None)
-    if ranked:
-        ranks = {base64.b64decode(t): int(r) for t, r in (line.split() for line in files[ranked].splitlines() if line)}
-        rule = json.loads(files[ranked.replace(".tiktoken", ".json")])
-        letters = {byte: letter for letter, byte in tokenizer.byte_alphabet().items()}
-        spell = lambda token: "".join(letters[b] for b in token)  # noqa: E731
-        merges = [tuple(map(spell, halves(token, ranks))) for token in sorted(ranks, key=ranks.get) if len(token) > 1]
-        return tokenizer.bpe({spell(t): r for t, r in ranks.items()}, merges, rule["pattern"], rule["special"], rule["nfc"])
-    die(f"the source's tokenizer is {', '.join(files) or 'missing'}: put its tokenizer.json beside the weights")
-
-
-def halves(token: bytes, ranks: dict) -> list[bytes]:
-    """The two tokens whose merge made this one: its bytes merged by every rank below its own."""
-    parts = [token[i : i + 1] for i in range(len(token))]
-    while len(parts) > 2:
-        rank, i = min((ranks.get(parts[i] + parts[i + 1], 1 << 40), i) for i in range(len(parts) - 1))
-        if rank >= ranks[token]:
-            die(f"rank file: {token!r} is no merge of two earlier tokens; bring the tokenizer's tokenizer.json")
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-    return parts
+    """Of a tokenizer's files, whatever their kind."""
+    if not any(name in ("tokenizer.json", "bytes.json", "merges.txt") or name.endswith(".tiktoken") for name in files):
+        die("the source has no tokenizer: put its tokenizer.json beside the weights")
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, content in files.items():
+            Path(scratch, name).write_bytes(content)
+        return convert(tokenizer.load(scratch))
 
 
 def extend(raw: bytes, sp: denoise.Special, tok) -> bytes:
@@ -197,9 +182,9 @@ def main(argv):
     counts = {"layer": size(model.encoder.blocks[0]), "stack": size(model.encoder), "total": model.num_params(), "stored": size(model)}
     facts = {"source": info["source"], "family": info["family"], "seed": opt.seed, "parameters": counts, "text_ids": tok.vocab_size}
     facts |= {"start": sp.start, "eos": sp.eos, "modes": [sp.mode, sp.sentinel - 1], "sentinels": [sp.sentinel, cfg.vocab_size - 1]}
-    checkpoint.write_text(run / "init.json", json.dumps(facts, indent=1) + "\n")
-    saved = {"config": configurator.to_dict(cfg), "tau": float(model.tau), "imported": facts, "metrics": {}, "tokens": 0}
-    checkpoint.write_text(run / "config.json", json.dumps({"config": saved["config"], "imported": facts}, indent=1) + "\n")
+    write_json(run / "init.json", facts)
+    saved = {"config": configurator.to_dict(cfg), "tau": info.get("tau", 1.0), "imported": facts, "metrics": {}, "tokens": 0}
+    write_json(run / "config.json", {"config": saved["config"], "imported": facts})
     checkpoint.save(run, 0, model, None, saved, keep=1)
     print(f"{run}: encoder-decoder of {info['family']} {source.name}: " + ", ".join(f"{k} {v:,}" for k, v in counts.items()))
     print(f"ids: text 0..{tok.vocab_size - 1}, modes {facts['modes']}, sentinels {facts['sentinels']}, start {sp.start}, EOS {sp.eos}")

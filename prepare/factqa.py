@@ -28,6 +28,7 @@ import numpy as np
 import configurator
 import tokenizer
 from data import UNTRAINED
+from files import write_json, write_rows
 from prepare import shards, sources
 
 # attribute | two ways to say it, of a subject {s} or of its owner {p} | the question about {n}; then 32 values
@@ -106,6 +107,13 @@ def person(rng: random.Random) -> tuple[str, str]:
 
 def statements(rng, cfg, split: str, count: int, avoid: str = "") -> tuple[str, str, list[tuple[str, str]]]:
     """One person: (full name, text, [(attribute, value)]); the name stands in the first sentence, a pronoun in the others."""
+    for _ in range(1000):
+        if found := attempt(rng, cfg, split, count, avoid):
+            return found
+    configurator.die(f"values={cfg.values} facts={cfg.facts}: hardly anybody has so many facts of the {split} split; raise --values")
+
+
+def attempt(rng, cfg, split, count, avoid):
     name = avoid
     while name.split()[:1] == avoid.split()[:1]:  # questions use the first name
         name, pronoun = person(rng)
@@ -117,7 +125,7 @@ def statements(rng, cfg, split: str, count: int, avoid: str = "") -> tuple[str, 
                 break
             value = values(attribute, cfg, rng)
         else:  # a combination of this split need not exist for this person when there are few values
-            return statements(rng, cfg, split, count, avoid)
+            return None
         facts.append((attribute, value))
         subject, owner = (name, name + "'s") if i == 0 else (pronoun, "Her" if pronoun == "She" else "His")
         sentences.append(rng.choice(ATTRIBUTES[attribute][0]).format(s=subject, p=owner, v=value))
@@ -149,31 +157,26 @@ def paragraphs(path: str, count: int) -> list[str]:
     return out[:count]
 
 
-def write_jsonl(path: Path, rows) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
 def settings_of(cfg) -> dict:
     """All that decides the jsonl files."""
     return {k: v for k, v in vars(cfg).items() if k not in ("out", "shards", "bpe", "passage_every")}
 
 
 def generate(cfg) -> None:
-    (out := Path(cfg.out)).mkdir(parents=True, exist_ok=True)
+    out = Path(cfg.out)
     for split, count in (("train", cfg.train), ("dev", cfg.dev), ("test", cfg.test)):
         rng, rows = random.Random(f"{cfg.seed}-{split}"), []
         for i in range(count):
             text, qa = passage(rng, cfg, split)
             for j, (question, answer) in enumerate(qa if split == "train" else qa[:1]):
                 rows.append({"context": text, "question": question, "answers": [answer], "id": f"{split}-{i}-{j}"})
-        write_jsonl(out / f"{split}.jsonl", rows)
+        write_rows(out / f"{split}.jsonl", rows)
     rng, rows = random.Random(f"{cfg.seed}-lm"), []
     for i in range(cfg.lm_docs):  # half of the documents are easier: with few facts the lookup is learned sooner
         text, qa = passage(rng, cfg, "train", cfg.facts if i % 2 else rng.randint(1, cfg.facts))
         rows.append({"context": text, "qa": qa})
-    write_jsonl(out / "lm.jsonl", rows)
-    write_jsonl(out / "natural.jsonl", ({"text": p} for p in paragraphs(cfg.natural, cfg.natural_docs)))
+    write_rows(out / "lm.jsonl", rows)
+    write_rows(out / "natural.jsonl", ({"text": p} for p in paragraphs(cfg.natural, cfg.natural_docs)))
 
 
 def train_bpe(texts, size: int, folder: Path) -> None:
@@ -222,8 +225,9 @@ def main(argv=None) -> None:
         configurator.die(f"values={cfg.values} facts={cfg.facts} value_words={cfg.value_words}: values 2..32, facts 1..8, words < values")
     note = Path(cfg.out) / "settings.json"
     if not note.exists() or json.loads(note.read_text()) != settings_of(cfg):  # what is done is not done twice
+        note.unlink(missing_ok=True)  # a kill below must not leave the old settings beside the new rows
         generate(cfg)
-        note.write_text(json.dumps(settings_of(cfg)))
+        write_json(note, settings_of(cfg))
     size = sum(len(row["context"].encode()) for row in sources.read(Path(cfg.out) / "test.jsonl")) / max(cfg.test, 1)
     bits = cfg.facts * math.log2(math.comb(cfg.values, cfg.value_words))
     print(f"{cfg.out}: {cfg.train}/{cfg.dev}/{cfg.test} passages, {size:.0f} bytes each, of which {bits:.0f} bits are values")

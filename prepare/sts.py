@@ -11,7 +11,6 @@ the same DIR. Read next: eval/embedding.py, contrast.py.
 
 import csv
 import io
-import json
 import re
 import sys
 import zipfile
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import configurator
 from configurator import die
+from files import write_rows
 from prepare import sources
 
 HUB = {"stsb": "mteb/stsbenchmark-sts", "sickr": "mteb/sickr-sts"}
@@ -77,13 +77,12 @@ def main(argv):
     opt = configurator.args({"from": str, "out": "data/sts"}, argv, __doc__)
     source, out = getattr(opt, "from"), Path(opt.out)
     found = from_hub() if source == "hub" else from_archive(Path(source))
-    out.mkdir(parents=True, exist_ok=True)
     found = {path.stem: sources.read(path) for path in (*out.glob("stsb-*.jsonl"), *out.glob("sickr-*.jsonl"))} | found  # of earlier calls
     held = {plain(r[f"sentence{i}"]) for name, rows in found.items() if name != "stsb-train" for r in rows for i in (1, 2)}
     near = [(r["sentence1"], r["sentence2"]) for r in found.get("stsb-train", ()) if r["score"] >= 4]
     near = [{"query": a, "positive": b} for a, b in near if not {plain(a), plain(b)} & held and plain(a) != plain(b)]
     for name, rows in (found | ({"pairs": near} if "stsb-train" in found else {})).items():
-        (out / f"{name}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        write_rows(out / f"{name}.jsonl", rows)
         print(f"{out}/{name}.jsonl: {len(rows):,} pairs")
 
 

@@ -21,6 +21,7 @@ import numpy as np
 import configurator
 import tokenizer
 from configurator import die
+from files import write, write_json
 from prepare import sources
 
 STAGE1 = (
@@ -102,26 +103,19 @@ def train(texts, size, transition, split=STAGE1):
 
 
 def save(raw, folder, name):
-    os.makedirs(folder, exist_ok=True)
-    for file, content in (
-        ("tokenizer.json", raw),
-        ("tokenizer_config.json", json.dumps({"name": name, "eos_token": tokenizer.EOS}).encode()),
-    ):
-        with open(os.path.join(folder, file), "wb") as f:
-            f.write(content)
+    write(os.path.join(folder, "tokenizer.json"), raw)
+    write_json(os.path.join(folder, "tokenizer_config.json"), {"name": name, "eos_token": tokenizer.EOS})
     return tokenizer.load(folder)
 
 
 def save_ranks(vocab, folder, name):
     """A one-stage BPE as a rank file: the same ids as its tokenizer.json would give, seven times as fast."""
-    os.makedirs(folder, exist_ok=True)
     table = {c: bytes([b]) for c, b in tokenizer.byte_alphabet().items()}
     special = {m: len(vocab) + i for i, m in enumerate(MARKERS)}
     rule = {"name": name, "pattern": STAGE1, "special": special, "nfc": False, "eos": tokenizer.EOS}
-    with open(os.path.join(folder, f"{name}.tiktoken"), "wb") as f:
-        f.writelines(base64.b64encode(b"".join(table[c] for c in token)) + b" %d\n" % i for token, i in vocab.items())
-    with open(os.path.join(folder, f"{name}.json"), "w", encoding="utf-8") as f:
-        json.dump(rule, f, indent=1)
+    lines = (base64.b64encode(b"".join(table[c] for c in token)) + b" %d\n" % i for token, i in vocab.items())
+    write(os.path.join(folder, f"{name}.tiktoken"), b"".join(lines))
+    write_json(os.path.join(folder, f"{name}.json"), rule)
     return tokenizer.load(folder)
 
 

@@ -16,6 +16,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 from collections import Counter
 
 import numpy as np
@@ -95,7 +96,8 @@ def trained(o, local, held_out):
     )
     print(f"learning {size} ids from {len(texts):,} documents, {sum(map(len, texts)) / 1e6:.1f}M characters", flush=True)
     vocab, _ = superbpe.subwords(texts, int(size) - len(superbpe.MARKERS))
-    return superbpe.save_ranks(vocab, os.path.join(o.out, "tokenizer"), o.tokenizer.replace(":", ""))
+    with tempfile.TemporaryDirectory() as scratch:  # build() keeps it, once it knows that --out may be written
+        return superbpe.save_ranks(vocab, scratch, o.tokenizer.replace(":", ""))
 
 
 def report(out, manifest, seconds=0, read=0):
@@ -165,8 +167,11 @@ def main(argv):
         die(f"--part={o.part}: i/n with i < n, for local files")
     files, vals = (sources.find(spec) if spec else [] for spec in (local, o.val_from))
     o.val = 0.0 if vals else o.val
-    held = sources.tasks(vals + (sources.find(o.exclude) if o.exclude else []), None, o.separator)
-    held_out = frozenset(digest(slices) for task, _ in held for slices in sources.documents(task, Counter(), o.text_field))
+    held = list(sources.tasks(vals + (sources.find(o.exclude) if o.exclude else []), None, o.separator))
+    fields = {o.text_field, "text"}  # the second is prepare.val's, whatever the training text calls its own
+    held_out = frozenset(digest(slices) for f in fields for task, _ in held for slices in sources.documents(task, Counter(), f))
+    if held and not held_out:
+        die(f"--val_from={o.val_from} --exclude={o.exclude}: no text there in a field '{o.text_field}' or 'text'")
 
     if o.tokenizer.startswith("bpe:"):
         tok = trained(o, local, held_out)

@@ -14,6 +14,7 @@ import tempfile
 import configurator
 import tokenizer
 from configurator import die
+from files import write
 
 NORMAL, CONTROL, USER = 1, 3, 4  # types of tokens in a GGUF file
 
@@ -100,18 +101,15 @@ def main(argv):
     }
     with tempfile.TemporaryDirectory() as scratch:
         for name, content in files.items():
-            with open(os.path.join(scratch, name), "wb") as f:
-                f.write(content)
+            write(os.path.join(scratch, name), content)
         again = tokenizer.load(scratch)
     from prepare import superbpe
 
     texts = superbpe.read("stdlib", max_docs=o.max_docs)
     if again.fingerprint != tok.fingerprint or any(again.encode(t) != tok.encode(t) for t in texts):
         die(f"{source}: its tokenizer.json would not give the same ids; nothing was written")
-    os.makedirs(out, exist_ok=True)
     for name, content in files.items():
-        with open(os.path.join(out, name), "wb") as f:
-            f.write(content)
+        write(os.path.join(out, name), content)
     print(f"{out}/tokenizer.json: the same {tok.vocab_size:,} ids, also on {len(texts)} files of the standard library")
 
 

@@ -6,7 +6,6 @@ The domain is named by its file, up to the first underscore (c4_validation_2k.pa
 columns, see SHAPES; a further kind of set is one more entry there. `prepare.text --exclude=data/val` keeps these texts out of training.
 Read next: eval/perplexity.py, which scores them."""
 
-import json
 import os
 import re
 import sys
@@ -14,6 +13,7 @@ from collections import Counter
 
 import configurator
 from configurator import die
+from files import write_rows
 from prepare import sources
 from tokenizer import scalar
 
@@ -35,7 +35,6 @@ def main(argv):
             domains.setdefault(name, []).append((path, size))
     if not domains:
         die(f"--from={getattr(o, 'from')}: no {', '.join(sources.LINES + sources.TABLES)} file there")
-    os.makedirs(o.out, exist_ok=True)
     for name, files in sorted(domains.items()):
         texts, count = [], Counter()
         for task, _ in sources.tasks(files):
@@ -46,9 +45,7 @@ def main(argv):
                 texts.append(scalar(shape.format(**row)))
         texts = [t for t in texts if t.strip()][: o.max_rows or None]
         path = os.path.join(o.out, f"{name}.jsonl")
-        with open(path + ".tmp", "w", encoding="utf-8") as f:
-            f.writelines(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in texts)
-        os.replace(path + ".tmp", path)
+        write_rows(path, ({"text": t} for t in texts))
         nbytes = sum(len(t.encode()) for t in texts)
         print(f"{path}: {len(texts):,} documents, {nbytes:,} bytes" + (f"; skipped: {dict(count)}" if count else ""))
 

@@ -6,6 +6,7 @@ import random
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -262,6 +263,17 @@ def test_kill_9_in_the_middle_of_a_save(tmp_path):
         checkpoint.lock(tmp_path).close()
         os.close(reader), os.close(writer)
     assert torn  # at least one kill fell into a save
+
+
+def test_what_only_the_first_rank_keeps_and_a_gpu_that_nobody_uses(monkeypatch):
+    gathered = []
+    shard = SimpleNamespace(detach=lambda: shard, full_tensor=lambda: gathered.append(1) or torch.ones(2))
+    assert checkpoint.whole(shard, keep=False) is None and torch.equal(checkpoint.whole(shard), torch.ones(2)) and len(gathered) == 2
+    text = checkpoint.random_state()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # a run on its CPU must not take a context and memory there
+    assert checkpoint.random_state() == text and "cuda" not in json.loads(text)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state: 1 / 0)
+    checkpoint.set_random_state(json.dumps(json.loads(text) | {"cuda": "00"}))
 
 
 def test_start_run_makes_the_folder_stand_alone(tmp_path):

@@ -182,6 +182,8 @@ def test_args(capsys):
     opt = configurator.args(keys, ["--ckpt=out/x=1", "--device=cpu", "--temperature=0", "--chat", "--prompt=12"], "doc")
     assert vars(opt) == {"ckpt": "out/x=1", "device": "cpu", "top_k": 0, "temperature": 0.0, "chat": True, "prompt": "12"}
     assert configurator.args({"prompt": None}, [], "").prompt is None
+    for said in ("None", "'a'", "[1, 2]", '"it" "is"'):  # text stays text, also where it looks like Python
+        assert configurator.args({"prompt": None}, [f"--prompt={said}"], "").prompt == said
     dies(capsys, lambda: configurator.args(keys, ["--ckpt=a"], "doc"), "--device", "required")
     dies(capsys, lambda: configurator.args(keys, ["--ckpt=a", "--device=tpu"], "doc"), "tpu", "'cpu', 'cuda'")
     dies(capsys, lambda: configurator.args(keys, ["--topk=3"], "doc"), "topk", "top_k")
@@ -244,10 +246,12 @@ assert not {m for m in sys.modules if m.startswith(("torch", "numpy", "lm_eval")
         ("pyarrow", ["prepare/text.py", "--from={tmp}/x.parquet", "--out={tmp}/out", "--tokenizer=bytes", "--workers=2"], "'.[data]'"),
         ("lm_eval", ["eval/harness.py", "--ckpt=x", "--tasks=y"], "'.[eval]'"),
         ("torch", ["sample.py", "--ckpt=x"], "."),
+        ("gguf", ["hub.py", "import", "--from={tmp}/x.gguf", "--out={tmp}/out"], "'.[export]'"),
     ],
 )
 def test_a_missing_package_is_one_line_with_its_extra(package, argv, extra, tmp_path):
-    (tmp_path / "x.parquet").write_bytes(b"PAR1")
+    for kind in ("parquet", "gguf"):
+        (tmp_path / f"x.{kind}").write_bytes(b"PAR1")
     code = f"import prelude, runpy, sys; del sys.argv[0]; sys.modules['{package}'] = None; runpy.run_path(sys.argv[0], run_name='__main__')"
     argv = [word.format(tmp=tmp_path) for word in argv]
     done = subprocess.run([sys.executable, "-c", code, *argv], cwd=ROOT, capture_output=True, text=True)
@@ -268,6 +272,13 @@ def test_a_closed_pipe_is_no_error():
         with subprocess.Popen([sys.executable, "train.py", "--help"], cwd=ROOT, env=env, stdout=-1, stderr=-1) as run:
             run.stdout.close()
             assert run.stderr.read() == b""
+
+
+def test_a_wrong_path_and_an_interruption_need_no_traceback():
+    for code, said in ((2, "/no/such: No such file or directory; correct the path\n"), (130, "")):
+        what = "open('/no/such')" if said else "raise KeyboardInterrupt"
+        done = subprocess.run([sys.executable, "-c", f"import prelude; {what}"], cwd=ROOT, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (code, said)
 
 
 def test_other_errors_keep_their_traceback():

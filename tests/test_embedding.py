@@ -225,7 +225,7 @@ def test_a_first_token_that_hears_nothing_is_found(run, monkeypatch):
     assert not E.later_token(encoder)[0]
 
 
-def test_export_refuses(qwen, run, tmp_path, capsys):
+def test_export_refuses(qwen, run, tmp_path, capsys, monkeypatch):
     hub.main(["import", f"--from={qwen}", f"--out={tmp_path / 'lm'}"])
     for changes in (
         {"ckpt": str(tmp_path / "lm")},
@@ -238,8 +238,14 @@ def test_export_refuses(qwen, run, tmp_path, capsys):
             sentence.export(options(**({"ckpt": str(run), "out": str(tmp_path / "st")} | changes)))
     with pytest.raises(SystemExit):
         hub.main(["export", f"--ckpt={run}", "--to=sentence-transformers", f"--out={tmp_path / 'st'}", "--pooling=max"])
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)  # not installed
+    with pytest.raises(ModuleNotFoundError):
+        sentence.export(options(ckpt=str(run), out=str(tmp_path / "st")))
     assert not (tmp_path / "st").exists()
     capsys.readouterr()
+    with pytest.raises(SystemExit):
+        E.main(["--ckpt=x"])
+    assert "nothing to do" in capsys.readouterr().err
 
 
 def test_averaging(tmp_path):

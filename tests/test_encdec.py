@@ -10,11 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import checkpoint
+import configurator
 import denoise
 import denoise_stream
 import hub
 import train
-from eval.denoising import shuffled
+from eval import denoising
 from eval.trace import trace
 from model import ModelConfig, build, merged_rectangle
 from tests.test_denoise_stream import padded
@@ -295,7 +297,7 @@ def test_loss_at_the_start_and_overfitting_one_pack():
         optimizer.step()
     assert loss.detach() < 0.7, loss
     with torch.no_grad():
-        strangers = shuffled(pack)  # what was learned of one encoder text is of no use with another
+        strangers = denoising.shuffled(pack)  # what was learned of one encoder text is of no use with another
         assert float(model.nll(model(strangers), strangers["targets"])[0]) / n > loss + 0.3
 
 
@@ -408,6 +410,19 @@ def test_a_curriculum_of_denoisers_resumes_to_the_bit_and_its_losses_are_golden(
 
 
 GOLDEN = [6.0652, 5.9873, 5.9797, 5.8853, 5.7583, 5.6717]
+
+
+def test_denoisers_of_a_checkpoint_are_measured_and_a_decoder_has_none(corpus, tmp_path, capsys):
+    keys = dict(vocab_size=371, n_layer=1, n_head=2, d_model=16, max_len=64, max_enc=64, max_dec=64, objective="denoise", data=corpus)
+    for arch in ("encdec", "decoder"):
+        cfg = train.Config(**keys, arch=arch)
+        checkpoint.save(tmp_path / arch, 0, build(cfg), None, {"config": configurator.to_dict(cfg)}, keep=1)
+    out = tmp_path / "new" / "result.json"
+    denoising.main([f"--ckpt={tmp_path / 'encdec'}", "--tokens=512", "--device=cpu", f"--out={out}"])
+    assert all(5 < row["loss"] < 7 for row in json.loads(out.read_text())["denoisers"].values()) and "infill" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        denoising.main([f"--ckpt={tmp_path / 'decoder'}", "--device=cpu"])
+    assert "eval.perplexity" in capsys.readouterr().err
 
 
 def test_trace_keeps_every_state_and_map():

@@ -134,10 +134,15 @@ def test_training_split_is_never_opened_and_mistakes_are_one_line(home, tmp_path
     monkeypatch.setattr(data.Shards, "__init__", lambda self, dir, split: opened.append(split) or init(self, dir, split))
     perplexity.main([f"--ckpt={home / 'run'}", "--windows=1"])
     assert set(opened) == {"val"}
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "a.jsonl").write_text('{"text": "a"}\n{"body": "b"}\n')
     for argv, word in (
         ([f"--ckpt={home / 'run'}", "--data=nowhere"], "nowhere"),
         ([f"--ckpt={home / 'run'}", f"--domains={tmp_path}"], "jsonl"),
         ([f"--ckpt={home / 'run'}", "--windws=3"], "windows"),
+        ([f"--ckpt={home / 'run'}", f"--domains={tmp_path / 'odd'}"], "a row has no text"),
+        ([f"--ckpt={home / 'run'}", "--eval_len=64"], "--eval_len would do nothing"),
+        ([f"--ckpt={home / 'run'}", f"--domains={tmp_path / 'odd'}", "--windows=3"], "--windows would do nothing"),
     ):
         capsys.readouterr()
         with pytest.raises(SystemExit) as end:
@@ -183,6 +188,7 @@ def test_routing_report_and_its_pictures(home, capsys):
     for row in report["layers"]:
         assert sum(row["shares"].values()) == pytest.approx(1, abs=1e-6) and 0 <= row["H1"] <= row["H2"] <= row["H3"] <= 1 + 1e-6
     table = report["ablations"]["words"]
+    assert 1 < table.pop("intact") < 6
     assert {k[0] for k in table} == set("abcdef") and all(low <= mean <= high for mean, low, high in table.values())
     for name in ("routing.png", "routing.csv"):
         assert (home / "run" / name).stat().st_size > 100
@@ -443,19 +449,35 @@ def test_answers_are_kept_and_a_killed_run_goes_on(home, local_tasks, capsys):
     assert [r["task"] for r in first["tasks"]] == ["local_choice", "local_gen"] and first["tasks"][0]["metric"] == "acc_norm,none"
     assert first["lm_eval"] and first["causal"] and first["tasks"][0]["n"] == 6 and first["tasks"][0]["shots"] == 0
     lines = log.read_text().splitlines(keepends=True)
-    log.write_text("".join(lines[:7]) + lines[7][:20])  # killed in the middle of a line
+    other = json.dumps({"key": "other", "answer": "a\u2028b\x85c", "request": "\u2029"}, ensure_ascii=False) + "\n"
+    log.write_text("".join(lines[:7]) + other + lines[7][:20], encoding="utf-8")  # killed in the middle of a line
     computed = []
     original = harness.PrismLM.remember
     harness.PrismLM.remember = lambda self, *a: computed.append(a) or original(self, *a)
     harness.main(argv)
     harness.PrismLM.remember = original
     assert json.loads(out.read_text())["tasks"] == first["tasks"] and len(computed) == len(lines) - 7
-    assert {json.loads(x)["key"] for x in log.read_text().splitlines()} == {json.loads(x)["key"] for x in lines}
+    kept = [json.loads(x)["key"] for x in log.read_text(encoding="utf-8").split("\n")[:-1]]
+    assert set(kept) == {"other", *(json.loads(x)["key"] for x in lines)}
     assert "local_choice" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         harness.main(argv + ["--tau=0.7"])  # other answers: not to be mixed
     with pytest.raises(SystemExit):
         harness.main([f"--ckpt={home / 'run'}", "--tasks=no_such", f"--include={local_tasks}"])
+
+
+def test_a_suite_scores_text_under_the_same_settings(home, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("lm_eval")
+    from eval import harness
+
+    asked = []
+    monkeypatch.setattr(perplexity, "main", asked.extend)
+    argv = [f"--ckpt={home / 'run'}", "--suite=ppl", "--tau=0.7", f"--out={tmp_path / 'h.json'}"]
+    harness.main(argv)
+    assert "--tau=0.7" in asked and f"--out={tmp_path / 'h-perplexity.json'}" in asked
+    with pytest.raises(SystemExit):
+        harness.main([*argv, "--num_fewshot=0"])
+    assert "--num_fewshot=0 would do nothing" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["perplexity", "routing", "plots", "controls", "harness"])

@@ -17,6 +17,7 @@ import tokenizer
 import train
 from eval import latent
 from eval.answers import best_first, budget_arms, cut_bytes, cut_tokens, exact, f1, interval, normalise
+from files import write_rows
 from model import ModelConfig, build
 from prepare import factqa, sources, squad
 
@@ -89,6 +90,21 @@ def test_prepare_factqa_splits_by_person_and_value(tmp_path):
     assert trained == "".join(f" {a}<|endoftext|>" for _, a in row["qa"])  # answers only, but in one document of eight
 
 
+def test_factqa_stops_in_time(tmp_path, monkeypatch, capsys):
+    """Too few values for that many facts: one line. And rows cut off in the middle of new settings do not pass for the old ones."""
+    small = [f"--out={tmp_path}", "--train=1", "--dev=1", "--test=1", "--lm_docs=1", "--natural_docs=1"]
+    with pytest.raises(SystemExit):
+        factqa.main([*small, "--values=2", "--facts=6"])
+    assert "raise --values" in capsys.readouterr().err
+    factqa.main(small)
+    monkeypatch.setattr(factqa, "generate", lambda cfg: 1 / 0)
+    factqa.main(small)  # what is done is not done twice
+    with pytest.raises(ZeroDivisionError):
+        factqa.main([*small, "--seed=2"])
+    with pytest.raises(ZeroDivisionError):
+        factqa.main(small)
+
+
 def test_prepare_squad_and_hotpot(tmp_path):
     qas = [{"id": "1", "question": "q1", "answers": [{"text": "x"}, {"text": "y"}, {"text": "x"}]},
            {"id": "2", "question": "q2", "answers": [], "is_impossible": True}]  # fmt: skip
@@ -115,7 +131,7 @@ def test_prepare_squad_and_hotpot(tmp_path):
 def test_two_splits_of_one_file_share_no_passage(tmp_path):
     """Passages come back later in the file, and still stand on one side only."""
     rows = [{"context": f"c{i * i % 7}", "question": "q", "answers": ["a"], "id": str(i)} for i in range(20)]
-    factqa.write_jsonl(tmp_path / "rows.jsonl", rows)
+    write_rows(tmp_path / "rows.jsonl", rows)
     squad.main([f"--source={tmp_path}/rows.jsonl", f"--out={tmp_path}", "--passages=2"])
     squad.main([f"--source={tmp_path}/rows.jsonl", f"--out={tmp_path}", "--split=test", "--skip_passages=2"])
     train, test = ({r["context"] for r in sources.read(tmp_path / f"{name}.jsonl")} for name in ("train", "test"))
@@ -133,7 +149,7 @@ def overfit(tmp_path_factory):
     rows = [
         {"context": f"case {i * 37 % 11}{i}: {w}", "question": "Which?", "answers": [w], "id": str(i)} for i, w in enumerate("bdfhjlnp")
     ]
-    factqa.write_jsonl(root / "train.jsonl", rows)
+    write_rows(root / "train.jsonl", rows)
     keys = dict(
         objective="latent",
         out=str(root / "run"),
@@ -193,6 +209,10 @@ def test_sample_answers_from_a_packet(overfit, capsys):
     assert capsys.readouterr().out == f"10 bytes of text, 144 on the wire at 16 bits\n{overfit}/a: b\n{overfit}/b: b\n"
     with pytest.raises(SystemExit):
         sample.main([f"--ckpt={overfit}/run", "--prompt=only one line"])
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        sample.main([f"--ckpt={overfit}/run", "--prompt=case 00: b\nWhich?", "--max_new_tokens=4", "--top_k=3"])
+    assert "--top_k would do nothing" in capsys.readouterr().err
 
 
 def test_arms_are_cached_until_something_changes(overfit, monkeypatch):
@@ -219,12 +239,24 @@ def test_arms_are_cached_until_something_changes(overfit, monkeypatch):
     assert len(runs) == 4 * first + 2 * 4  # and for each model one width more, with its three budgets of bytes
 
 
+def test_a_killed_evaluation_keeps_the_arms_it_has(overfit, monkeypatch, capsys):
+    real, left = latent.run_arm, iter("ab")
+    monkeypatch.setattr(latent, "run_arm", lambda *a, **k: real(*a, **k) if next(left, None) else 1 / 0)
+    args = [f"--ckpt={overfit}/run", f"--data={overfit}/train.jsonl", "--bits=(8,)", "--max_new_tokens=2", f"--out={overfit}/k"]
+    with pytest.raises(ZeroDivisionError):
+        latent.main(args)
+    assert len(json.loads((overfit / "k" / "arms.json").read_text())["arms"]) == 2
+    with pytest.raises(SystemExit):
+        latent.main([*args, "--samples=1"])
+    assert "two passages" in capsys.readouterr().err
+
+
 def test_few_at_a_time_and_what_was_left_out_is_counted(overfit, tmp_path, monkeypatch):
     sizes, real = [], latent.teacher_forced
     monkeypatch.setattr(latent, "teacher_forced", lambda model, m, prompts, *a: sizes.append(len(prompts)) or real(model, m, prompts, *a))
     monkeypatch.setattr(latent_data.Side, "aligned", lambda self, question, answer: answer != "b")
     rows = sources.read(overfit / "train.jsonl")
-    factqa.write_jsonl(tmp_path / "x.jsonl", [*rows, rows[1] | {"context": "long " * 20, "answers": []}])
+    write_rows(tmp_path / "x.jsonl", [*rows, rows[1] | {"context": "long " * 20, "answers": []}])
     args = f"--ckpt={overfit}/run --data={tmp_path}/x.jsonl --bits=(8,) --resamples=9 --max_new_tokens=2 --out={tmp_path}".split()
     latent.main([*args, "--batch=3"])
     metrics = json.loads((tmp_path / "metrics.json").read_text())
@@ -271,7 +303,7 @@ def test_what_every_arm_reads_went_over_the_wire(overfit, monkeypatch):
 def test_only_a_line_feed_ends_a_row(tmp_path):
     """U+2028 and U+0085 may stand inside a JSON string; a file of no rows at all is named in one line."""
     rows = [{"context": "one\u2028two\x85three\u2029", "question": "q", "answers": []}, {"text": "t\u2028"}]
-    factqa.write_jsonl(tmp_path / "x.jsonl", rows)
+    write_rows(tmp_path / "x.jsonl", rows)
     assert latent_data.read_rows(tmp_path / "x.jsonl") == [rows[0] | {"answers": [""]}, rows[1]]
     (tmp_path / "y.jsonl.gz").write_bytes(gzip.compress((tmp_path / "x.jsonl").read_bytes()))
     assert sources.read(tmp_path / "y.jsonl.gz") == rows

@@ -20,6 +20,7 @@ import optim
 import tokenizer
 import train
 from eval import latent
+from files import write_rows
 from model import ModelConfig, build
 from prepare import factqa
 
@@ -230,8 +231,8 @@ def models(tmp_path_factory):
         checkpoint.save(root / name, 0, build(cfg), None, {"config": configurator.to_dict(cfg), "tau": 1.0}, 1)
         tok.save(str(root / name / "tokenizer"))
     rows = [{"context": t, "question": "Where?", "answers": [a], "id": str(i)} for i, (t, a) in enumerate(zip(TEXTS, "abcde", strict=True))]
-    factqa.write_jsonl(root / "qa.jsonl", rows)
-    factqa.write_jsonl(root / "text.jsonl", [{"text": t * 2} for t in TEXTS[:2]])
+    write_rows(root / "qa.jsonl", rows)
+    write_rows(root / "text.jsonl", [{"text": t * 2} for t in TEXTS[:2]])
     return root
 
 

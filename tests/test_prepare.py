@@ -6,17 +6,19 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 
 import numpy as np
 import pytest
 
 import data
 import tokenizer
-from prepare import chat, prompts, shards, sources, text
+from prepare import chat, parts, prompts, shards, sources, text
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 MARKED = "a <|endoftext|> b <|im_end|>"
@@ -341,12 +343,58 @@ def test_learnt_tokenizer_never_saw_the_validation_text(tmp_path, monkeypatch):
     assert tokenizer.load(tmp_path / "3").fingerprint == tok.fingerprint
 
 
+def test_a_learnt_tokenizer_belongs_to_its_shards(tmp_path, capsys):
+    """Another one never enters a finished folder, and that of an attempt which wrote nothing does not stay."""
+    texts, out = corpus(tmp_path / "a.jsonl"), tmp_path / "out"
+    job = [f"from={tmp_path}/a.jsonl", f"out={out}", "val=0", "workers=1"]
+    with pytest.raises(SystemExit):
+        run(*job, "text_field=body")
+    assert (out / "tokenizer" / "bytes.json").exists()
+    run(*job, "tokenizer=bpe:300")
+    assert read(out, "train") == [t for t in texts if t.strip()] and tokenizer.load(out).vocab_size == 300
+    before = digests(out / "tokenizer")
+    with pytest.raises(SystemExit):
+        run(*job, "tokenizer=bpe:280")
+    assert "another tokenizer" in capsys.readouterr().err and digests(out / "tokenizer") == before
+
+
+def test_what_is_held_out_may_name_its_text_otherwise(tmp_path):
+    texts = [t for t in corpus(tmp_path / "held.jsonl") if t.strip()]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"body": t}) + "\n" for t in [*texts, "one more"]))
+    job = [f"from={tmp_path}/a.jsonl", "text_field=body", "val=0", "workers=1"]
+    run(*job, f"out={tmp_path}/out", f"exclude={tmp_path}/held.jsonl")
+    assert read(tmp_path / "out", "train") == ["one more"]
+    (tmp_path / "other.jsonl").write_text('{"colour": "red"}\n')
+    with pytest.raises(SystemExit):
+        run(*job, f"out={tmp_path}/none", f"exclude={tmp_path}/other.jsonl")
+
+
+def test_parts_are_unpacked_beside_their_place(tmp_path, monkeypatch):
+    def download(command, **how):
+        scratch = command[command.index("-d") + 1]
+        assert os.path.dirname(scratch) == str(tmp_path)
+        shutil.copy(whl, scratch)
+        return subprocess.CompletedProcess(command, 0)
+
+    whl = tmp_path / "probe.whl"
+    with zipfile.ZipFile(whl, "w") as box:
+        box.writestr(zipfile.ZipInfo("inside/file.txt"), "text")
+    known = {"mine": ("mine==1", "inside/", hashlib.sha256(whl.read_bytes()).hexdigest(), "")}
+    monkeypatch.setattr(parts, "PARTS", known)
+    monkeypatch.setattr(parts, "HERE", tmp_path)
+    monkeypatch.setattr(parts.subprocess, "run", download)
+    parts.fetch("mine")
+    assert (tmp_path / "mine" / "file.txt").read_text() == "text"
+
+
 def test_wrong_arguments_end_in_one_line(tmp_path, capsys):
     corpus(tmp_path / "a.jsonl")
+    (tmp_path / "b.jsonl.zst").write_bytes(b"packed")
     for bad in [
         ["from=nowhere*", "out=x"], ["out=x"], [f"from={tmp_path}", "out=x", "val=1.5"], [f"from={tmp_path}", "out=x", "part=3/3"],
         [f"from={tmp_path}", "out=x", "tokenizer=nowhere"], ["source=poems", "out=x"], [f"from={tmp_path}", "out=x", "tokenizer=bpe:9"],
         [f"from={tmp_path}", f"out={tmp_path}/o", "text_field=body", "workers=1"], [f"out={tmp_path}/none", "--verify"],
+        [f"from={tmp_path}/b.jsonl.zst", f"out={tmp_path}/z", "workers=1"],
     ]:  # fmt: skip
         with pytest.raises(SystemExit) as stop:
             run(*bad)

@@ -106,6 +106,15 @@ def test_samples_of_a_real_checkpoint(tmp_path):
     assert text.count("<b class=drawn>") == 4 and text.count("<pre>a&lt;b<b") == 2
 
 
+def test_a_run_that_writes_no_text_has_a_page_too(tmp_path):
+    folder = fake_run(tmp_path / "run")
+    (folder / "config.json").write_text(json.dumps({"config": {"objective": "latent"}}))
+    (folder / "step-000060").mkdir()
+    (folder / "step-000060" / "state.json").write_text("{}")
+    report.main([f"--run={folder}"])
+    assert "<h2>Samples</h2>" not in (folder / "report.html").read_text()
+
+
 def test_mistakes_end_in_one_line(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "metrics.jsonl").write_text("")

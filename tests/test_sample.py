@@ -356,6 +356,7 @@ def test_command_line(run, monkeypatch, capsys):
         (("--promt=x",), "'prompt'"),
         (("--chat", "--prompt=x"), "chat template"),
         (("--device=tpu",), "tpu"),
+        (("--mode=S",), "--mode=S would do nothing"),
     ):
         code, out, err = call(monkeypatch, capsys, f"--ckpt={run}", *args)
         assert code == 2 and word in err and err.count("\n") == 1, args

@@ -8,10 +8,12 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 
 import configurator
 import fp8
 import latentwire
+import machine
 import needs
 import train
 from model import build
@@ -43,6 +45,18 @@ def test_numbers_that_no_run_can_have_are_refused(capsys):
             needs.possible(configurator.load(Config, [str(file)])[0])
 
 
+def test_a_device_or_dtype_that_is_not_there_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for (device, dtype), said in (
+        (("cpu", "float8"), "dtype=float8"), (("cpu", "half"), "dtype=half"), (("cuda:1", "auto"), "there are 1 GPUs"),
+        (("cuda:", "auto"), "device=cuda: is not known"), (("cuda:x", "auto"), "device=cuda:x is not known"),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit):
+            machine.find(device, dtype)
+        assert said in capsys.readouterr().err
+
+
 def test_what_would_do_nothing_is_refused_when_typed_and_named_when_inherited(capsys):
     keys = {f.name for f in fields(Config)}
     for need, some in needs.NEEDS:
@@ -60,6 +74,9 @@ def test_what_would_do_nothing_is_refused_when_typed_and_named_when_inherited(ca
         ({"objective": "latent", "decay_embed": False}, "decay_embed", "objective=lm|denoise|contrast"),
         ({"objective": "latent", "latent_ratio": 4, "latent_len": 9}, "latent_len", "latent_ratio=0"),
         ({"objective": "latent", "kd_tau": 2.0}, "kd_tau", "w_kd"),
+        ({"objective": "latent", "ffn": "polyglu", "tau_max": 2.0}, "tau_max", "objective=lm|denoise|contrast"),
+        ({"arch": "encoder", "ffn": "polyglu", "gate": "static"}, "gate", "arch=decoder|encdec"),
+        ({"precision": "te", "fp8_stats_every": 9}, "fp8_stats_every", "precision=fp8"),
     ):
         cfg = Config(**changes)
         assert key in needs.idle(cfg) and need in needs.idle(cfg)
@@ -97,9 +114,10 @@ def test_no_config_that_stands_alone_sets_anything_in_vain():
 
 
 def test_what_was_typed_in_vain_stops_before_anything_is_written(corpus, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        train.main([f"--data={corpus}", f"--out={tmp_path / 'run'}", "--max_enc=64", *TINY])
-    assert "--max_enc=64" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    for arg, said in (("--max_enc=64", "--max_enc=64"), ("--lr=-1.0", "lr=-1.0 must be 0 or more")):
+        with pytest.raises(SystemExit):
+            train.main([f"--data={corpus}", f"--out={tmp_path / 'run'}", arg, *TINY])
+        assert said in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 # ---- settings that nothing else would notice

@@ -97,7 +97,7 @@ def test_too_little_text_or_wrong_sizes_end_in_one_line(trained, capsys):
 
 
 def test_compare_adds_up(trained, capsys):
-    out = trained / "compare.json"
+    out = trained / "new" / "compare.json"
     compare.main([f"--tokenizers=bytes,{trained}/plain,{trained}/super", f"--texts={trained}/text.jsonl", f"--out={out}"])
     result = json.loads(out.read_text())
     rows, texts = result["texts"]["text"]["rows"], superbpe.read(f"{trained}/text.jsonl")

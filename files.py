@@ -1,0 +1,32 @@
+"""Files that are whole or absent: written beside their final name, synced to the disk, renamed. Read next: checkpoint.py."""
+
+import json
+import os
+from pathlib import Path
+
+
+def sync(path):
+    """A rename survives a power cut only if the file, and the folder that names it, have reached the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def write(path, content):
+    """Text or bytes; the folder is made if need be."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".tmp-{path.name}")
+    new.write_bytes(content.encode() if isinstance(content, str) else content)
+    sync(new)
+    os.replace(new, path)
+    sync(path.parent)
+
+
+def write_json(path, value, **how):
+    write(path, json.dumps(value, indent=1, **how) + "\n")
+
+
+def write_rows(path, rows):
+    """jsonl"""
+    write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -224,14 +224,12 @@ def evaluate(opt) -> dict:
     qa = cfg["data"].get("qa") if isinstance(cfg["data"], dict) else cfg["data"]
     data = opt.data or str(Path(qa or "").parent / "test.jsonl")
     rows = [r for r in latent_data.read_rows(data) if "question" in r]
-    asked = len(rows)
-    rows = [r for r in rows if all(s.aligned(r["question"], r["answers"][0]) for s in model.sides)]
-    dropped = asked - len(rows)
-    rows = random.Random(opt.seed).sample(rows, min(opt.samples, len(rows)))
+    usable = [r for r in rows if all(s.aligned(r["question"], r["answers"][0]) for s in model.sides)]
+    dropped = len(rows) - len(usable)
+    rows = random.Random(opt.seed).sample(usable, min(opt.samples, len(usable)))
     if len({r["context"] for r in rows}) < 2:
         configurator.die(f"{data}: {len(rows)} questions of --samples={opt.samples} remain; two passages are needed, to swap their packets")
-    out = Path(opt.out or Path(opt.ckpt) / "eval")
-    out.mkdir(parents=True, exist_ok=True)
+    (out := Path(opt.out or Path(opt.ckpt) / "eval")).mkdir(parents=True, exist_ok=True)
     asks = [[r["context"], r["question"], r["answers"]] for r in rows]
     key = checkpoint.digest_json([state["sha256"], asks, opt.max_new_tokens, opt.bits[0]])  # zero and shuffled arms are of the first width
     cache = out / "arms.json"

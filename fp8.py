@@ -188,7 +188,7 @@ def listen(state):
 def set_step(model, step):
     """bf16 before fp8_start_step; -> the line to log when the step switches, else None. Call it at every step."""
     state = getattr(model, "fp8", None)
-    if state:
+    if state and state.delayed:
         torch._foreach_zero_(state.heard)  # by a step that was skipped
     if not state or state.on == (step >= state.start):
         return None

@@ -257,7 +257,7 @@ def main(argv):
         report["ablations"] = ablations(model, sets, layers, device, o.draws)
         for name, table in report["ablations"].items():
             print(f"{name}: intact {table['intact']:.4f} nats/token; more by")
-            for what, (mean, low, high) in list(table.items())[1:]:
+            for what, (mean, low, high) in ((k, v) for k, v in table.items() if k != "intact"):
                 print(f"    {what:<24} {mean:+.4f}  [{low:+.4f}, {high:+.4f}]")
         low, high = (max(table["a layer frozen"][end] for table in report["ablations"].values()) for end in (1, 2))
         costs = "freezing each layer to one activation costs"

@@ -44,7 +44,7 @@ def laid_out(weight, rows, bias=None, half=False):
 
 
 def seen(q, k, v):
-    """The heads of one query q (S, share, E) over all keys k, v (S, m, E), without gradients: SDPA of one query takes up to twice as long."""
+    """The heads of one query q (S, share, E) over all keys k, v (S, m, E), without gradients: SDPA takes up to twice as long there."""
     scores = torch.baddbmm(q.new_empty(1, 1, 1), q, k.mT, beta=0, alpha=q.shape[-1] ** -0.5)
     return torch.bmm(scores.softmax(-1), v)
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import lean
+import native
 from configurator import die
 
 
@@ -78,9 +79,8 @@ class Cache:
         k, v = self.seen[0][layer], self.seen[1][layer]
         if self.enc is not None:
             k, v = (torch.cat((e, own), dim=2) for e, own in zip(self.enc[layer], (k, v), strict=True))
-        if width == 1 and self.mask is None and q.device.type == "cpu":
-            q, k, v = (t.flatten(0, 1) for t in (q, k, v))
-            return lean.seen(q, k, v).view(rows, -1, q.shape[-1]).to(self.out)
+        if width == 1 and self.mask is None and self.enc is None and native.fits(q) and k.dtype == torch.float32:
+            return lean.attend_one(q.float(), k, v).flatten(1, 2).to(self.out)
         causal = self.mask is None and width > 1
         y = F.scaled_dot_product_attention(q, k, v, self.mask, is_causal=causal, enable_gqa=q.shape[1] != groups)
         return (y.flatten(1, 2) if width == 1 else y.transpose(1, 2).flatten(0, 1)).to(self.out)

@@ -3,8 +3,8 @@
 `polyglu_mix` is the whole of PolyGLU between its two GEMMs: y = (sum_k g_k sigma_k(a)) * u with g = softmax_k(al + s).
 Written naively it materialises ten tensors of [N, f, 4]; here one pass reads a and u and writes y, the backward reads
 dy, a, u once more and writes da|du, and only (a, u, al, s) wait in between: what SwiGLU keeps, plus 16 bytes a token.
-On a GPU it is a Triton kernel (glu_triton.py), on a CPU blocks of rows small enough to stay in cache; both sit behind one custom
-operator, which torch.compile takes whole, without a graph break. So does SwiGLU's way back, which a compiler would read twice.
+On a GPU it is a Triton kernel (glu_triton.py), on a CPU one of C (cpu.c); both sit behind one custom operator, which torch.compile
+takes whole, without a graph break. So does SwiGLU's way back.
 Read next: model.py (PolyGLU, SwiGLU), which calls it; glu_triton.py; tests/test_kernels.py for the accuracy that is promised.
 """
 
@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import library
 
+import native
 from glu_triton import _backward_triton, _forward_triton, silu_backward
-
-aten, _MINUS = torch.ops.aten, torch.tensor(-1.0)
+from ops import full
 
 # Plain functions, for feed-forwards with one activation and for the reference below.
 ACTIVATIONS = {
@@ -28,73 +28,50 @@ ACTIVATIONS = {
 DEFAULT_ACTS = ("relu", "tanh", "silu", "gelu")
 
 
-def _tanh(a, out):
-    """Three times faster than torch's on a CPU, 1.5e-7 off at most."""
-    return torch.tanh(a, out=out) if a.dtype == torch.float64 else torch.add(_MINUS, torch.mul(a, 2, out=out).sigmoid_(), alpha=2, out=out)
+def _swiglu(au):
+    """On a GPU the plain formula, which a compiler fuses."""
+    if not native.fits(au):
+        a, u = au.chunk(2, -1)
+        return F.silu(a) * u
+    rows, f = au.reshape(-1, au.shape[-1]), au.shape[-1] // 2
+    y = au.new_empty(*au.shape[:-1], f)
+    native.call("swiglu_forward", au, len(rows), f, rows.stride(0), rows, y)
+    return y
 
 
-# name: (sigma(a, out=), q * sigma'(a) from q, a, v = sigma(a) into out): torch's own fused derivatives, one pass each
-_RULES = {
-    "relu": (aten.relu.out, lambda q, a, v, out: aten.threshold_backward.grad_input(q, a, 0, grad_input=out)),
-    "tanh": (_tanh, lambda q, a, v, out: aten.tanh_backward.grad_input(q, v, grad_input=out)),
-    "silu": (aten.silu.out, lambda q, a, v, out: aten.silu_backward.grad_input(q, a, grad_input=out)),
-    "gelu": (aten.gelu.out, lambda q, a, v, out: aten.gelu_backward.grad_input(q, a, grad_input=out)),
-    "relu2": (lambda a, out: aten.relu.out(a, out=out).square_(), lambda q, a, v, out: aten.relu.out(a, out=out).mul_(q).mul_(2)),
-    "identity": (lambda a, out: out.copy_(a), lambda q, a, v, out: out.copy_(q)),
-}
-
-
-def _glu(au, act):
-    a, u = au.chunk(2, dim=-1)
-    return _RULES[act][0](a, out=torch.empty_like(a)).mul_(u)
-
-
-class _GLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, au, act):
-        ctx.act = act
-        ctx.save_for_backward(au)
-        return _glu(au, act)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        (au,), (value, slope) = ctx.saved_tensors, _RULES[ctx.act]
-        a, u = au.chunk(2, dim=-1)
-        both = torch.empty_like(au)
-        da, du = both.chunk(2, dim=-1)
-        v = value(a, out=torch.empty_like(a))
-        torch.mul(dy, v, out=du)
-        slope(dy * u, a, v, out=da)
-        return both, None
+def _swiglu_back(dy, au):
+    if au.device.type != "cpu":
+        return silu_backward(dy, au)
+    both = torch.empty_like(au, memory_format=torch.contiguous_format)
+    native.call("swiglu_backward", au, len(au), au.shape[1] // 2, au.stride(0), dy.contiguous(), au, both)
+    return both
 
 
 class _SwiGLU(torch.autograd.Function):
-    """The plain formula, which a compiler fuses, and a way back that it takes as one operator: its own would read all of this twice."""
+    """Keeps au alone, and its way back is one operator, one pass, for a compiler too: its own would read all of this twice."""
 
     @staticmethod
     def forward(ctx, au):
         ctx.save_for_backward(au)
-        a, u = au.chunk(2, -1)
-        return F.silu(a) * u
+        return _swiglu(au)
 
     @staticmethod
     def backward(ctx, dy):
         (au,) = ctx.saved_tensors
-        return torch.ops.prism.swiglu_backward(dy.reshape(-1, dy.shape[-1]), au.reshape(-1, au.shape[-1])).view(au.shape)
+        back = _swiglu_back if au.device.type == "cpu" else torch.ops.prism.swiglu_backward
+        return back(dy.reshape(-1, dy.shape[-1]), au.reshape(-1, au.shape[-1])).view(au.shape)
 
 
-_swiglu_backward = library.custom_op("prism::swiglu_backward", silu_backward, mutates_args=(), schema="(Tensor dy, Tensor au) -> Tensor")
-_swiglu_backward.register_fake(lambda dy, au: au.new_empty(au.shape))
+_op = library.custom_op("prism::swiglu_backward", _swiglu_back, mutates_args=(), schema="(Tensor dy, Tensor au) -> Tensor")
+_op.register_fake(lambda dy, au: au.new_empty(au.shape))
 
 
 def glu(au, act="silu"):
-    """act(a) * u of au = [a | u]: keeps au alone and writes its gradient into one buffer, as polyglu_mix does."""
-    if act == "silu" and au.device.type in ("cuda", "meta") and au.dtype != torch.float64 and torch.is_grad_enabled():
-        return _SwiGLU.apply(au)
-    if torch.compiler.is_compiling():  # it fuses the plain form, and cannot trace writes into the halves of a buffer
-        return ACTIVATIONS[act](au.chunk(2, -1)[0]) * au.chunk(2, -1)[1]
-    return _GLU.apply(au, act) if torch.is_grad_enabled() else _glu(au, act)  # a Function costs a decoded token 20 us a layer
+    """act(a) * u of au = [a | u]."""
+    if act == "silu" and (native.fits(au) or (au.device.type in ("cuda", "meta") and au.dtype != torch.float64)):
+        return _SwiGLU.apply(au) if torch.is_grad_enabled() else _swiglu(au)
+    a, u = au.chunk(2, -1)
+    return ACTIVATIONS[act](a) * u
 
 
 def polyglu_reference(au, al, s=None, acts=DEFAULT_ACTS):
@@ -106,108 +83,88 @@ def polyglu_reference(au, al, s=None, acts=DEFAULT_ACTS):
     return (g * values).sum(-1) * u
 
 
-# ---- torch: blocks of rows ----------------------------------------------------------------------------------------
+# ---- the formula where nothing is fused: other activations, fp64, a CPU without cpu.c ----------------------------------
 
 
-def _blocks(al, s, n, f, buffers):
-    """Per block of rows: row, tokens, gate(k, out) -> unnormalised g_k, their sum (None: 1), scratch [buffers, tokens, f].
-
-    An eager operator costs 2 to 5 us before it touches an element, then 0.15 ns each: blocks of 128k per thread are few, and in cache."""
-    size, per_row = (1 << 24 if al.is_cuda else (1 << 17) * torch.get_num_threads()), n // len(al)
-    step = max(1, -(-per_row // max(1, -(-per_row * f // size))))  # rows in pieces of the same size
-    scratch = al.new_empty(buffers, step, f)
-    top = al.transpose(1, 2).contiguous()  # (R, K, f)
-    columns = torch.softmax(top, 1) if s is None else (top - top.amax(1, keepdim=True)).exp_()
-    tokenwise = None if s is None else (s - s.amax(1, keepdim=True)).exp_().t().contiguous()[..., None]  # (K, N, 1)
-    for row in range(len(al)):
-        column = columns[row].unbind(0)
-        for lo in range(row * per_row, (row + 1) * per_row, step):
-            tokens = slice(lo, min(lo + step, (row + 1) * per_row))
-            work = scratch[:, : tokens.stop - lo]
-            if s is None:  # a gate constant over the tokens
-                yield row, tokens, lambda k, out: column[k], None, work
-                continue
-            # exp(al + s) = exp(al) exp(s): no exponential per element. Factors are at most 1: only the sum can underflow.
-            token, total = tokenwise[:, tokens].unbind(0), work[0]
-            torch.mul(token[0], column[0], out=total)
-            for t, c in zip(token[1:], column[1:], strict=True):
-                total.addcmul_(t, c)
-            if not al.is_cuda and total.min() >= 1e-20:
-                yield row, tokens, lambda k, out: torch.mul(token[k], column[k], out=out), total, work[1:]
-            else:
-                gates = top[row][:, None] + s[tokens].t().contiguous()[..., None]  # (K, n, f)
-                total.copy_(gates[0])
-                for z in gates[1:]:
-                    torch.maximum(total, z, out=total)
-                gates.sub_(total).clamp_(min=-80).exp_()  # MKL's exp takes eight times as long where it underflows
-                yield row, tokens, lambda k, out: gates[k], torch.sum(gates, 0, out=total), work[1:]
+def _pieces(au, al, s):
+    """(row of al, tokens, the arguments of the formula there, in at least fp32), so that no [tokens, f, K] is larger than 16 MB."""
+    row, size = len(au) // len(al), max(1, (1 << 22) // (al.shape[1] * al.shape[2]))
+    for r in range(len(al)):
+        for lo in range(r * row, (r + 1) * row, size):
+            tokens = slice(lo, min(lo + size, (r + 1) * row))
+            yield r, tokens, [full(au[tokens]), al[r : r + 1]] + ([] if s is None else [s[tokens]])
 
 
-def _forward_torch(au, al, s, acts):
-    n, f = au.shape[0], au.shape[1] // 2
-    y = au.new_empty(n, f)
-    for _, tokens, gate, total, work in _blocks(al, s, n, f, 6):
-        a, u, m, v, g = work[:5].unbind(0)
-        a.copy_(au[tokens, :f])
-        u.copy_(au[tokens, f:])
-        torch.mul(_RULES[acts[0]][0](a, out=v), gate(0, g), out=m)
-        for k in range(1, len(acts)):
-            m.addcmul_(_RULES[acts[k]][0](a, out=v), gate(k, g))
-        y[tokens] = m.mul_(u) if total is None else m.mul_(u).div_(total)
+def _forward_plain(au, al, s, acts):
+    y = au.new_empty(au.shape[0], au.shape[1] // 2)
+    for _, tokens, args in _pieces(au, al, s):
+        y[tokens] = polyglu_reference(*args, acts=acts)
     return y
 
 
-def _backward_torch(dy, au, al, s, acts):
-    n, f, more = dy.shape[0], dy.shape[1], range(1, len(acts))
-    dau, dal, ds = torch.empty_like(au), al.new_zeros(len(al), len(acts), f), al.new_empty(len(acts), 0 if s is None else n)
-    for row, tokens, gate, total, work in _blocks(al, s, n, f, 5 + 2 * len(acts)):
-        a, dm, g, m = work[:4].unbind(0)
-        q, values = work[4 : 4 + len(acts)], work[4 + len(acts) : 4 + 2 * len(acts)]  # g_k dm, sigma_k(a): (K, n, f)
-        a.copy_(au[tokens, :f])
-        dm.copy_(au[tokens, f:])
-        g.copy_(dy[tokens])
-        torch.mul(_RULES[acts[0]][0](a, out=values[0]), gate(0, q[0]), out=m)
-        for k in more:
-            m.addcmul_(_RULES[acts[k]][0](a, out=values[k]), gate(k, q[0]))
-        dm.mul_(g)
-        if total is not None:  # the gates' normalisation rides on dm from here on
-            m.div_(total)
-            dm.div_(total)
-        dau[tokens, f:] = g.mul_(m)
-        for k in range(len(acts)):
-            torch.mul(gate(k, q[k]), dm, out=q[k])
-        da = _RULES[acts[0]][1](q[0], a, values[0], g)
-        for k in more:
-            da += _RULES[acts[k]][1](q[k], a, values[k], q[0])
-        dau[tokens, :f] = da
-        dz = values[1:].sub_(m).mul_(q[1:])  # they sum to zero over k, which gives dz_0
-        dal[row, 1:] += dz.sum(1)
-        if s is not None:
-            torch.sum(dz, 2, out=ds[1:, tokens])
-    dal[:, 0], ds[0] = -dal[:, 1:].sum(1), -ds[1:].sum(0)
-    return dau, dal.transpose(1, 2).contiguous(), ds.t().contiguous() if s is not None else al.new_empty(0)
+def _backward_plain(dy, au, al, s, acts):
+    dau, dal, ds = au.new_empty(au.shape), torch.zeros_like(al), al.new_empty(0 if s is None else s.shape)
+    for r, tokens, args in _pieces(au, al, s):
+        leaves = [t.detach().requires_grad_() for t in args]
+        with torch.enable_grad():
+            y = polyglu_reference(*leaves, acts=acts)
+        dau[tokens], here, *rest = torch.autograd.grad(y, leaves, dy[tokens].to(y.dtype))
+        dal[r] += here[0]
+        if rest:
+            ds[tokens] = rest[0]
+    return dau, dal, ds
 
 
-# ---- The operator -------------------------------------------------------------------------------------------------
+# ---- cpu.c --------------------------------------------------------------------------------------------------------------
+
+
+def _gates(al, s, n):
+    return al.transpose(1, 2).contiguous(), al.new_zeros(n, 4) if s is None else s  # (R, 4, f), (N, 4)
+
+
+def _forward_native(au, al, s):
+    n, f = au.shape[0], au.shape[1] // 2
+    y = au.new_empty(n, f)
+    native.call("polyglu_forward", au, n, f, len(al), au.stride(0), au, *_gates(al, s, n), y)
+    return y
+
+
+def _backward_native(dy, au, al, s):
+    n, f, rows = au.shape[0], au.shape[1] // 2, len(al)
+    pieces = max(1, -(-n // (64 * rows)))
+    dau, dal, ds = au.new_empty(au.shape), al.new_zeros(rows, pieces, 4, f), al.new_empty(n, 4)
+    native.call("polyglu_backward", au, n, f, rows, pieces, au.stride(0), dy, au, *_gates(al, s, n), dau, dal, ds)
+    return dau, dal.sum(1).transpose(1, 2).contiguous(), al.new_empty(0) if s is None else ds
+
+
+# ---- the operator -------------------------------------------------------------------------------------------------------
 
 
 def polyglu_backend(device, acts=DEFAULT_ACTS, dtype=torch.bfloat16):
     """(name, reason) of what polyglu_mix will run, for the run's banner."""
-    cuda, known = torch.device(device).type == "cuda", tuple(acts) == DEFAULT_ACTS and dtype != torch.float64
-    why = "it fuses relu, tanh, silu and gelu in bf16 or fp32, nothing else" if cuda else "no GPU"
-    return ("triton", "one pass forward, one backward") if cuda and known else ("torch", f"row blocks in cache: {why}")
+    device = torch.device(device).type
+    if tuple(acts) != DEFAULT_ACTS or dtype == torch.float64:
+        return "torch", "only relu, tanh, silu and gelu in bf16 or fp32 are fused"
+    if device == "cuda":
+        return "triton", "one pass forward, one backward"
+    library, why = native.library()
+    return ("torch", f"row by row: {why}") if library is None else ("cpu.c", why)
 
 
 def _run(au, al, s, acts):
     names = tuple(acts.split(","))
-    fused = polyglu_backend(au.device, names, au.dtype)[0] == "triton"
-    return _forward_triton(au, al, s) if fused else _forward_torch(au, al, s, names)
+    backend = polyglu_backend(au.device, names, au.dtype)[0]
+    if backend == "torch":
+        return _forward_plain(au, al, s, names)
+    return (_forward_triton if backend == "triton" else _forward_native)(au, al, s)
 
 
 def _run_backward(dy, au, al, s, acts):
     names = tuple(acts.split(","))
-    fused = polyglu_backend(au.device, names, au.dtype)[0] == "triton"
-    return _backward_triton(dy, au, al, s) if fused else _backward_torch(dy, au, al, s, names)
+    backend = polyglu_backend(au.device, names, au.dtype)[0]
+    if backend == "torch":
+        return _backward_plain(dy, au, al, s, names)
+    return (_backward_triton if backend == "triton" else _backward_native)(dy, au, al, s)
 
 
 def _save(ctx, inputs, output):

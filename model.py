@@ -530,21 +530,18 @@ class Transformer(nn.Module):
         parts = [module for module in self.modules() if isinstance(module, (Linear, Embedding))]
         for module in parts:
             module.weight.data = module.weight.data.to(self.dtype)
-        half = fast and lean.half_fits([module.weight for module in parts], rows)
-        self.dtype = torch.float32 if half else self.dtype  # of activations
-        for module in parts:
-            if fast and isinstance(module, Linear):
-                module.forward = lean.laid_out(module.weight, rows, module.bias, half)
+        for module in parts if fast else ():
+            if isinstance(module, Linear):
+                module.forward = lean.laid_out(module.weight, rows, module.bias)
         for module in self.modules():
             if isinstance(module, Attention):
                 weight = module.qk_weight().detach() if module.normed else None
                 module.qk_weight = lambda weight=weight: weight
-                module.turn = lean.few_turned(weight, module.eps, module.turn) if fast else module.turn
-            elif isinstance(module, RMSNorm) and fast:
-                module.forward = lean.few_normed(module.weight, module.eps, module.forward)
         if fast and head:
-            head = lean.laid_out(self.head_weight, rows, half=half)
+            head = lean.laid_out(self.head_weight, rows)
             self.predict = lambda hidden: head(self.head_input(hidden))[..., : self.cfg.vocab_size].float()
+        if fast and lean.streams(self.embed.weight, rows):
+            self.dtype = torch.float32  # of activations
         return self
 
     def set_dtype(self, dtype: torch.dtype):

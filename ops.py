@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import head
+import native
 
 
 def full(x: torch.Tensor) -> torch.Tensor:
@@ -21,101 +22,75 @@ def full(x: torch.Tensor) -> torch.Tensor:
 # ---- norms and rotations ------------------------------------------------------------------------------------------------
 
 
-def _pieces(x):
-    """Slices of rows so small, 100k elements a thread, that a dozen passes over one find it in the cache (LOG.md)."""
-    step = max(1, 98304 * torch.get_num_threads() // max(1, math.prod(x.shape[1:])))
-    return [slice(lo, lo + step) for lo in range(0, max(1, len(x)), step)]
-
-
-def _inverse_rms(wide, eps):
-    length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    return torch.addcmul(_scalar(eps, wide.dtype), length, length, value=1 / wide.shape[-1]).rsqrt_()
-
-
-@functools.cache
-def _scalar(value, dtype):
-    return torch.tensor(value, dtype=dtype)
-
-
 def swap(x):
     return x.roll(x.shape[-1] // 2, -1)
 
 
-def _norm_rotate(x, weight, eps, cos, sin, dtype):
-    """x / rms(x) * weight, then turned; weight None: only turned, cos None: only normed. Nothing is rounded in between."""
-    pieces = _pieces(x)
-    if len(pieces) > 1:
-        out = x.new_empty(x.shape, dtype=dtype)
-        for rows in pieces:
-            out[rows] = _norm_rotate(x[rows], weight, eps, *((None, None) if cos is None else (cos[rows], sin[rows])), dtype)
-        return out
+def _plain(x, weight, eps, cos, sin):
+    """x / rms(x) * weight, then turned; weight None: only turned, cos None: only normed. What torch.compile fuses."""
     wide = full(x)
     if weight is not None:
-        wide = torch.mul(wide, _inverse_rms(wide, eps)).mul_(weight)
-    return (wide if cos is None else torch.addcmul(swap(wide).mul_(sin), wide, cos)).to(dtype)
+        wide = F.rms_norm(wide, x.shape[-1:], None, eps) * weight
+    if cos is not None:
+        wide = wide * cos + swap(wide) * sin
+    return wide.to(x.dtype)
 
 
 class _NormRotate(torch.autograd.Function):
+    """The same by cpu.c, in one pass either way; keeps x alone."""
+
     @staticmethod
     def forward(ctx, x, weight, eps, cos, sin):
         ctx.eps = eps
         ctx.save_for_backward(x, weight, cos, sin)
-        return _norm_rotate(x, weight, eps, cos, sin, x.dtype)
+        return _native(x, weight, eps, cos, sin)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         x, weight, cos, sin = ctx.saved_tensors
-        dx, dw = torch.empty_like(x, memory_format=torch.contiguous_format), None if weight is None else torch.zeros_like(full(weight))
-        for rows in _pieces(x):
-            g = full(dy[rows])
-            if cos is not None:  # back by the same angle
-                g = torch.mul(g, cos[rows]).sub_(swap(g).mul_(sin[rows]))
-            if weight is not None:
-                unit = full(x[rows])
-                scale = _inverse_rms(unit, ctx.eps)
-                unit = unit * scale
-                product = unit * g
-                dw += product.flatten(0, -weight.dim() - 1).sum(0)
-                along = product.mul_(weight).sum(-1, keepdim=True).div_(x.shape[-1])
-                g = torch.mul(g, weight).sub_(unit.mul_(along)).mul_(scale)
-            dx[rows] = g
-        return dx, None if dw is None else dw.to(weight.dtype), None, None, None
+        x3, w, shape = _laid_out(x, weight)
+        size, dx = 32, torch.empty_like(x, memory_format=torch.contiguous_format)  # rows of a task
+        dw = None if w is None else w.new_zeros(-(-shape[0] // size), *w.shape)
+        strides = *shape, *x3.stride()[:2], size
+        weights = 1 if w is None else len(w)
+        native.call("norm_backward", x, *strides, dy.contiguous(), x3, w, weights, ctx.eps, cos, sin, dx, dw)
+        return dx, None if dw is None else dw.sum(0).view(weight.shape).to(weight.dtype), None, None, None
 
 
-def _on_cpu(x, weight, eps, cos, sin):
-    if torch.is_grad_enabled():
-        return _NormRotate.apply(x, weight, eps, cos, sin)
-    return _norm_rotate(x, weight, eps, cos, sin, x.dtype)
+def _laid_out(x, weight):
+    """x as (N, H, E), weight in fp32 as (H or 1, E), and N, H, E."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    x = x.flatten(0, -3) if x.dim() > 2 else x.unsqueeze(-2)
+    return x, None if weight is None else weight.detach().float().contiguous().view(-1, x.shape[-1]), x.shape
 
 
-def _eager_cpu(x):
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere the plain formulas, for torch.compile to fuse
+def _native(x, weight, eps, cos, sin):
+    x3, w, shape = _laid_out(x, weight)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    native.call("norm_forward", x, *shape, *x3.stride()[:2], x3, w, 1 if w is None else len(w), eps, cos, sin, y)
+    return y
+
+
+def _norm_rotate(x, weight, eps, cos, sin):
+    if not native.fits(x, cos):
+        return _plain(x, weight, eps, cos, sin)
+    return (_NormRotate.apply if torch.is_grad_enabled() else _native)(x, weight, eps, cos, sin)
 
 
 def rms_norm(x, weight, eps):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, statistics in fp32; weight (D,), or (H, D) of its own for every head."""
-    if _eager_cpu(x):
-        return _on_cpu(x, weight, eps, None, None)
-    return (F.rms_norm(full(x), x.shape[-1:], None, eps) * weight).to(x.dtype)
+    return _norm_rotate(x, weight, eps, None, None)
 
 
 def rotate(x, rope):
     """Rotary position, half-split, in fp32: x (N, H, E), tables (N, 1, E) of [cos, cos] and [-sin, sin]."""
-    cos, sin = rope
-    if _eager_cpu(x):
-        return _on_cpu(x, None, 0.0, cos, sin)
-    wide = x.to(torch.promote_types(x.dtype, cos.dtype))
-    return (wide * cos + swap(wide) * sin).to(x.dtype)
+    return _norm_rotate(x, None, 0.0, *rope)
 
 
 def norm_rotate(x, weight, eps, rope, dtype):
-    """rotate(rms_norm(x)) in `dtype`; on a CPU in one go, without rounding in between. weight None: no norm."""
-    if not _eager_cpu(x):
-        return rotate(x if weight is None else rms_norm(x, weight, eps), rope).to(dtype)
-    if torch.is_grad_enabled():
-        return _NormRotate.apply(x, weight, eps, *rope).to(dtype)
-    return _norm_rotate(x, weight, eps, *rope, dtype)
+    """rotate(rms_norm(x)) in `dtype`, without rounding in between. weight None: no norm."""
+    return _norm_rotate(x, weight, eps, *rope).to(dtype)
 
 
 # ---- attention on a CPU -------------------------------------------------------------------------------------------------

@@ -199,8 +199,8 @@ def main(argv):
         text = texts[row // opt.num_samples]
         print(f"--- {row + 1}\n{'' if opt.chat or '<extra_id_' in text else text}{answer}")
     write(0, "\n" if alone else "")
-    n, how = sum(len(tok.encode(answer)) for answer in answers), "" if model.dtype == where.dtype else ", held as fp16 weights"
-    print(f"[about {n} tokens in {seconds:.1f} s, {n / seconds:.1f} tokens/s; {where.why}{how}]", file=sys.stderr)
+    n = sum(len(tok.encode(answer)) for answer in answers)
+    print(f"[about {n} tokens in {seconds:.1f} s, {n / seconds:.1f} tokens/s; {where.why}]", file=sys.stderr)
 
 
 if __name__ == "__main__":

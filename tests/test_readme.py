@@ -58,7 +58,7 @@ def test_every_command_names_what_exists(command):
 
 def test_the_five_minutes_run_as_printed(tmp_path):
     for path in ROOT.iterdir():  # a checkout of its own, whose out/ and data/ are empty
-        if path.suffix in (".py", ".md") or path.name in ("config", "prepare", "eval"):
+        if path.suffix in (".py", ".c", ".md") or path.name in ("config", "prepare", "eval"):
             (tmp_path / path.name).symlink_to(path)
     (tmp_path / "my").mkdir()
     for i in range(9):

@@ -1,0 +1,305 @@
+/* What eager PyTorch does wastefully on a CPU, in one pass each: PolyGLU, SwiGLU, RMSNorm with rotary positions, and a decoded token's
+   products and attention. An eager operator reads and writes all of its tensor and waits for its slowest thread; a feed-forward of
+   PolyGLU is seventy of them forward and back (LOG.md).
+
+   native.py compiles this file once and calls it; where it cannot, the plain formulas of ops.py and kernels.py do the same. Conventions:
+   arrays are fp32, or where `half` says so bf16; arithmetic is fp32. Work is cut by the shapes alone, never by the number of threads, so
+   results do not depend on it. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+#define TILE 256 /* numbers converted at a time: small enough for the first cache */
+#define MIN(a, b) ((a) < (b) ? (a) : (b))
+#define MAX(a, b) ((a) > (b) ? (a) : (b))
+/* fewer threads, or one, where their start would cost more than the work (numbers touched) */
+#define PRAGMA(text) _Pragma(#text)
+#define PARALLEL(work) PRAGMA(omp parallel for num_threads((work) < 16384 ? 1 : threads))
+
+/* ---- numbers ------------------------------------------------------------------------------------------------------- */
+
+static void load(float *to, const void *from, int64_t at, int n, int half) {
+    if (!half) {
+        memcpy(to, (const float *)from + at, n * sizeof(float));
+        return;
+    }
+    const uint16_t *bits = (const uint16_t *)from + at;
+    uint32_t *wide = (uint32_t *)to;
+    for (int i = 0; i < n; i++) wide[i] = (uint32_t)bits[i] << 16;
+}
+
+static void store(void *to, int64_t at, const float *from, int n, int half) {
+    if (!half) {
+        memcpy((float *)to + at, from, n * sizeof(float));
+        return;
+    }
+    uint16_t *bits = (uint16_t *)to + at;
+    const uint32_t *wide = (const uint32_t *)from;
+    for (int i = 0; i < n; i++) { /* to the nearest, ties to even; what is not a number stays none */
+        uint32_t x = wide[i], nearest = x + 0x7fff + (x >> 16 & 1);
+        bits[i] = ((x & 0x7fffffff) > 0x7f800000 ? x | 0x400000 : nearest) >> 16;
+    }
+}
+
+/* exp to 2 ulp: 2^n times the Taylor series of what is left, |r| <= ln 2 / 2; 0 below -87, NaN stays NaN */
+static inline float exp_(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    float n = rintf(x * 1.44269504f), r = x - n * 0.693359375f + n * 2.12194440e-4f; /* ln 2 in two parts, the first exact */
+    float series = 1 + r * (1 + r * (1 / 2.0f + r * (1 / 6.0f + r * (1 / 24.0f + r * (1 / 120.0f + r * (1 / 720.0f + r * (1 / 5040.0f)))))));
+    union { int32_t bits; float value; } power = {((int32_t)n + 127) << 23};
+    return series * power.value;
+}
+
+static inline float sigmoid(float x) { return 1 / (1 + exp_(-x)); }
+
+/* ---- PolyGLU: y = (sum_k g_k sigma_k(a)) u, g = softmax_k(al + s), sigma = relu, tanh, silu, gelu --------------------- */
+
+typedef struct {
+    float relu, tanh, silu, gelu, mean; /* the four values, and their mix */
+    float g0, g1, g2, g3;               /* their gates */
+    float sig, phi, bell;               /* sigmoid(a), the normal distribution up to a, exp(-a^2 / 2) */
+} Mix;
+
+static inline Mix mix(float a, float z0, float z1, float z2, float z3) {
+    Mix m;
+    float top = MAX(MAX(z0, z1), MAX(z2, z3)), size = fabsf(a);
+    m.g0 = exp_(z0 - top), m.g1 = exp_(z1 - top), m.g2 = exp_(z2 - top), m.g3 = exp_(z3 - top);
+    float share = 1 / (m.g0 + m.g1 + m.g2 + m.g3);
+    m.g0 *= share, m.g1 *= share, m.g2 *= share, m.g3 *= share;
+    float e = exp_(-size), e2 = e * e, low = 1 + e, high = 1 + e2, both = 1 / (low * high); /* sigmoid and tanh by one division */
+    m.sig = (a < 0 ? e : 1) * high * both;
+    /* Abramowitz and Stegun 7.1.26: the error function to 1.5e-7, out of the bell that its derivative needs anyway */
+    float t = 1 / (1 + 0.3275911f * 0.70710678f * size);
+    float tail = t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
+    m.bell = exp_(-0.5f * a * a), tail *= 0.5f * m.bell;
+    m.phi = a < 0 ? tail : 1 - tail;
+    m.relu = a > 0 ? a : 0, m.tanh = copysignf((1 - e2) * low * both, a), m.silu = a * m.sig, m.gelu = a * m.phi;
+    m.mean = m.g0 * m.relu + m.g1 * m.tanh + m.g2 * m.silu + m.g3 * m.gelu;
+    return m;
+}
+
+/* au (n, 2f) = [a | u], its rows `stride` apart; al (rows, 4, f); s (n, 4) */
+void polyglu_forward(int half, int threads, int64_t n, int64_t f, int64_t rows, int64_t stride, const void *au, const float *al,
+                     const float *s, void *y) {
+    PARALLEL(n *f)
+    for (int64_t i = 0; i < n; i++) {
+        float a[TILE], u[TILE], out[TILE], s0 = s[4 * i], s1 = s[4 * i + 1], s2 = s[4 * i + 2], s3 = s[4 * i + 3];
+        for (int64_t j = 0; j < f; j += TILE) {
+            const float *z = al + i / (n / rows) * 4 * f + j;
+            int m = MIN(TILE, f - j);
+            load(a, au, i * stride + j, m, half);
+            load(u, au, i * stride + f + j, m, half);
+            for (int k = 0; k < m; k++) out[k] = mix(a[k], z[k] + s0, z[f + k] + s1, z[2 * f + k] + s2, z[3 * f + k] + s3).mean * u[k];
+            store(y, i * f + j, out, m, half);
+        }
+    }
+}
+
+/* A task is one of `pieces` runs of tokens of a row, and has sums of its own for al: dal (rows, pieces, 4, f), zero at the start. */
+void polyglu_backward(int half, int threads, int64_t n, int64_t f, int64_t rows, int64_t pieces, int64_t stride, const void *dy,
+                      const void *au, const float *al, const float *s, void *dau, float *dal, float *ds) {
+    int64_t row = n / rows, size = (row + pieces - 1) / pieces;
+    PARALLEL(n *f)
+    for (int64_t task = 0; task < rows * pieces; task++) {
+        int64_t first = task / pieces * row + task % pieces * size, last = MIN(first + size, (task / pieces + 1) * row);
+        for (int64_t i = first; i < last; i++) {
+            float a[TILE], u[TILE], g[TILE], da[TILE], du[TILE], s0 = s[4 * i], s1 = s[4 * i + 1], s2 = s[4 * i + 2], s3 = s[4 * i + 3];
+            float t0 = 0, t1 = 0, t2 = 0, t3 = 0;
+            for (int64_t j = 0; j < f; j += TILE) {
+                const float *z = al + task / pieces * 4 * f + j;
+                float *d = dal + task * 4 * f + j;
+                int m = MIN(TILE, f - j);
+                load(a, au, i * stride + j, m, half);
+                load(u, au, i * stride + f + j, m, half);
+                load(g, dy, i * f + j, m, half);
+#pragma omp simd reduction(+ : t0, t1, t2, t3)
+                for (int k = 0; k < m; k++) {
+                    Mix x = mix(a[k], z[k] + s0, z[f + k] + s1, z[2 * f + k] + s2, z[3 * f + k] + s3);
+                    float dm = g[k] * u[k];
+                    du[k] = g[k] * x.mean;
+                    da[k] = dm * (x.g0 * (a[k] > 0) + x.g1 * (1 - x.tanh * x.tanh) + x.g2 * (x.sig + x.silu * (1 - x.sig)) +
+                                  x.g3 * (x.phi + 0.39894228f * a[k] * x.bell));
+                    float d0 = x.g0 * dm * (x.relu - x.mean), d1 = x.g1 * dm * (x.tanh - x.mean);
+                    float d2 = x.g2 * dm * (x.silu - x.mean), d3 = x.g3 * dm * (x.gelu - x.mean);
+                    d[k] += d0, d[f + k] += d1, d[2 * f + k] += d2, d[3 * f + k] += d3;
+                    t0 += d0, t1 += d1, t2 += d2, t3 += d3;
+                }
+                store(dau, i * 2 * f + j, da, m, half);
+                store(dau, i * 2 * f + f + j, du, m, half);
+            }
+            ds[4 * i] = t0, ds[4 * i + 1] = t1, ds[4 * i + 2] = t2, ds[4 * i + 3] = t3;
+        }
+    }
+}
+
+/* ---- SwiGLU: y = silu(a) u ------------------------------------------------------------------------------------------ */
+
+void swiglu_forward(int half, int threads, int64_t n, int64_t f, int64_t stride, const void *au, void *y) {
+    PARALLEL(n *f)
+    for (int64_t i = 0; i < n; i++) {
+        float a[TILE], u[TILE];
+        for (int64_t j = 0; j < f; j += TILE) {
+            int m = MIN(TILE, f - j);
+            load(a, au, i * stride + j, m, half);
+            load(u, au, i * stride + f + j, m, half);
+            for (int k = 0; k < m; k++) a[k] *= sigmoid(a[k]) * u[k];
+            store(y, i * f + j, a, m, half);
+        }
+    }
+}
+
+void swiglu_backward(int half, int threads, int64_t n, int64_t f, int64_t stride, const void *dy, const void *au, void *dau) {
+    PARALLEL(n *f)
+    for (int64_t i = 0; i < n; i++) {
+        float a[TILE], u[TILE], g[TILE];
+        for (int64_t j = 0; j < f; j += TILE) {
+            int m = MIN(TILE, f - j);
+            load(a, au, i * stride + j, m, half);
+            load(u, au, i * stride + f + j, m, half);
+            load(g, dy, i * f + j, m, half);
+            for (int k = 0; k < m; k++) {
+                float sig = sigmoid(a[k]), silu = a[k] * sig;
+                a[k] = g[k] * u[k] * (sig + silu * (1 - sig));
+                u[k] = g[k] * silu;
+            }
+            store(dau, i * 2 * f + j, a, m, half);
+            store(dau, i * 2 * f + f + j, u, m, half);
+        }
+    }
+}
+
+/* ---- RMSNorm, and rotary positions ----------------------------------------------------------------------------------- */
+
+/* The turn of `swap` in the plain formula: x[j] cos[j] + x[j + e/2] sin[j], where sin = [-sin, sin]; sign -1 turns back. */
+static void turn(float *x, int64_t e, const float *cos, const float *sin, float sign) {
+    for (int64_t j = 0; j < e / 2; j++) {
+        float a = x[j], b = x[j + e / 2];
+        x[j] = a * cos[j] + sign * b * sin[j];
+        x[j + e / 2] = b * cos[j + e / 2] + sign * a * sin[j + e / 2];
+    }
+}
+
+static inline float inverse_rms(const float *x, int64_t e, float eps) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < e; j++) sum += x[j] * x[j];
+    return 1 / sqrtf(sum / e + eps);
+}
+
+/* x (n, heads, e), strides `row` and `head`; weight (heads or 1, e), or none: no norm; cos, sin (n, e), or none: not turned */
+void norm_forward(int half, int threads, int64_t n, int64_t heads, int64_t e, int64_t row, int64_t head, const void *x,
+                  const float *weight, int64_t weights, float eps, const float *cos, const float *sin, void *y) {
+    PARALLEL(n *heads *e)
+    for (int64_t i = 0; i < n; i++) {
+        float wide[e];
+        for (int64_t h = 0; h < heads; h++) {
+            load(wide, x, i * row + h * head, e, half);
+            if (weight) {
+                const float *w = weight + h % weights * e, scale = inverse_rms(wide, e, eps);
+                for (int64_t j = 0; j < e; j++) wide[j] *= scale * w[j];
+            }
+            if (cos) turn(wide, e, cos + i * e, sin + i * e, 1);
+            store(y, (i * heads + h) * e, wide, e, half);
+        }
+    }
+}
+
+/* A task is `size` rows, and has sums of its own for the weight: dw (tasks, weights, e), zero at the start. */
+void norm_backward(int half, int threads, int64_t n, int64_t heads, int64_t e, int64_t row, int64_t head, int64_t size, const void *dy,
+                   const void *x, const float *weight, int64_t weights, float eps, const float *cos, const float *sin, void *dx,
+                   float *dw) {
+    PARALLEL(n *heads *e)
+    for (int64_t task = 0; task < (n + size - 1) / size; task++) {
+        float g[e], unit[e];
+        for (int64_t i = task * size; i < MIN(n, (task + 1) * size); i++)
+            for (int64_t h = 0; h < heads; h++) {
+                load(g, dy, (i * heads + h) * e, e, half);
+                if (cos) turn(g, e, cos + i * e, sin + i * e, -1);
+                if (weight) {
+                    load(unit, x, i * row + h * head, e, half);
+                    const float *w = weight + h % weights * e, scale = inverse_rms(unit, e, eps);
+                    float *sums = dw + (task * weights + h % weights) * e, along = 0;
+#pragma omp simd reduction(+ : along)
+                    for (int64_t j = 0; j < e; j++) {
+                        unit[j] *= scale;
+                        sums[j] += unit[j] * g[j];
+                        g[j] *= w[j];
+                        along += unit[j] * g[j];
+                    }
+                    for (int64_t j = 0; j < e; j++) g[j] = (g[j] - unit[j] * along / e) * scale;
+                }
+                store(dx, (i * heads + h) * e, g, e, half);
+            }
+    }
+}
+
+/* ---- decoding: a few rows, one query ---------------------------------------------------------------------------------- */
+
+typedef float Lanes __attribute__((vector_size(64)));
+typedef uint32_t Pairs __attribute__((vector_size(64))); /* two bf16 each: inputs 2i and 2i + 1 of one output */
+
+/* sum + x[0] w[0] + x[1] w[1]: by the instruction that multiplies bf16 where there is one (x is rounded to it), else in fp32 */
+static inline __attribute__((always_inline)) Lanes multiply(Lanes sum, const float *x, uint32_t rounded, Pairs w) {
+#ifdef __AVX512BF16__
+    Pairs both = rounded - (Pairs){0};
+    return (Lanes)_mm512_dpbf16_ps((__m512)sum, (__m512bh)both, (__m512bh)w);
+#else
+    return sum + x[0] * (Lanes)(w << 16) + x[1] * (Lanes)(w & 0xffff0000);
+#endif
+}
+
+/* 32 outputs of `rows` rows, a constant wherever this is inlined, so that the sums stay in registers */
+static inline __attribute__((always_inline)) void product(const int rows, int64_t in, const float *x, const uint32_t *rounded,
+                                                          const Pairs *w, float *y, int64_t out, int64_t first) {
+    Lanes sum[8][2] = {0};
+    for (int64_t i = 0; i < in; i += 2, w += 2)
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++)
+            for (int j = 0; j < 2; j++) sum[r][j] = multiply(sum[r][j], x + r * in + i, rounded[(r * in + i) / 2], w[j]);
+    for (int r = 0; r < rows; r++) memcpy(y + r * out + first, sum[r], MIN(32, out - first) * sizeof(float));
+}
+
+/* y (rows, out) = x (rows, in) w^T in fp32, `in` even; w in bf16, in blocks of 32 outputs: (out / 32, in / 2, 32, 2), at multiples of 64
+   bytes */
+void linear_few(int half, int threads, int64_t rows, int64_t in, int64_t out, const float *x, const void *w, float *y) {
+    uint32_t rounded[rows * in / 2];
+    store(rounded, 0, x, rows * in, 1);
+    PARALLEL(in *out)
+    for (int64_t first = 0; first < out; first += 32)
+        for (int64_t r = 0; r < rows; r += 8) {
+            const Pairs *block = (const Pairs *)w + first / 32 * in;
+            switch (MIN(8, rows - r)) {
+#define CASE(n) case n: product(n, in, x + r * in, rounded + r * in / 2, block, y + r * out, out, first); break;
+                CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
+            }
+        }
+}
+
+/* One query of each of `share` heads (B, G, share, E) over the keys and values of its group, k and v (B, G, keys, E) in fp32, their
+   strides batch and head, a key behind the other. */
+void attend_one(int half, int threads, int64_t B, int64_t G, int64_t share, int64_t keys, int64_t E, int64_t batch, int64_t head,
+                const float *q, const float *k, const float *v, float *y) {
+    PARALLEL(B *G *share *keys *E)
+    for (int64_t n = 0; n < B * G; n++) {
+        const float *key = k + n / G * batch + n % G * head, *value = v + n / G * batch + n % G * head;
+        for (int64_t h = n * share; h < (n + 1) * share; h++) {
+            float score[keys], out[E], top = -INFINITY, sum = 0;
+            for (int64_t i = 0; i < keys; i++) {
+                float s = 0;
+#pragma omp simd reduction(+ : s)
+                for (int64_t e = 0; e < E; e++) s += q[h * E + e] * key[i * E + e];
+                score[i] = s / sqrtf(E), top = MAX(top, score[i]);
+            }
+#pragma omp simd reduction(+ : sum)
+            for (int64_t i = 0; i < keys; i++) sum += score[i] = exp_(score[i] - top);
+            memset(out, 0, E * sizeof(float));
+            for (int64_t i = 0; i < keys; i++)
+                for (int64_t e = 0; e < E; e++) out[e] += score[i] * value[i * E + e];
+            for (int64_t e = 0; e < E; e++) y[h * E + e] = out[e] / sum;
+        }
+    }
+}

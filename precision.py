@@ -89,10 +89,10 @@ def resolve(cfg, hw):
 def choose(cfg, role, m, k, n, device):
     """-> (forward, dgrad, wgrad): which GEMMs of an (n, k) weight run in FP8 on m tokens."""
     wanted = cfg.fp8_filter
-    named = ROLES if wanted == "all" else (wanted,) if isinstance(wanted, str) else wanted
-    if unknown := set(named) - {*ROLES, "table", "static"}:
-        near = difflib.get_close_matches(min(unknown), ("table", "static", "all", *ROLES), 1, 0.0)[0]
-        die(f"fp8_filter: unknown name '{min(unknown)}'; did you mean '{near}'?")
+    named = ROLES if wanted == "all" else wanted.split(",") if isinstance(wanted, str) else wanted
+    if wanted not in ("table", "static") and (unknown := set(named) - set(ROLES)):
+        near = difflib.get_close_matches(min(unknown), {"table", "static", "all", *ROLES} - unknown, 1, 0.0)[0]
+        die(f"fp8_filter: unknown name '{min(unknown)}'; did you mean '{near}'? table, static and all stand alone")
     if role not in ROLES or k % 16 or n % 16:
         return (False, False, False)
     if wanted in ("table", "static"):

@@ -205,11 +205,7 @@ def test_every_row_at_both_edges(name):
             assert plan(first).lr == pytest.approx(formula(cfg, plan, first, mults[i]), rel=1e-9)
         total += (end - first) * row.tokens
     assert total == plan.total
-    assert all(n % length == 0 for length in lengths for n in [data_chunk(cfg)])
-
-
-def data_chunk(cfg):
-    return cfg.chunk or math.lcm(*[row["seq_len"] for row in cfg.stages])
+    assert cfg.chunk == 6144 and all(cfg.chunk % length == 0 for length in lengths)  # the order of the data is that of every other table
 
 
 def formula(cfg, plan, step, mult):
@@ -454,13 +450,16 @@ def test_looking_changes_nothing(shards, tmp_path):
 # ---- surprise, auto_mix, benchmark --------------------------------------------------------------------------------------
 
 
-def test_surprise_and_advice():
+def test_surprise_and_advice(capsys):
     """The published rule on perplexities, ours on bits per byte over a reference."""
     ppl = mix.surprise({"c4": 20.0, "gsm8k": 10.0, "humaneval": 30.0}, "ppl")
     assert ppl == {"c4": (1.0, "balanced"), "gsm8k": (0.5, "reduce"), "humaneval": (1.5, "increase")}
     bpb = mix.surprise({"a": 1.0, "b": 2.2}, reference={"a": 1.0, "b": 2.0})
     assert bpb["b"][0] == pytest.approx(1.1 / 1.05) and bpb["a"][1] == "balanced"
     assert mix.surprise({"a": 1.0, "b": 1.5})["a"][1] == "reduce"
+    with pytest.raises(SystemExit):  # bits over bits beside bare bits
+        mix.surprise({"a": 1.0, "b": 2.2}, reference={"a": 1.0})
+    assert "the reference has no bpb of b" in capsys.readouterr().err
 
 
 def test_auto_mix_moves_a_little_and_keeps_the_sum():
@@ -561,10 +560,19 @@ def test_the_shape_is_asserted_at_the_start(shards, tmp_path, capsys):
 
 
 def test_auto_mix_mistakes(shards, tmp_path, capsys):
-    for keys, word in (([], "domain_source"), (["--mix={'one': 1.0}", "--domains=x", "--domain_source={'c4': 'three'}"], "three")):
+    (tmp_path / "c4.jsonl").write_text('{"text": "a"}')
+    good = ["--mix={'one': 1.0}", f"--domains={tmp_path}", "--domain_source={'c4': 'one'}"]
+    for keys, word in (
+        ([], "domain_source"),
+        ([*good[:2], "--domain_source={'c4': 'three'}"], "three is no source of mix"),
+        ([*good[:2], "--domain_source={'c4': 'one', 'c5': 'one'}"], "c5 is none of the domains"),  # before the first step
+        ([*good, "--mix_end={'two': 1.0}"], "drop mix_end"),
+        ([*good, "--stages=({'start': 0, 'mix': {'two': 1.0}},)"], "drop mix_end and the stages' mix"),
+    ):
         with pytest.raises(SystemExit):
             train.main(short(shards, tmp_path / "out", "--stages=()", "--auto_mix=True", *keys))
-        assert word in capsys.readouterr().err
+        err = capsys.readouterr().err
+        assert word in err and err.count("\n") == 1
 
 
 def test_benchmark_prints_a_table_and_leaves_nothing(shards, tmp_path, capsys):
@@ -574,7 +582,7 @@ def test_benchmark_prints_a_table_and_leaves_nothing(shards, tmp_path, capsys):
     row = dict(zip(lines[at].replace("h per 1B", "hours").split(), lines[at + 1].split(), strict=True))
     assert row["L"] == "64" and row["tokens"] == "256" and row["MFU"] == "unknown" and float(row["ms"]) > 0
     rate = float(row["tok/s"].replace(",", ""))
-    assert rate == pytest.approx(256 / float(row["ms"]) * 1e3, rel=0.01) and not (tmp_path / "out").exists()
+    assert rate == pytest.approx(256 / float(row["ms"]) * 1e3, rel=0.03) and not (tmp_path / "out").exists()
     assert "precision: bf16 requested, fp32 used" in "\n".join(lines)
 
 

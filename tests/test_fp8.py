@@ -183,6 +183,16 @@ def test_a_weight_that_changed_without_refresh_is_noticed():
     loss(model, batch())
 
 
+@pytest.mark.parametrize("length", [1, 3])
+def test_a_skipped_step_keeps_the_last_amax(length):
+    model, _, _ = model_of(fp8_recipe="delayed", fp8_history=length)
+    for value in (2.0, float("nan")):
+        for heard in model.fp8.heard:
+            heard.fill_(value)
+        fp8.refresh(model)
+        assert (model.fp8.history[0] == 2).all()
+
+
 @pytest.mark.parametrize("algo", ["max", "most_recent"])
 def test_delayed_scale_is_the_maximum_over_the_history(algo):
     """Amaxes recorded by hand at one Linear: each the max over a step's micro-batches, then over the last 3 steps."""
@@ -387,7 +397,8 @@ def test_the_settings_that_fit_pass():
 
 
 def test_fsdp_and_unknown_filter_stop(capsys):
-    for keys, word in (({"parallel": "fsdp"}, "ddp"), ({"fp8_filter": ("gate_upp",)}, "did you mean 'gate_up'")):
+    for keys, word in (({"parallel": "fsdp"}, "ddp"), ({"fp8_filter": ("gate_upp",)}, "did you mean 'gate_up'"),
+                       ({"fp8_filter": ("table", "down")}, "table, static and all stand alone")):  # fmt: skip
         with pytest.raises(SystemExit):
             model_of(**keys)
         assert word in capsys.readouterr().err
@@ -403,6 +414,7 @@ def test_filter(monkeypatch):
     assert pick(config(), "proj", k=128, n=768) == no and pick(config(), "head", k=768, n=200064) == no
     assert pick(config(), "gate_up", k=760, n=4096) == no  # 760 % 16
     assert pick(config(fp8_filter=("down",)), "down", k=768, n=64) == yes and pick(config(fp8_filter="down"), "qkv", k=768, n=64) == no
+    assert [pick(config(fp8_filter="gate_up,down"), role, k=768, n=64) for role in precision.ROLES] == [no, no, yes, yes]
     table = config(fp8_filter="table")
     monkeypatch.setattr(
         precision.fp8_table, "SPEEDUP", {("down", 98304, 2048, 768, g): s for g, s in zip(precision.GEMMS, (1.2, 1.02, 1.03), strict=True)}

@@ -601,6 +601,15 @@ def test_speed_table_keeps_what_ran_and_says_what_did_not(shards, tmp_path, caps
     with pytest.raises(SystemExit):
         speed.main([*settings, "--lengths=17"])
     assert "17 is no stage" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        speed.main([*settings, "--precisions=fp32"])
+    assert "fp32 is none of bf16, fp8, te" in capsys.readouterr().err
+
+
+def test_speed_measures_stages_of_one_length_that_differ():
+    found = [arg for _, arg in speed.stages(load(BASE, "config/curriculum_nine.py"), [2048])]
+    assert [rows in arg for rows, arg in zip(("'rows': 16", "'rows': 18", "'rows': 20"), found, strict=True)] == [True] * 3
+    assert len(speed.stages(load(BASE, "config/curriculum_eight.py"), [])) == 7  # two of the eight are the same step
 
 
 # ---- the ablation -------------------------------------------------------------------------------------------------------
@@ -647,6 +656,7 @@ def test_account_of_the_ablation():
     assert ablation.time_to([[1, 4.0], [3, 2.0]], 3.0) == 2 and ablation.time_to([[1, 4.0]], 3.0) == math.inf
     assert ablation.effect([1.0, 1.02, 1.01], [1.2, 1.21, 1.23])[:2] == pytest.approx((-0.2033, 4.303 * 0.01528 / 3**0.5), rel=1e-3)
     assert ablation.effect([1.0, 1.01], [1.2, 1.21])[2] == "better" and ablation.effect([1.2, 1.3], [1.25, 1.3])[2] == "no effect"
+    assert ablation.effect([1.0], [1.2])[2] == "one run: no verdict"
     results = {"": runs(1, 2.0), "T": runs(2, 1.5), "F": runs(1, 2.0), "TF": runs(2, 1.5)}
     text = "\n".join(ablation.account(results, "TF"))
     assert "T: alone -0.5000 +- 0.0000 bits/byte: better" in text and "F: alone +0.0000 +- 0.0000 bits/byte: no effect" in text
@@ -659,3 +669,24 @@ def test_an_arm_of_the_ablation_runs_and_is_not_run_twice(corpus, tmp_path):
     first = ablation.run("F", "cpu", made, 1.5e4, 1.0, 1, tmp_path)
     assert first["curve"] and first["precision"].endswith("fp8 used") and first["final"].keys() == {"web", "mean"}
     assert first["bytes"] == pytest.approx(1.5e4, rel=0.2) and ablation.run("F", "cpu", made, 1.5e4, 1.0, 1, tmp_path) == first
+
+
+def test_an_ablation_keeps_to_its_settings_and_its_arms(corpus, tmp_path, monkeypatch, capsys):
+    """Runs and tokenizers of other text, or of another size, are not taken for those that were asked for."""
+    ran = []
+    monkeypatch.setattr(ablation, "run", lambda arm, *a: ran.append(arm) or {"final": {"mean": 1.0}, "precision": "bf16"})
+    out, texts = f"--out={tmp_path}/out", tmp_path / "texts"
+    texts.mkdir()
+    (texts / "a.jsonl").write_text('{"text": "one"}\n')
+    monkeypatch.setattr(ablation, "prepare", lambda out, *a: (tmp_path / "out" / "plain").mkdir(exist_ok=True) or {})
+    ablation.main([out, f"--texts={texts}", "--only=none,T", "--seeds=1"])
+    assert ran == ["", "T"]
+    (texts / "a.jsonl").write_text('{"text": "two"}\n')
+    for argv, said in (
+        ([f"--texts={texts}"], "was made with texts="),
+        (["--vocab=999"], "was made with texts="),
+        (["--only=TX"], "TX is no arm; there are none,T,F,C,FC,TC,TF,TFC"),
+    ):
+        with pytest.raises(SystemExit):
+            ablation.main([out, *argv])
+        assert said in capsys.readouterr().err

@@ -424,6 +424,9 @@ def test_filter(monkeypatch):
     assert pick(table, "gate_up", k=768, n=4096) == yes  # not measured: the static rule
     assert precision.choose(table, "down", 98304, 2048, 768, "NVIDIA H100") == no  # measured on another device
     assert pick(config(fp8_filter="table", fp8_mode="forward"), "down", k=2048, n=768) == (True, False, False)
+    precision.fp8_table.SPEEDUP["down", 32768, 2048, 768, "forward"] = 0.9
+    near = [precision.choose(table, "down", m, 2048, 768, "NVIDIA H200") for m in (81920, 49152, 16384, 4096)]
+    assert near == [(True, False, True), (False, False, True), (False, False, False), no]  # the nearest M, unless it is far away
 
 
 def test_the_smallest_micro_batch_of_the_table_decides():
@@ -437,10 +440,13 @@ def test_the_smallest_micro_batch_of_the_table_decides():
 def test_the_table_that_is_written_is_the_table_that_is_read(tmp_path):
     """Its keys are those `choose` asks for; the figures of a CPU mean nothing."""
     path = tmp_path / "fp8_table.py"
-    measured.write_table(path, "cpu", tokens=64, widths=(48,), repeats=1, backend="eager")
+    run = ["--d_model=32", "--n_head=2", "--d_ff=64", "--n_layer=2", "--tokens_per_step=96", "--seq_len=32", "--max_steps=1"]
+    measured.write_table(path, "cpu", run, tokens=64, widths=(48,), repeats=1, backend="eager")
     space = {}
     exec(path.read_text(), space)
-    assert {(48, 1024), (48, 48), (48, 256), (128, 48)} == {key[2:4] for key in space["SPEEDUP"]} and len(space["SPEEDUP"]) == 12
+    wide = {(64, 48, 1024), (64, 48, 48), (64, 48, 256), (64, 128, 48)}
+    assert wide | {(96, 32, 96), (96, 32, 32), (96, 32, 128), (96, 64, 32)} == {key[1:4] for key in space["SPEEDUP"]}
+    assert len(space["SPEEDUP"]) == 24
     assert {key[4] for key in space["SPEEDUP"]} == set(precision.GEMMS) and space["DEVICE"] == "CPU" and space["TORCH"] == torch.__version__
 
 
@@ -456,7 +462,7 @@ def test_mixed_directions_of_one_linear(monkeypatch):
     assert 0.01 < error(x.grad, dy.double() @ w) <= 0.08 and 0.01 < error(layer.weight.grad, dy.double().T @ x.detach().double()) <= 0.08
 
 
-def test_report_of_the_197m_model():
+def test_report_of_the_197m_model(monkeypatch):
     """The shares of M4: gate_up is 44.8 % of linear FLOPs, all four roles 86.9 %."""
     cfg = config(
         n_layer=28,
@@ -473,10 +479,15 @@ def test_report_of_the_197m_model():
     model = build(cfg, "meta")
     report = fp8.apply(model, cfg, "meta", [(8, 98304), (2048, 98304)], hw=H200)
     assert (
-        "L=8, 98304 tokens: % of matmul FLOPs FP8 44.8 / " in report and "gate_up 4096 x 768: forward FP8, dgrad FP8, wgrad FP8" in report
+        "L=8, 98304 tokens: % of matmul FLOPs FP8 44.8 / " in report
+        and "gate_up 4096 x 768: forward FP8, dgrad FP8, wgrad FP8; static" in report
     )
     assert "compile=False" in report and "qkv 1024 x 768: forward fp32" in report
     assert "% of matmul FLOPs FP8 86.9 / " in fp8.apply(model, dataclasses.replace(cfg, fp8_filter="all"), "meta", hw=H200)
+    monkeypatch.setattr(precision.fp8_table, "SPEEDUP", {("o", 98304, 768, 768, g): 1.1 for g in precision.GEMMS})
+    monkeypatch.setattr(precision.fp8_table, "DEVICE", H200.name)
+    report = fp8.apply(model, dataclasses.replace(cfg, fp8_filter="table"), "meta", [(2048, 49152)], hw=H200)
+    assert "o 768 x 768: forward FP8, dgrad FP8, wgrad FP8; measured" in report and "gate_up 4096 x 768" in report.split("static")[1]
 
 
 # ---- statistics ---------------------------------------------------------------------------------------------------------

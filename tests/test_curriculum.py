@@ -1,12 +1,15 @@
 """The 197M model's arithmetic and every curriculum table, from the config files as a user loads them."""
 
 import functools
+import gc
 import itertools
 import json
 import math
 import random
 import re
 import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from safetensors.torch import load_file
 
 import checkpoint
 import configurator
+import data
 import fp8
 import mix
 import monitor
@@ -514,6 +518,11 @@ def test_an_evaluation_says_what_it_saw(shards, tmp_path, capsys):
     for row in rows_of(tmp_path / "out"):
         rows.setdefault(row["step"], {}).update(row)
     assert [("val/both/bpb" in rows[s], "val/mean/bpb" in rows[s]) for s in (2, 4, 6)] == [(False,) * 2, (True,) * 2, (True,) * 2]
+    assert "val/sd/bpb" in rows[4] and not any(key.startswith(("val/sd", "surprise")) for key in rows[2])  # not of other sets each time
+    state = [json.loads((tmp_path / "out" / f"step-{step:06d}" / "state.json").read_text()) for step in (2, 4)]
+    assert [(s["stage"], s["precision"]) for s in state] == [(0, "bf16 requested, fp32 used"), (1, "bf16 requested, fp32 used")]
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["precision"] == "bf16 requested, fp32 used"
+    assert "step 3: stage 1: L 16, 8 rows x 2, clip 0\n" in said
     history = json.loads((tmp_path / "out" / "history.json").read_text())
     assert [h["metric"] is not None for h in history] == [False, True, True]  # without domains there is no mean to be the best by
     values = [rows[6][f"val/{name}/bpb"] for name in ("one", "two", "both")]
@@ -584,6 +593,23 @@ def test_benchmark_prints_a_table_and_leaves_nothing(shards, tmp_path, capsys):
     rate = float(row["tok/s"].replace(",", ""))
     assert rate == pytest.approx(256 / float(row["ms"]) * 1e3, rel=0.03) and not (tmp_path / "out").exists()
     assert "precision: bf16 requested, fp32 used" in "\n".join(lines)
+    found = {name: monitor.bytes_per_token({name: path}, {}) for name, path in shards.items()}
+    mixed = monitor.bytes_per_token(shards, {"one": 0.25, "two": 0.75})
+    assert mixed == pytest.approx(0.25 * found["one"] + 0.75 * found["two"]) and monitor.bytes_per_token({"qa": "rows.jsonl"}, {}) is None
+    byte, two = float(row["bytes/s"].replace(",", "")), data.read_manifest(Path(shards["two"]))["shards"]
+    (train_part,) = [s["bytes"] / s["tokens"] for s in two if s["split"] == "train"]
+    assert found["two"] == train_part and byte / rate == pytest.approx(
+        train_part, rel=1e-4
+    )  # the last stage reads `two` alone, and not its held-out text
+
+
+def test_a_refused_benchmark_leaves_nothing_either(shards, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for more in (["--parameters=1"], ["--max_steps=5", "--stages=()"]):
+        with pytest.raises(SystemExit):
+            train.main(short(shards, tmp_path / "out", "--benchmark=1", *more))
+        gc.collect()
+        assert capsys.readouterr().err and not list(tmp_path.glob("benchmark-*"))
 
 
 def test_speed_table_keeps_what_ran_and_says_what_did_not(shards, tmp_path, capsys):

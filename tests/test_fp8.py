@@ -507,6 +507,11 @@ def test_statistics_name_the_worst_operand_and_leave_no_trace():
     assert [r["snr_db"] for r in rows] == sorted(r["snr_db"] for r in rows)
     usual = next(r for r in rows if r["name"] == "decoder.blocks.1.ffn.down.x")
     assert 20 < usual["snr_db"] < 40 and usual["saturation"] < 0.01
+    slot = next(one.slot for one in model.fp8.ones if one.name == "decoder.blocks.1.ffn.down")
+    model.fp8.saturated[slot] += 7
+    rows = {r["name"]: r for r in monitor.fp8_statistics(model, lambda: loss(model, batch()))}
+    assert rows[usual["name"]]["saturated"] == usual["saturated"] + 7 and "saturated" not in rows[planted["name"]]
+    model.fp8.saturated[slot] -= 7
     assert same(fp8.memory(model), before) and not any(model.fp8.heard)
     assert monitor.fp8_statistics(model_of(precision="bf16")[0], None) == []
 

@@ -354,6 +354,8 @@ def test_resume_around_a_switch_is_bitwise(shards, tmp_path, capsys):
     train.main(argv)
     said = capsys.readouterr().out
     assert "precision: fp8 requested, fp8 used" in said and "step 2: fp8 on" in said and "L=16, 128 tokens: % of matmul FLOPs FP8" in said
+    used = [json.loads((tmp_path / "whole" / f"step-00000{n}" / "state.json").read_text())["precision"] for n in (2, 3)]
+    assert used == ["fp8 requested, fp8 used (not before fp8_start_step)", "fp8 requested, fp8 used"]
     whole = rows_of(tmp_path / "whole")
     plan = optim.make_plan(load(*argv), 1)
     logged = {row["step"]: row["train/lr"] for row in whole if "train/lr" in row}
@@ -704,7 +706,7 @@ def test_an_ablation_keeps_to_its_settings_and_its_arms(corpus, tmp_path, monkey
     out, texts = f"--out={tmp_path}/out", tmp_path / "texts"
     texts.mkdir()
     (texts / "a.jsonl").write_text('{"text": "one"}\n')
-    monkeypatch.setattr(ablation, "prepare", lambda out, *a: (tmp_path / "out" / "plain").mkdir(exist_ok=True) or {})
+    monkeypatch.setattr(ablation, "prepare", lambda out, *a: (tmp_path / "out" / "plain").mkdir(parents=True, exist_ok=True) or {})
     ablation.main([out, f"--texts={texts}", "--only=none,T", "--seeds=1"])
     assert ran == ["", "T"]
     (texts / "a.jsonl").write_text('{"text": "two"}\n')

@@ -5,7 +5,7 @@
     python bench.py --suite=tiny                     the same rows at tiny shapes, on any machine: to see that all of it runs here
     python bench.py --profile                        on a GPU: the kernels of a step
     python bench.py --info                           the machine and its libraries
-    python bench.py --fp8_table                      on a GPU: measure which FP8 products pay, rewrite config/fp8_table.py
+    python bench.py --fp8_table [config/A.py ..]     on a GPU: measure which FP8 products pay, rewrite config/fp8_table.py
 
 Peers are transformers' Qwen3ForCausalLM of the same shape (its own `generate` for decoding) and T5Gemma2 (padded, as its users train it),
 with the same fused AdamW, clipping and dtype: fp32 masters and bf16 matmuls, which is torch.autocast there. A row that fails, its
@@ -299,12 +299,12 @@ def measure(chosen, opt, where, rows, keep):
 
 
 def main(argv):
+    if "--fp8_table" in argv and "--help" not in argv:
+        return print(fp8_table.write_table(device=machine.find("cuda").device, argv=[arg for arg in argv if arg != "--fp8_table"]))
     keys = {"suite": "cpu", "only": "", "out": "", "rounds": 20, "clock": "wall", "threads": 0, "compile": "auto", "budget": 0.0}
     opt = configurator.args(keys | {"info": False, "fp8_table": False, "profile": False, "append": False}, argv, __doc__)
     if opt.info:
         return print(precision.info())
-    if opt.fp8_table:
-        return print(fp8_table.write_table(device=machine.find("cuda").device))
     if opt.profile:
         opt.suite, opt.only = "gpu" if opt.suite == "cpu" else opt.suite, "profile"
     known = ROWS.get(opt.suite, ())

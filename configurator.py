@@ -63,7 +63,8 @@ def parse(values, kinds, argv, usage, rows):
             die(f"{arg}: " + ("given twice; keep one" if arg.startswith("--") else "settings are written --key=value"))
         readings = [text, tuple(text.split(","))] if equals else ["latest" if arg == "--resume" else True]  # --acts=relu,tanh
         with suppress(ValueError, SyntaxError):
-            readings.insert(kinds.get(name[2:]) in (str, str | None), ast.literal_eval(text))  # 12 stays text where text is wanted
+            at, literal = kinds.get(name[2:]) in (str, str | None), ast.literal_eval(text)  # 12 stays text where text is wanted
+            readings[at:at] = [literal, (literal,)]  # --bits=16 is a tuple of one
         assign(values, kinds, name[2:], readings, arg)
 
 

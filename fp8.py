@@ -178,8 +178,9 @@ def listen(state):
     if state.reduce and dist.is_initialized():
         dist.all_reduce(now, dist.ReduceOp.MAX)
     state.saturated += (now * state.scale > state.kinds * (1 + 1e-6)) if state.warm else 0
-    state.history.copy_(state.history.roll(1, 0))
-    state.history[0] = torch.where(now.isfinite(), now, state.history[1])  # a skipped step leaves no NaN behind
+    rolled = state.history.roll(1, 0)
+    rolled[0] = torch.where(now.isfinite(), now, state.history[0])  # a skipped step leaves no NaN behind
+    state.history.copy_(rolled)
     amax = state.history[0] if state.most_recent else state.history.amax(0)
     state.scale.copy_(torch.where(amax > 0, (state.kinds / amax.double() / 2**state.margin).float(), state.scale))
     state.warm = True

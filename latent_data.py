@@ -6,6 +6,7 @@ Position arithmetic happens once, in `pack`: the token that predicts each target
 A step is a pure function of (seed, step): any world size sees the same sources in the same order. Read next: latentwire.py.
 """
 
+import hashlib
 import random
 import re
 import struct
@@ -324,14 +325,16 @@ class Stream:
                 die(f"data: {path} holds nothing that can be asked ({dropped} rows not aligned to the tokens of the answer)")
             log(f"data: {name}: {len(self.sources[name]):,} sources; {dropped} questions dropped, whose answer begins inside a token")
         self.taken = dict.fromkeys(self.sources, 0)
+        known = {name: hashlib.blake2b(repr(rows).encode(), digest_size=8).hexdigest() for name, rows in self.sources.items()}
+        self.order = f"seq_len={cfg.seq_len} compress={cfg.compress} questions={cfg.latent_questions} seed={cfg.seed} data={known}"
 
     @property
     def state(self):
-        return {"step": self.step, "taken": dict(self.taken), "sizes": {k: len(v) for k, v in self.sources.items()}}
+        return {"step": self.step, "taken": dict(self.taken), "order": self.order}
 
     def load(self, state):
-        if state["sizes"] != self.state["sizes"]:
-            die(f"cannot continue the data of the checkpoint ({state['sizes']}) with {self.state['sizes']}: use its data, or init_from")
+        if state.get("order", self.order) != self.order:
+            die(f"the checkpoint read {state['order']}, not {self.order}: resume with its data and settings, or use --init_from")
         self.step, self.taken = state["step"], dict(state["taken"])
 
     def __iter__(self):
@@ -373,7 +376,7 @@ class Stream:
         cfg, texts, later = self.cfg, [], []
         for context, questions, u in chosen:
             rest = ""
-            if questions is None:  # continuation: somewhere in the middle half, at a space
+            if questions is None:  # continuation: from 40 to 70 % of the text, at a space
                 border = context.find(" ", int(len(context) * (0.4 + 0.3 * u)))
                 context, rest = (context[:border], context[border:]) if border > 0 else (context, "")
             elif cfg.latent_questions and len(questions) > cfg.latent_questions:
@@ -391,14 +394,8 @@ class Stream:
                     docs.append((side.prompt(question, slots=slots), z[i], gold, "ans"))
                     teacher.append((side.prompt(question, context=context), 0, gold[: cfg.first_k], "kd"))
                 if cfg.w_ae if questions is None else cfg.w_ae_qa:
-                    docs.append(
-                        (
-                            side.bare(slots, REPEAT),
-                            z[i],
-                            (list(side.ids(context)) + [side.tok.eos_id])[:room],
-                            "ae" if questions is None else "ae_qa",
-                        )
-                    )
+                    back, kind = [*side.ids(context), side.tok.eos_id], "ae" if questions is None else "ae_qa"
+                    docs.append((side.bare(slots, REPEAT), z[i], back[:room], kind))
                 if rest and cfg.w_lm:
                     docs.append((side.bare(slots), z[i], list(side.ids(rest))[:room], "lm"))
             if not docs:

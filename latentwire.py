@@ -195,7 +195,8 @@ class Interlingua(nn.Module):
         self.sides, self.reader = layouts(cfg)
         if cfg.latent_from:
             theirs, part = latent_weights(cfg.latent_from), "encoder."
-            self.encoder.load_state_dict({k.removeprefix(part): v for k, v in theirs.items() if k.startswith(part)})
+            theirs = {k.removeprefix(part): v for k, v in theirs.items() if k.startswith(part)}
+            checkpoint.put_weights(self.encoder, theirs, cfg.latent_from)  # names the first shape that differs
             self.encoder.requires_grad_(False)
 
     def others(self):  # the frozen models: unregistered, they follow by hand

@@ -7,6 +7,7 @@ Read next: train.py, which evaluates domains; data.py, which keeps to the shares
 import math
 import statistics as stats
 from dataclasses import replace
+from pathlib import Path
 
 from configurator import die
 
@@ -16,7 +17,9 @@ LIMITS = {"ppl": (0.85, 1.3), "bpb": (0.90, 1.10)}  # below: reduce, above: incr
 def surprise(values, metric="bpb", reference=None):
     """{domain: perplexity or bits per byte} -> {domain: (ratio to the mean, advice)}. Bits per byte are first divided by those of a
     reference model, because code is easier than prose for every model; perplexities are compared as published."""
-    relative = {d: v / (reference or {}).get(d, 1.0) for d, v in values.items()}
+    if reference is not None and (missing := sorted(set(values) - set(reference))):
+        die(f"the reference has no {metric} of {', '.join(missing)}: score it on the same domains, or leave these out")
+    relative = {d: v / (reference[d] if reference else 1.0) for d, v in values.items()}
     mean = sum(relative.values()) / len(relative)
     low, high = LIMITS[metric]
     advice = {d: "increase" if v / mean > high else "reduce" if v / mean < low else "balanced" for d, v in relative.items()}
@@ -65,6 +68,10 @@ class MixedPlan:
             die("auto_mix needs mix (the shares to start from), domains (what is scored) and domain_source ({domain: source})")
         if wrong := set(cfg.domain_source.values()) - set(cfg.mix):
             die(f"domain_source: {min(wrong)} is no source of mix ({', '.join(cfg.mix)})")
+        if cfg.mix_end or any(row.get("mix") for row in cfg.stages):
+            die("auto_mix starts from mix alone: drop mix_end and the stages' mix")
+        if unknown := set(cfg.domain_source) - (known := {path.stem for path in Path(cfg.domains).glob("*.jsonl")}):
+            die(f"domain_source: {min(unknown)} is none of the domains of {cfg.domains} ({', '.join(sorted(known)) or 'no NAME.jsonl'})")
         self.plan, self.sources, self.lag, self.state = plan, cfg.domain_source, cfg.prefetch + 2, {"changes": [], "ema": {}}
 
     def __getattr__(self, name):
@@ -77,8 +84,6 @@ class MixedPlan:
     def answer(self, step, scores):
         """`scores`: {domain: bits per byte} of the tune halves, after `step` steps -> one line for the log."""
         first, ratios = min(step + self.lag, self.steps), {d: r for d, (r, _) in surprise(scores).items()}
-        if unknown := set(self.sources) - set(ratios):
-            die(f"domain_source: {min(unknown)} is none of the domains ({', '.join(ratios)})")
         mix, self.state["ema"] = auto_mix(self(first).mix, self.state["ema"], ratios, self.sources)
         self.state["changes"].append([first, mix])
         return f"auto_mix from step {first}: " + ", ".join(f"{s} {w:.3f}" for s, w in mix.items())

@@ -250,6 +250,8 @@ def fp8_statistics(model, loss):
         if name not in rows:  # a recomputed block is met twice
             scale = state.scale[slot] if old else fp8.scale_of(x.detach().abs().amax(), kind, state.margin)
             rows[name] = measure(name, x, kind, scale)
+            if state.delayed and slot is not None:  # steps so far in which the amax outgrew the scale
+                rows[name]["saturated"] = float(state.saturated[slot])
 
     def watch(one, x, weight, y):
         look(f"{one.name}.x", x, fp8.E4M3, one.slot)
@@ -344,19 +346,29 @@ def breakdown(model):
 WARM = 5  # steps before the clock: compilation, allocator, first kernels
 
 
-def benchmark(laps, tokens, length, model, machine, sources):
+def bytes_per_token(sources, mix):
+    """Of what is trained on, each source at its share, or by its size; None where the data is no shards."""
+    if not all(Path(path, "manifest.json").is_file() for path in sources.values()):
+        return None
+    shards = {name: [s for s in data.read_manifest(Path(path))["shards"] if s["split"] == "train"] for name, path in sources.items()}
+    tokens, size = ({name: sum(s[key] for s in some) for name, some in shards.items()} for key in ("tokens", "bytes"))
+    mix = mix or tokens
+    return sum(share * size[name] / tokens[name] for name, share in mix.items() if share) / sum(mix.values())
+
+
+def benchmark(laps, tokens, row, model, machine, sources):
     """Two lines of a table, from the wall clock after each synchronised step; tokens are real ones, accumulation included."""
     if len(laps) < WARM + 2:
         die(f"benchmark: {len(laps)} steps are too few, {WARM} of them warm up; raise --max_steps")
-    shards = [s for path in sources.values() for s in data.read_manifest(Path(path))["shards"]]
-    per_token = sum(s["bytes"] for s in shards) / sum(s["tokens"] for s in shards)
+    per_token = bytes_per_token(sources, row.mix)
     times = sorted(b - a for a, b in zip(laps[WARM:], laps[WARM + 1 :], strict=False))
     middle, low, high = (times[int(q * (len(times) - 1))] for q in (0.5, 0.25, 0.75))
     speed = tokens / middle
     known = machine.peak and model.encoder is None
-    mfu = f"{speed * model.flops_per_token(length) / (machine.peak * machine.world):.1%}" if known else "unknown"
+    mfu = f"{speed * model.flops_per_token(row.seq_len) / (machine.peak * machine.world):.1%}" if known else "unknown"
     heads = ("L", "tokens", "ms", "quartiles", "tok/s", "bytes/s", "MFU", "GiB", "h per 1B")
-    values = [length, tokens, f"{1e3 * middle:.1f}", f"{1e3 * low:.1f}-{1e3 * high:.1f}", f"{speed:,.0f}", f"{speed * per_token:,.0f}", mfu]
+    values = [row.seq_len, tokens, f"{1e3 * middle:.1f}", f"{1e3 * low:.1f}-{1e3 * high:.1f}", f"{speed:,.0f}"]
+    values += [f"{speed * per_token:,.0f}" if per_token else "-", mfu]
     values += [f"{peak_memory(machine.device) / 2**30:.2f}", f"{1e9 / speed / 3600:.2f}"]
     form = "{:>6} {:>8} {:>9} {:>15} {:>10} {:>11} {:>8} {:>7} {:>9}"
     return form.format(*heads) + "\n" + form.format(*values)

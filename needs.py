@@ -50,7 +50,7 @@ NEEDS = (  # what it takes, and which settings; a key without a value: it must b
 
 
 POSITIVE = """vocab_size n_layer n_head d_model max_len gate_block seq_len tokens_per_step decay_share tau_max tau_min max_enc max_dec
-    contrast_tau contrast_pairs contrast_micro""".split()
+    contrast_tau contrast_pairs contrast_micro fp8_history""".split()
 
 
 def possible(cfg):
@@ -81,7 +81,8 @@ def idle(cfg, argv=()):
             if getattr(cfg, key) != getattr(type(cfg), key):
                 found.setdefault(key, need)
     for given, keys in (("rows", "tokens_per_step micro_tokens"), ("clip", "clip"), ("mix", "mix")):
-        for key in keys.split() if cfg.stages and all(given in row for row in cfg.stages) else ():
+        asked = given == "mix" and cfg.auto_mix  # it starts from `mix`, whatever the stages say
+        for key in keys.split() if cfg.stages and all(given in row for row in cfg.stages) and not asked else ():
             if getattr(cfg, key) != getattr(type(cfg), key):
                 found.setdefault(key, f"a stage without `{given}`")
     for key, need in found.items():

@@ -39,6 +39,11 @@ class Row:
     tau: float
     eta: float  # step / steps
 
+    def __str__(self):
+        """A line for the log where a stage begins."""
+        rows, mix = self.tokens // self.seq_len // self.accum, "".join(f", {name} {share:.3g}" for name, share in self.mix.items())
+        return f"step {self.step}: stage {self.stage}: L {self.seq_len}, {rows} rows x {self.accum}, clip {self.clip:g}{mix}"
+
 
 def shares(mix, cfg, where):
     """A dict of non-negative weights of the configured sources, normalised."""
@@ -61,6 +66,8 @@ def batch_shape(cfg, world, row, where):
         tokens = cfg.tokens_per_step
         micro = tokens / world / row["accum"] if "accum" in row else cfg.micro_tokens or tokens / world
         accum = tokens / world / micro
+    if "rows" in row and (micro != int(micro) or (cfg.objective == "lm" and micro % length)):
+        die(f"{where}: rows={row['rows']} do not divide over {world} processes; take a multiple of {world}")
     if micro != int(micro) or accum != int(accum):
         die(f"{where}: tokens_per_step {tokens} is not a whole number of micro-batches, world {world} x micro_tokens "
             f"{micro:g}; try --micro_tokens={math.gcd(tokens // world, int(micro)) or tokens} or --tokens_per_step="
@@ -151,7 +158,8 @@ class Plan:
         for i, s in enumerate(self.stages):
             steps = ([t.first for t in self.stages] + [self.steps])[i + 1] - s.first
             mix = " ".join(f"{k}={v:.3g}" for k, v in (s.mix or {}).items())
-            line = f"{i:5} {s.seq_len:6,} {s.tokens // s.seq_len:7,} {s.accum:5} {s.mult:5.2f} {s.clip:5.2f} {s.first:10,} {steps:9,}"
+            rows = s.tokens // s.seq_len // s.accum
+            line = f"{i:5} {s.seq_len:6,} {rows:7,} {s.accum:5} {s.mult:5.2f} {s.clip:5.2f} {s.first:10,} {steps:9,}"
             lines.append(f"{line} {steps * s.tokens:15,} {steps * s.tokens / self.total:6.1%}  {mix} {s.note}".rstrip())
         return "\n".join([*lines, f"total {self.steps:,} steps, {self.total:,} tokens"])
 

@@ -9,6 +9,7 @@ import difflib
 import functools
 import importlib.metadata
 import importlib.util
+import math
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Literal
@@ -86,19 +87,27 @@ def resolve(cfg, hw):
     return used, why
 
 
+def measured(cfg, role, m, k, n, device):
+    """{gemm: its speed-up at the nearest M measured on this device}; further off than four times as many tokens says nothing of these."""
+    near = lambda row: abs(math.log(row[0][1] / m))  # noqa: E731
+    rows = fp8_table.SPEEDUP.items() if cfg.fp8_filter == "table" and fp8_table.DEVICE == device else ()
+    rows = [row for row in rows if (row[0][0], *row[0][2:4]) == (role, k, n) and near(row) <= math.log(4) + 1e-9]
+    return {key[4]: speed for key, speed in sorted(rows, key=near, reverse=True)}
+
+
 def choose(cfg, role, m, k, n, device):
     """-> (forward, dgrad, wgrad): which GEMMs of an (n, k) weight run in FP8 on m tokens."""
     wanted = cfg.fp8_filter
-    named = ROLES if wanted == "all" else (wanted,) if isinstance(wanted, str) else wanted
-    if unknown := set(named) - {*ROLES, "table", "static"}:
-        near = difflib.get_close_matches(min(unknown), ("table", "static", "all", *ROLES), 1, 0.0)[0]
-        die(f"fp8_filter: unknown name '{min(unknown)}'; did you mean '{near}'?")
+    named = ROLES if wanted == "all" else wanted.split(",") if isinstance(wanted, str) else wanted
+    if wanted not in ("table", "static") and (unknown := set(named) - set(ROLES)):
+        near = difflib.get_close_matches(min(unknown), {"table", "static", "all", *ROLES} - unknown, 1, 0.0)[0]
+        die(f"fp8_filter: unknown name '{min(unknown)}'; did you mean '{near}'? table, static and all stand alone")
     if role not in ROLES or k % 16 or n % 16:
         return (False, False, False)
     if wanted in ("table", "static"):
         static = min(k, n) >= 256 and m >= 16384 and (n >= 2048 or k > 4096)
-        table = fp8_table.SPEEDUP if wanted == "table" and fp8_table.DEVICE == device else {}
-        use = [table.get((role, m, k, n, g), 1.03 if static else 0.0) >= 1.03 for g in GEMMS]
+        table = measured(cfg, role, m, k, n, device)
+        use = [table.get(g, 1.03 if static else 0.0) >= 1.03 for g in GEMMS]
     else:
         use = [role in named] * 3
     return (use[0], False, False) if cfg.fp8_mode == "forward" else tuple(use)
@@ -116,13 +125,14 @@ def report(model, cfg, hw, stages, plain):
         lines.append("  TransformerEngine's modules run as they are" + ", between compiled parts" * cfg.compile)
     elif not cfg.compile:
         lines.append("  compile=False: the casts are not fused, so FP8 will be slower than bf16")
-    flops = {"FP8": 0.0, plain: 0.0, "fp32": 0.0}
+    flops, fewest = {"FP8": 0.0, plain: 0.0, "fp32": 0.0}, min(tokens for _, tokens in stages)
+    device = hw.name if model.fp8.used == "fp8" else "TransformerEngine"  # the table is about torch's GEMMs
     for name, linear in linears(model).items():
         (n, k), use = linear.weight.shape, model.fp8.uses.get(name, (False,) * 3)
         if linear.role in ROLES:
-            lines.append(
-                f"  {linear.role} {n} x {k}: " + ", ".join(f"{g} {'FP8' if u else plain}" for g, u in zip(GEMMS, use, strict=True))
-            )
+            each = ", ".join(f"{g} {'FP8' if u else plain}" for g, u in zip(GEMMS, use, strict=True))
+            rule = "measured" if measured(cfg, linear.role, fewest, k, n, device) else "static"
+            lines.append(f"  {linear.role} {n} x {k}: {each}" + f"; {rule}" * (cfg.fp8_filter in ("table", "static")))
             for u in use:
                 flops["FP8" if u else plain] += 2.0 * n * k
     proj = model.embed.proj.weight.numel() if model.embed.proj else 0

@@ -19,7 +19,6 @@ import math
 import os
 import random
 import re
-import shutil
 import signal
 import sys
 import tempfile
@@ -193,7 +192,7 @@ def examine(cfg, model, sets, row, step, end, machine) -> dict[str, float]:
         if cfg.eval_stage:
             again = evaluate(model, some(sets(row.seq_len)), machine, shares)
             metrics |= {k.replace("val/", "val_L/", 1): v for k, v in again.items() if k.startswith("val/")}
-    return metrics if whole else {k: v for k, v in metrics.items() if "/mean/" not in k}
+    return metrics if whole else {k: v for k, v in metrics.items() if not re.search("/mean/|/sd/|^surprise_", k)}
 
 
 def sources(cfg) -> dict[str, str]:
@@ -309,7 +308,8 @@ def main(argv):
     lead, objective = machine.rank == 0, find_objective(cfg)
     if cfg.stats_every and (cfg.objective == "latent" or (cfg.parallel == "fsdp" and machine.world > 1)):
         die("stats_every reads one whole Transformer on rank 0: not for objective=latent, nor with --parallel=fsdp; leave it at 0")
-    out = Path(tempfile.mkdtemp(prefix="benchmark-") if cfg.benchmark else cfg.out)
+    scratch = tempfile.TemporaryDirectory(prefix="benchmark-") if cfg.benchmark else None  # goes, too, where the run is refused
+    out = Path(scratch.name if scratch else cfg.out)
     checkpoint.find_resume(out, cfg.resume)  # says no before the folder is touched
     lock = checkpoint.lock(out) if lead else None  # held until the process ends: two runs in one folder would destroy each other
     resume_from = checkpoint.find_resume(out, cfg.resume)
@@ -337,6 +337,7 @@ def main(argv):
         step = state["step"]
         stream.load(state["stream"])
     precision = fp8.apply(raw, cfg, machine.device, [(s.seq_len, s.micro_tokens) for s in plan.stages])
+    used = precision.splitlines()[0].removeprefix("precision: ")
     fp8.load_memory(raw, state.pop("fp8", {}))
     if cfg.auto_mix:
         plan.state = state.pop("auto_mix", None) or plan.state
@@ -347,7 +348,7 @@ def main(argv):
     log = monitor.Log(cfg, out, step) if lead else None
     if lead:
         about = {"commit": hardware.git_commit(), "torch": torch.__version__, "machine": machine.why, "world": machine.world}
-        checkpoint.start_run(out, cfg, about | {"files": files, "started": time.time()})
+        checkpoint.start_run(out, cfg, about | {"files": files, "started": time.time(), "precision": used})
         default = configurator.to_dict(Config())
         log.say("  ".join(f"{k}={v}" for k, v in configurator.to_dict(cfg).items() if v != default[k]))
         if idle:
@@ -371,6 +372,7 @@ def main(argv):
         best = score is not None and math.isfinite(score) and (state["best"] is None or score < state["best"])
         state["best"] = score if best else state["best"]
         now = {"step": step, "stream": position, "bytes": meter.bytes(), "metrics": metrics, "tau": float(raw.tau), "fp8": fp8.memory(raw)}
+        now |= {"stage": plan(step - 1).stage, "precision": used + " (not before fp8_start_step)" * bool(raw.fp8 and not raw.fp8.on)}
         full = state | now | {"config": configurator.to_dict(cfg)} | ({"auto_mix": plan.state} if cfg.auto_mix else {})
         if lead:
             checkpoint.sync(log.path)  # what a resumed run keeps of it must be there after a power cut, too
@@ -405,6 +407,8 @@ def main(argv):
         for group in optimizer.param_groups:
             group["lr"] = row.lr
         raw.tau.fill_(row.tau)
+        if lead and step and row.stage != plan(step - 1).stage:
+            log.say(f"{row}")
         if (line := fp8.set_step(raw, step)) and lead:
             log.say(line)
         if objective.prepare:
@@ -501,10 +505,10 @@ def main(argv):
     if step > saved_at and not cfg.benchmark:
         save(step, {})
     if cfg.benchmark:
-        shutil.rmtree(out)
+        scratch.cleanup()
         if lead:
             log.say(f"{precision.splitlines()[0]}; compile={cfg.compile}, {machine.why}")
-            log.say(monitor.benchmark(laps, int(tokens), row.seq_len, raw, machine, sources(cfg)))
+            log.say(monitor.benchmark(laps, int(tokens), row, raw, machine, sources(cfg)))
     elif lead:
         log.say(meter.summary() if meter.losses else "no step was logged")
         stopped = step < plan.steps

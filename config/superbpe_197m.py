@@ -23,6 +23,7 @@ embed_rank = 128
 qk_norm = False
 max_len = 4096
 seq_len, tokens_per_step, micro_tokens = 2048, 98304, 98304
+chunk = 6144  # a multiple of every window of every curriculum_*.py, flat too: all read the data in one order. For 4,096: --chunk=12288
 max_tokens = 2048 * 10**6
 lr, warmup = 6e-4, 208  # 1 % of 20,834 steps
 compile = True

@@ -16,6 +16,7 @@ LOG.md has the verdicts."""
 
 import ast
 import contextlib
+import hashlib
 import io
 import json
 import math
@@ -29,6 +30,7 @@ import data
 import train
 from configurator import die
 from eval.controls import paired
+from files import write_json
 
 OPTIONS = {"out": str, "prepare": False, "size": "cpu", "data": "", "domains": "", "seeds": 3, "bytes": 0.0, "lrs": (1.0,), "only": ""}
 OPTIONS |= {"texts": "", "vocab": 2048}
@@ -100,6 +102,20 @@ def prepare(out, folder, vocab):
             if not (where / kind / "manifest.json").exists():
                 text.main([f"--from={path}", f"--out={where / kind}", f"--tokenizer={where}", "--val=0.05", "--workers=1"])
     return made
+
+
+def keep_settings(o):
+    """What the tokenizers, shards and runs in OUT were made of, which their names do not say: anything else needs another folder."""
+    note, texts = Path(o.out) / "settings.json", sorted(Path(o.texts).glob("**/*.jsonl")) if o.texts else []
+    digest = hashlib.blake2b(sys.version.encode() if not o.texts else b"", digest_size=8)  # without texts: the standard library of it
+    for path in texts:
+        digest.update(str(path.relative_to(o.texts)).encode() + hashlib.blake2b(path.read_bytes()).digest())
+    now = {"texts": f"{o.texts or 'stdlib'} {digest.hexdigest()}", "vocab": o.vocab, "size": o.size, "data": o.data, "domains": o.domains}
+    made = any((note.parent / name).exists() for name in ("super", "plain", "runs"))  # a mistyped first try leaves none of them
+    old = json.loads(note.read_text()) if made and note.exists() else now
+    if differ := [key for key in now if now[key] != old.get(key)]:
+        die(f"{o.out} was made with {differ[0]}={old.get(differ[0])}, not {now[differ[0]]}: choose another --out")
+    write_json(note, now)
 
 
 # ---- runs ---------------------------------------------------------------------------------------------------------------
@@ -203,6 +219,8 @@ def effect(with_, without):
     """Mean difference in bits per byte, paired by seed, the half-width of its 95 % interval (Student's, over seeds), and a verdict: under
     two standard deviations between repeats it is none."""
     (mean, half), sd = paired(with_, without), math.sqrt((spread(with_)[1] ** 2 + spread(without)[1] ** 2) / 2)
+    if math.isnan(sd):
+        return mean, half, "one run: no verdict"
     return mean, half, "no effect" if not abs(mean) > 2 * sd else "better" if mean < 0 else "worse"
 
 
@@ -247,13 +265,17 @@ def main(argv):
     if o.size == "gpu" and not o.data:
         die('--size=gpu needs --data=\'{"super": {name: shards}, "plain": {name: shards}}\', the same text under both tokenizers')
     _, factors, total = SIZES[o.size]
-    total, made = o.bytes or total, ast.literal_eval(o.data) | {"domains": o.domains} if o.data else prepare(o.out, o.texts, o.vocab)
-    if o.prepare:
-        return
     joint = "".join(factors)
     arms = list(dict.fromkeys(["", *factors, *(joint.replace(f, "") for f in factors), joint]))
     if o.only:
-        arms = [arm for arm in arms if arm in o.only.split(",")]
+        wanted = ["" if arm == "none" else arm for arm in o.only.split(",")]
+        if unknown := [arm for arm in wanted if arm not in arms]:
+            die(f"--only: {unknown[0]} is no arm; there are {','.join(arm or 'none' for arm in arms)}")
+        arms = [arm for arm in arms if arm in wanted]
+    keep_settings(o)
+    total, made = o.bytes or total, ast.literal_eval(o.data) | {"domains": o.domains} if o.data else prepare(o.out, o.texts, o.vocab)
+    if o.prepare:
+        return
     results = {}
     for arm in arms:
         tried = {lr: run(arm, o.size, made, total / 10, lr, 1, o.out)["final"]["mean"] for lr in o.lrs} if len(o.lrs) > 1 else {o.lrs[0]: 0}

@@ -148,13 +148,14 @@ def summary(sums, size):
 
 def window_batches(ckpt, names, known, seq_len, windows, batch_tokens):
     """{name: batches} of val splits; a name is a folder or a source of the run's config."""
-    found = {}
-    for name in filter(None, names.split(",")) if names else known:
+    found, names = {}, [name for name in names.split(",") if name] if names else list(known)
+    for name in names:
         path = known.get(name, name)
         if not Path(path, "manifest.json").is_file():
             die(f"--data={name}: {path} is no folder of shards; known to this run: {', '.join(known) or 'nothing'}")
         expect_same(resolve(ckpt).parent, path)
-        found[Path(name).name] = data.val_batches(path, seq_len, windows * seq_len, max(batch_tokens, seq_len))
+        short = name if [Path(other).name for other in names].count(Path(name).name) > 1 else Path(name).name
+        found[short] = data.val_batches(path, seq_len, windows * seq_len, max(batch_tokens, seq_len))
     return found
 
 
@@ -163,11 +164,20 @@ def sources(state):
     return known if isinstance(known, dict) else {Path(known).name: known}
 
 
+def read_reference(path):
+    """An --out of ours -> {name: bits per byte}."""
+    rows = json.loads(Path(path).read_text()).get("results") or die(f"--reference={path}: no results in it; give an --out of this program")
+    return {name.removesuffix("_noncausal"): row["bpb"] for name, row in rows.items() if "bpb" in row}
+
+
 def main(argv):
     o = configurator.args(OPTIONS, argv, __doc__)
     idle = {"eval_len", "window_stride"} if not o.domains else {"windows", "seq_len"} if not o.data else set()
     if idle := sorted(idle & {arg[2:].partition("=")[0] for arg in argv}):
         die(f"--{idle[0]} would do nothing here: it needs {'--data' if o.domains else '--domains'}")
+    if wrong := [key for key in ("windows", "eval_len", "batch_tokens") if getattr(o, key) < 1]:
+        die(f"--{wrong[0]}={getattr(o, wrong[0])} must be above 0")
+    reference = read_reference(o.reference) if o.reference else None
     model, state, device, facts = open_run(o)
     if model.cfg.arch != "decoder":
         die(f"arch={model.cfg.arch!r} predicts no next token; python -m eval.denoising --ckpt={o.ckpt} measures it")
@@ -180,7 +190,10 @@ def main(argv):
             o.domains, load_tokenizer(o.ckpt), min(o.eval_len, model.cfg.max_len), o.batch_tokens, stride=o.window_stride
         )
     if o.data or not o.domains:
-        sets |= window_batches(o.ckpt, o.data, sources(state), seq_len, o.windows, o.batch_tokens)
+        windows = window_batches(o.ckpt, o.data, sources(state), seq_len, o.windows, o.batch_tokens)
+        sets |= {f"{name}_split" if name in sets else name: batches for name, batches in windows.items()}
+    if len(sets) > 1:  # says now, not after the scoring, what the reference lacks
+        mix.surprise({n: 1.0 for n, batches in sets.items() if any(b["bytes"] for b in batches)}, "bpb", reference)
     for name, batches in sets.items():
         start = time.time()
         results[name] = summary(*score(model, batches, device, name)) | {"seconds": round(time.time() - start, 2)}
@@ -194,9 +207,6 @@ def main(argv):
     if not model.cfg.causal:
         print("this gate hears later tokens: none of these is a next-token likelihood")
     if len(results) > 1:
-        reference = {}
-        if o.reference:
-            reference = {k.removesuffix("_noncausal"): v["bpb"] for k, v in json.loads(Path(o.reference).read_text())["results"].items()}
         for metric, ref in (("ppl", None), ("bpb", reference)):
             ratios = mix.surprise({n: r[metric] for n, r in results.items() if metric in r}, metric, ref)
             print(f"surprise by {metric}: " + ", ".join(f"{n} {ratio:.2f} {advice}" for n, (ratio, advice) in ratios.items()))

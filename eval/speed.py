@@ -27,13 +27,13 @@ nanochat, 8 x H100: at 768 wide FP8 is slower, at 1,664 630k and 740k; llm.c 124
 
 def stages(cfg, lengths):
     """(argv of one stage alone); a run without stages is one stage."""
-    rows = cfg.stages or ({"seq_len": cfg.seq_len},)
-    known = {row.get("seq_len", cfg.seq_len): row for row in rows}
+    shape = lambda row: {k: row[k] for k in ("seq_len", "rows", "accum") if k in row}  # noqa: E731
+    rows = [{"start": 0, "seq_len": cfg.seq_len} | shape(row) for row in cfg.stages or ({},)]
+    known = list(dict.fromkeys(row["seq_len"] for row in rows))
     if unknown := set(lengths) - set(known):
         die(f"--lengths: {min(unknown)} is no stage of this run; it has {', '.join(map(str, known))}")
-    for length in lengths or known:
-        keep = {k: known[length][k] for k in ("rows", "accum") if k in known[length]}
-        yield length, f"--stages=({ ({'start': 0, 'seq_len': length} | keep) },)"
+    found = [(length, f"--stages=({row},)") for length in lengths or known for row in rows if row["seq_len"] == length]
+    return list(dict.fromkeys(found))  # stages of one length may differ in their batch
 
 
 def measure(argv):
@@ -77,6 +77,8 @@ def main(argv):
     mine = [arg for arg in argv if arg.partition("=")[0][2:] in OPTIONS or arg == "--help"]
     o, rest = configurator.args(OPTIONS, mine, __doc__), [arg for arg in argv if arg not in mine]
     lengths = [int(n) for n in str(o.lengths).split(",") if n]
+    if unknown := [name for name in o.precisions.split(",") if name and name not in ("bf16", "fp8", "te")]:
+        die(f"--precisions: {unknown[0]} is none of bf16, fp8, te")
     rows = table(rest, o.steps, o.precisions.split(",") if o.precisions else here(), lengths)
     print(MEASURED)
     write_json(o.out, {"command": ["eval.speed", *argv], "rows": rows})

@@ -7,6 +7,7 @@ first tokenizer, bits per byte of a unigram model fitted on the odd documents an
 token says more and is harder to guess), speed, round trip; below, how many words the tokens of the vocabulary span. Bits per byte of a
 trained model, the figure that decides, come from eval/perplexity.py."""
 
+import itertools
 import os
 import re
 import sys
@@ -23,13 +24,22 @@ from prepare import sources
 
 
 def texts_of(path, size, field, limit):
-    found = []
-    for task, _ in sources.tasks([(path, size)]):
-        for slices in sources.documents(task, Counter(), field):
-            found.append("".join(slices))
-            if len(found) == limit:
-                return found
-    return [t for t in found if t]
+    """The documents of a file; a single one, as a plain text file is, in blocks of lines: one half is fitted on, one is scored."""
+    every = ("".join(slices) for task, _ in sources.tasks([(path, size)]) for slices in sources.documents(task, Counter(), field))
+    found = list(itertools.islice(filter(None, every), limit or None))
+    if len(found) == 1:
+        lines = found[0].splitlines(keepends=True)
+        step = max(1, len(lines) // 100)
+        found = ["".join(lines[i : i + step]) for i in range(0, len(lines), step)]
+    if len(found) == 1:
+        die(f"{path}: one document of one line cannot be halved, to fit a model and to score it; bring more text")
+    return found
+
+
+def names_of(paths):
+    """c4_validation_2k.parquet is c4, unless another file would be, too."""
+    short = [re.split(r"[_.]", os.path.basename(path))[0] for path in paths]
+    return [name if name and short.count(name) == 1 else path for name, path in zip(short, paths, strict=True)]
 
 
 def unigram_bits(coded, sizes, vocab):
@@ -68,8 +78,8 @@ def main(argv):
         print(tok)
         print("  words per token: " + ", ".join(f"{k}: {n:,}" for k, n in spans.items() if k <= 4 or n > 99))
         result["tokenizers"].append({"name": tok.name, "vocab_size": tok.vocab_size, "fingerprint": tok.fingerprint, "words": spans})
-    for path, size in sources.find(o.texts):
-        name = re.split(r"[_.]", os.path.basename(path))[0]
+    found = sources.find(o.texts)
+    for (path, size), name in zip(found, names_of([path for path, _ in found]), strict=True):
         texts = texts_of(path, size, o.text_field, o.max_docs) or die(f"{path}: no text in it (field '{o.text_field}')")
         rows = [measure(tok, texts) for tok in toks]
         result["texts"][name] = {"documents": len(texts), "chars": sum(map(len, texts)), "rows": rows}

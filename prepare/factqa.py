@@ -95,7 +95,8 @@ def values(attribute: str, cfg, rng: random.Random) -> str:
 
 
 def split_of(name: str, attribute: str, value: str, seed: int) -> str:
-    """The one split in which `name` may have this value: 80 % train, 10 % dev, 10 % test of all combinations."""
+    """The one split in which `name` may have this value: 80 % train, 10 % dev, 10 % test of all combinations, words in any order."""
+    value = " and ".join(sorted(value.split(" and ")))
     n = int.from_bytes(hashlib.blake2b(f"{seed}|{name}|{attribute}|{value}".encode(), digest_size=4).digest(), "little") % 10
     return "dev" if n == 8 else "test" if n == 9 else "train"
 
@@ -143,27 +144,24 @@ def passage(rng, cfg, split: str, facts: int | None = None) -> tuple[str, list[t
 
 def paragraphs(path: str, count: int) -> list[str]:
     """Short English paragraphs of 80 to 400 bytes, from one text file or from the docstrings every machine has."""
-    if path:
-        texts = [Path(path).read_text(encoding="utf-8")]
-    else:
-        texts = []
-        for file in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
-            tree = ast.parse(file.read_text(encoding="utf-8"))
-            kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
-            texts += [ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, kinds)]
-    out = [" ".join(p.split()) for text in texts for p in text.split("\n\n")]
-    out = [p for p in out if 80 <= len(p.encode()) <= 400]
+    texts, kinds = [Path(path).read_text(encoding="utf-8")] if path else [], (ast.Module, ast.ClassDef, ast.FunctionDef)
+    for file in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")) if not path else ():
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        texts += [ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, kinds)]
+    out = [p for p in (" ".join(p.split()) for text in texts for p in text.split("\n\n")) if 80 <= len(p.encode()) <= 400]
+    out or configurator.die(f"natural={path}: no paragraph of 80 to 400 bytes between empty lines; give another text")
     random.Random(0).shuffle(out)
     return out[:count]
 
 
 def settings_of(cfg) -> dict:
     """All that decides the jsonl files."""
-    return {k: v for k, v in vars(cfg).items() if k not in ("out", "shards", "bpe", "passage_every")}
+    rule = {"split_of": "any order"} if cfg.value_words > 1 else {}  # older ones may hold a pair in two splits: made anew
+    return {k: v for k, v in vars(cfg).items() if k not in ("out", "shards", "bpe", "passage_every")} | rule
 
 
 def generate(cfg) -> None:
-    out = Path(cfg.out)
+    out, natural = Path(cfg.out), paragraphs(cfg.natural, cfg.natural_docs)
     for split, count in (("train", cfg.train), ("dev", cfg.dev), ("test", cfg.test)):
         rng, rows = random.Random(f"{cfg.seed}-{split}"), []
         for i in range(count):
@@ -176,7 +174,7 @@ def generate(cfg) -> None:
         text, qa = passage(rng, cfg, "train", cfg.facts if i % 2 else rng.randint(1, cfg.facts))
         rows.append({"context": text, "qa": qa})
     write_rows(out / "lm.jsonl", rows)
-    write_rows(out / "natural.jsonl", ({"text": p} for p in paragraphs(cfg.natural, cfg.natural_docs)))
+    write_rows(out / "natural.jsonl", ({"text": p} for p in natural))
 
 
 def train_bpe(texts, size: int, folder: Path) -> None:
@@ -221,8 +219,10 @@ def write_shards(cfg) -> None:
 
 def main(argv=None) -> None:
     cfg = configurator.args(DEFAULTS, sys.argv[1:] if argv is None else argv, __doc__)
-    if not 2 <= cfg.values <= 32 or not 1 <= cfg.facts <= len(ATTRIBUTES) or cfg.value_words >= cfg.values:
+    if not 2 <= cfg.values <= 32 or not 1 <= cfg.facts <= len(ATTRIBUTES) or not 1 <= cfg.value_words < cfg.values:
         configurator.die(f"values={cfg.values} facts={cfg.facts} value_words={cfg.value_words}: values 2..32, facts 1..8, words < values")
+    if not 0 <= cfg.distractors <= len(ATTRIBUTES) or cfg.passage_every < 1:
+        configurator.die(f"distractors={cfg.distractors} passage_every={cfg.passage_every}: 0..8 distractors, passage_every above 0")
     note = Path(cfg.out) / "settings.json"
     if not note.exists() or json.loads(note.read_text()) != settings_of(cfg):  # what is done is not done twice
         note.unlink(missing_ok=True)  # a kill below must not leave the old settings beside the new rows

@@ -33,25 +33,29 @@ DEFAULTS = dict(
 def read(source: str, split: str):
     path = Path(source)
     if not path.is_file():
-        if path.suffix in (".json", ".jsonl", ".gz", ".parquet"):
+        if path.suffix in (".json", ".jsonl", ".gz", ".parquet", ".csv", ".tsv"):
             configurator.die(f"{source} does not exist; give an existing file or the name of a dataset")
         import datasets
 
-        return list(datasets.load_dataset(source, split=split))
+        try:
+            return list(datasets.load_dataset(source, split=split))
+        except (ValueError, OSError) as error:
+            configurator.die(f"--source={source} --split={split}: neither a file nor a dataset that can be had: {error}")
     return sources.read(path)
 
 
-def squad_file(data):
+def squad_article(article):
     """The official nesting: data -> paragraphs -> qas."""
-    for article in data["data"]:
-        for paragraph in article["paragraphs"]:
-            for qa in paragraph["qas"]:
-                answers = [] if qa.get("is_impossible") else [a["text"] for a in qa["answers"]]
-                yield {"context": paragraph["context"], "question": qa["question"], "answers": answers or [""], "id": str(qa["id"])}
+    for paragraph in article["paragraphs"]:
+        for qa in paragraph["qas"]:
+            answers = [] if qa.get("is_impossible") else [a["text"] for a in qa["answers"] or ()]
+            yield {"context": paragraph["context"], "question": qa["question"], "answers": answers or [""], "id": str(qa["id"])}
 
 
-def hotpot_row(row, oracle: bool):
-    context, facts = row["context"], row["supporting_facts"]
+def hotpot_row(row, number: int, oracle: bool):
+    if missing := {"question", "answer"} - set(row):
+        configurator.die(f"row {number} has no {min(missing)!r}, only {', '.join(sorted(row))}")
+    context, facts = row["context"], row["supporting_facts"] if oracle else ()
     if isinstance(context, dict):
         context = list(zip(context["title"], context["sentences"], strict=True))
     if isinstance(facts, dict):
@@ -75,18 +79,20 @@ def flat_row(row, number: int):
         configurator.die(f"row {number} has no {sorted(missing)[0]!r}, only {', '.join(sorted(row))}; a row is context, question, answers")
     answers = row.get("answers", row.get("answer", []))
     answers = answers["text"] if isinstance(answers, dict) else [answers] if isinstance(answers, str) else answers
-    return {"context": row["context"], "question": row["question"], "answers": list(answers) or [""], "id": str(row.get("id", number))}
+    return {"context": row["context"], "question": row["question"], "answers": list(answers or [""]), "id": str(row.get("id", number))}
 
 
 def convert(data, oracle: bool):
-    if isinstance(data, dict) and "data" in data:
-        yield from squad_file(data)
-        return
+    data = data["data"] if isinstance(data, dict) and "data" in data else data
     for number, row in enumerate(data):
-        hotpot = "supporting_facts" in row
-        if oracle and not hotpot:
+        if not isinstance(row, dict):
+            configurator.die(f"row {number} is {row!r}; a row is an object of context, question, answers")
+        if oracle and "supporting_facts" not in row:
             configurator.die("oracle=True needs rows with supporting_facts; drop it")
-        yield hotpot_row(row, oracle) if hotpot else flat_row(row, number)
+        if "paragraphs" in row:
+            yield from squad_article(row)
+        else:  # Hotpot's context is paragraphs of sentences
+            yield hotpot_row(row, number, oracle) if isinstance(row.get("context"), (list, dict)) else flat_row(row, number)
 
 
 def main(argv=None) -> None:
@@ -106,6 +112,8 @@ def main(argv=None) -> None:
         passages.add(row["context"])
         row["answers"] = list(dict.fromkeys(row["answers"]))
         rows.append(row)
+    if not rows:
+        configurator.die(f"{cfg.source}: no question left after {len(skipped)} passages; lower --skip_passages={cfg.skip_passages}")
     out = Path(cfg.out)
     write_rows(out / f"{cfg.split}.jsonl", rows)
     empty = sum(row["answers"] == [""] for row in rows)

@@ -127,7 +127,7 @@ def read(spec, field="text", separator=b"", max_docs=0, max_bytes=1e9, keep=None
             text = "".join(slices)
             if text.strip() and (keep is None or keep(text)):
                 texts.append(text)
-                held += len(text)
+                held += len(text.encode())
             if held >= max_bytes or 0 < max_docs == len(texts):
                 return texts
     return texts or die(f"--from={spec}: no text in it (field '{field}')")
@@ -140,7 +140,7 @@ def main(argv):
     start = time.monotonic()
     texts = read(getattr(o, "from"), o.text_field, o.separator.encode().decode("unicode_escape").encode("latin-1"), o.max_docs, o.max_bytes)
     size = sum(map(len, texts))
-    if size >= o.max_bytes:
+    if sum(len(t.encode()) for t in texts) >= o.max_bytes:
         print(f"stopped reading at --max_bytes={o.max_bytes:.0f}: stage 2 holds whole sentences, about 20 bytes of memory per byte of text")
     if o.transition < o.vocab:  # few long documents would fill the memory and decide the superwords
         longest = int(np.percentile([len(t) for t in texts], 99))

@@ -71,6 +71,8 @@ def dies(capsys, call, *words):
         ("--betas=0.8,1", "betas", (0.8, 1.0)),
         ("--betas=[0.8, 0.9]", "betas", (0.8, 0.9)),
         ("--acts=relu,tanh", "acts", ("relu", "tanh")),
+        ("--acts=relu", "acts", ("relu",)),
+        ("--stages={'tokens': 8}", "stages", ({"tokens": 8},)),
         ("--acts=()", "acts", ()),
         ("--act=('a', 'b')", "act", ("a", "b")),
         ("--mix={'a': 1}", "mix", {"a": 1.0}),
@@ -182,6 +184,8 @@ def test_args(capsys):
     opt = configurator.args(keys, ["--ckpt=out/x=1", "--device=cpu", "--temperature=0", "--chat", "--prompt=12"], "doc")
     assert vars(opt) == {"ckpt": "out/x=1", "device": "cpu", "top_k": 0, "temperature": 0.0, "chat": True, "prompt": "12"}
     assert configurator.args({"prompt": None}, [], "").prompt is None
+    one = configurator.args({"bits": (32, 16), "lrs": (1.0,)}, ["--bits=16", "--lrs=0.5"], "")
+    assert (one.bits, one.lrs) == ((16,), (0.5,))  # numbers, not their text
     for said in ("None", "'a'", "[1, 2]", '"it" "is"'):  # text stays text, also where it looks like Python
         assert configurator.args({"prompt": None}, [f"--prompt={said}"], "").prompt == said
     dies(capsys, lambda: configurator.args(keys, ["--ckpt=a"], "doc"), "--device", "required")

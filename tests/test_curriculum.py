@@ -1,12 +1,15 @@
 """The 197M model's arithmetic and every curriculum table, from the config files as a user loads them."""
 
 import functools
+import gc
 import itertools
 import json
 import math
 import random
 import re
 import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from safetensors.torch import load_file
 
 import checkpoint
 import configurator
+import data
 import fp8
 import mix
 import monitor
@@ -205,11 +209,7 @@ def test_every_row_at_both_edges(name):
             assert plan(first).lr == pytest.approx(formula(cfg, plan, first, mults[i]), rel=1e-9)
         total += (end - first) * row.tokens
     assert total == plan.total
-    assert all(n % length == 0 for length in lengths for n in [data_chunk(cfg)])
-
-
-def data_chunk(cfg):
-    return cfg.chunk or math.lcm(*[row["seq_len"] for row in cfg.stages])
+    assert cfg.chunk == 6144 and all(cfg.chunk % length == 0 for length in lengths)  # the order of the data is that of every other table
 
 
 def formula(cfg, plan, step, mult):
@@ -354,6 +354,8 @@ def test_resume_around_a_switch_is_bitwise(shards, tmp_path, capsys):
     train.main(argv)
     said = capsys.readouterr().out
     assert "precision: fp8 requested, fp8 used" in said and "step 2: fp8 on" in said and "L=16, 128 tokens: % of matmul FLOPs FP8" in said
+    used = [json.loads((tmp_path / "whole" / f"step-00000{n}" / "state.json").read_text())["precision"] for n in (2, 3)]
+    assert used == ["fp8 requested, fp8 used (not before fp8_start_step)", "fp8 requested, fp8 used"]
     whole = rows_of(tmp_path / "whole")
     plan = optim.make_plan(load(*argv), 1)
     logged = {row["step"]: row["train/lr"] for row in whole if "train/lr" in row}
@@ -454,13 +456,16 @@ def test_looking_changes_nothing(shards, tmp_path):
 # ---- surprise, auto_mix, benchmark --------------------------------------------------------------------------------------
 
 
-def test_surprise_and_advice():
+def test_surprise_and_advice(capsys):
     """The published rule on perplexities, ours on bits per byte over a reference."""
     ppl = mix.surprise({"c4": 20.0, "gsm8k": 10.0, "humaneval": 30.0}, "ppl")
     assert ppl == {"c4": (1.0, "balanced"), "gsm8k": (0.5, "reduce"), "humaneval": (1.5, "increase")}
     bpb = mix.surprise({"a": 1.0, "b": 2.2}, reference={"a": 1.0, "b": 2.0})
     assert bpb["b"][0] == pytest.approx(1.1 / 1.05) and bpb["a"][1] == "balanced"
     assert mix.surprise({"a": 1.0, "b": 1.5})["a"][1] == "reduce"
+    with pytest.raises(SystemExit):  # bits over bits beside bare bits
+        mix.surprise({"a": 1.0, "b": 2.2}, reference={"a": 1.0})
+    assert "the reference has no bpb of b" in capsys.readouterr().err
 
 
 def test_auto_mix_moves_a_little_and_keeps_the_sum():
@@ -515,6 +520,11 @@ def test_an_evaluation_says_what_it_saw(shards, tmp_path, capsys):
     for row in rows_of(tmp_path / "out"):
         rows.setdefault(row["step"], {}).update(row)
     assert [("val/both/bpb" in rows[s], "val/mean/bpb" in rows[s]) for s in (2, 4, 6)] == [(False,) * 2, (True,) * 2, (True,) * 2]
+    assert "val/sd/bpb" in rows[4] and not any(key.startswith(("val/sd", "surprise")) for key in rows[2])  # not of other sets each time
+    state = [json.loads((tmp_path / "out" / f"step-{step:06d}" / "state.json").read_text()) for step in (2, 4)]
+    assert [(s["stage"], s["precision"]) for s in state] == [(0, "bf16 requested, fp32 used"), (1, "bf16 requested, fp32 used")]
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["precision"] == "bf16 requested, fp32 used"
+    assert "step 3: stage 1: L 16, 8 rows x 2, clip 0\n" in said
     history = json.loads((tmp_path / "out" / "history.json").read_text())
     assert [h["metric"] is not None for h in history] == [False, True, True]  # without domains there is no mean to be the best by
     values = [rows[6][f"val/{name}/bpb"] for name in ("one", "two", "both")]
@@ -561,10 +571,19 @@ def test_the_shape_is_asserted_at_the_start(shards, tmp_path, capsys):
 
 
 def test_auto_mix_mistakes(shards, tmp_path, capsys):
-    for keys, word in (([], "domain_source"), (["--mix={'one': 1.0}", "--domains=x", "--domain_source={'c4': 'three'}"], "three")):
+    (tmp_path / "c4.jsonl").write_text('{"text": "a"}')
+    good = ["--mix={'one': 1.0}", f"--domains={tmp_path}", "--domain_source={'c4': 'one'}"]
+    for keys, word in (
+        ([], "domain_source"),
+        ([*good[:2], "--domain_source={'c4': 'three'}"], "three is no source of mix"),
+        ([*good[:2], "--domain_source={'c4': 'one', 'c5': 'one'}"], "c5 is none of the domains"),  # before the first step
+        ([*good, "--mix_end={'two': 1.0}"], "drop mix_end"),
+        ([*good, "--stages=({'start': 0, 'mix': {'two': 1.0}},)"], "drop mix_end and the stages' mix"),
+    ):
         with pytest.raises(SystemExit):
             train.main(short(shards, tmp_path / "out", "--stages=()", "--auto_mix=True", *keys))
-        assert word in capsys.readouterr().err
+        err = capsys.readouterr().err
+        assert word in err and err.count("\n") == 1
 
 
 def test_benchmark_prints_a_table_and_leaves_nothing(shards, tmp_path, capsys):
@@ -574,8 +593,25 @@ def test_benchmark_prints_a_table_and_leaves_nothing(shards, tmp_path, capsys):
     row = dict(zip(lines[at].replace("h per 1B", "hours").split(), lines[at + 1].split(), strict=True))
     assert row["L"] == "64" and row["tokens"] == "256" and row["MFU"] == "unknown" and float(row["ms"]) > 0
     rate = float(row["tok/s"].replace(",", ""))
-    assert rate == pytest.approx(256 / float(row["ms"]) * 1e3, rel=0.01) and not (tmp_path / "out").exists()
+    assert rate == pytest.approx(256 / float(row["ms"]) * 1e3, rel=0.03) and not (tmp_path / "out").exists()
     assert "precision: bf16 requested, fp32 used" in "\n".join(lines)
+    found = {name: monitor.bytes_per_token({name: path}, {}) for name, path in shards.items()}
+    mixed = monitor.bytes_per_token(shards, {"one": 0.25, "two": 0.75})
+    assert mixed == pytest.approx(0.25 * found["one"] + 0.75 * found["two"]) and monitor.bytes_per_token({"qa": "rows.jsonl"}, {}) is None
+    byte, two = float(row["bytes/s"].replace(",", "")), data.read_manifest(Path(shards["two"]))["shards"]
+    (train_part,) = [s["bytes"] / s["tokens"] for s in two if s["split"] == "train"]
+    assert found["two"] == train_part and byte / rate == pytest.approx(
+        train_part, rel=1e-4
+    )  # the last stage reads `two` alone, and not its held-out text
+
+
+def test_a_refused_benchmark_leaves_nothing_either(shards, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for more in (["--parameters=1"], ["--max_steps=5", "--stages=()"]):
+        with pytest.raises(SystemExit):
+            train.main(short(shards, tmp_path / "out", "--benchmark=1", *more))
+        gc.collect()
+        assert capsys.readouterr().err and not list(tmp_path.glob("benchmark-*"))
 
 
 def test_speed_table_keeps_what_ran_and_says_what_did_not(shards, tmp_path, capsys):
@@ -593,6 +629,15 @@ def test_speed_table_keeps_what_ran_and_says_what_did_not(shards, tmp_path, caps
     with pytest.raises(SystemExit):
         speed.main([*settings, "--lengths=17"])
     assert "17 is no stage" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        speed.main([*settings, "--precisions=fp32"])
+    assert "fp32 is none of bf16, fp8, te" in capsys.readouterr().err
+
+
+def test_speed_measures_stages_of_one_length_that_differ():
+    found = [arg for _, arg in speed.stages(load(BASE, "config/curriculum_nine.py"), [2048])]
+    assert [rows in arg for rows, arg in zip(("'rows': 16", "'rows': 18", "'rows': 20"), found, strict=True)] == [True] * 3
+    assert len(speed.stages(load(BASE, "config/curriculum_eight.py"), [])) == 7  # two of the eight are the same step
 
 
 # ---- the ablation -------------------------------------------------------------------------------------------------------
@@ -639,6 +684,7 @@ def test_account_of_the_ablation():
     assert ablation.time_to([[1, 4.0], [3, 2.0]], 3.0) == 2 and ablation.time_to([[1, 4.0]], 3.0) == math.inf
     assert ablation.effect([1.0, 1.02, 1.01], [1.2, 1.21, 1.23])[:2] == pytest.approx((-0.2033, 4.303 * 0.01528 / 3**0.5), rel=1e-3)
     assert ablation.effect([1.0, 1.01], [1.2, 1.21])[2] == "better" and ablation.effect([1.2, 1.3], [1.25, 1.3])[2] == "no effect"
+    assert ablation.effect([1.0], [1.2])[2] == "one run: no verdict"
     results = {"": runs(1, 2.0), "T": runs(2, 1.5), "F": runs(1, 2.0), "TF": runs(2, 1.5)}
     text = "\n".join(ablation.account(results, "TF"))
     assert "T: alone -0.5000 +- 0.0000 bits/byte: better" in text and "F: alone +0.0000 +- 0.0000 bits/byte: no effect" in text
@@ -651,3 +697,24 @@ def test_an_arm_of_the_ablation_runs_and_is_not_run_twice(corpus, tmp_path):
     first = ablation.run("F", "cpu", made, 1.5e4, 1.0, 1, tmp_path)
     assert first["curve"] and first["precision"].endswith("fp8 used") and first["final"].keys() == {"web", "mean"}
     assert first["bytes"] == pytest.approx(1.5e4, rel=0.2) and ablation.run("F", "cpu", made, 1.5e4, 1.0, 1, tmp_path) == first
+
+
+def test_an_ablation_keeps_to_its_settings_and_its_arms(corpus, tmp_path, monkeypatch, capsys):
+    """Runs and tokenizers of other text, or of another size, are not taken for those that were asked for."""
+    ran = []
+    monkeypatch.setattr(ablation, "run", lambda arm, *a: ran.append(arm) or {"final": {"mean": 1.0}, "precision": "bf16"})
+    out, texts = f"--out={tmp_path}/out", tmp_path / "texts"
+    texts.mkdir()
+    (texts / "a.jsonl").write_text('{"text": "one"}\n')
+    monkeypatch.setattr(ablation, "prepare", lambda out, *a: (tmp_path / "out" / "plain").mkdir(parents=True, exist_ok=True) or {})
+    ablation.main([out, f"--texts={texts}", "--only=none,T", "--seeds=1"])
+    assert ran == ["", "T"]
+    (texts / "a.jsonl").write_text('{"text": "two"}\n')
+    for argv, said in (
+        ([f"--texts={texts}"], "was made with texts="),
+        (["--vocab=999"], "was made with texts="),
+        (["--only=TX"], "TX is no arm; there are none,T,F,C,FC,TC,TF,TFC"),
+    ):
+        with pytest.raises(SystemExit):
+            ablation.main([out, *argv])
+        assert said in capsys.readouterr().err

@@ -135,6 +135,7 @@ def test_training_split_is_never_opened_and_mistakes_are_one_line(home, tmp_path
     perplexity.main([f"--ckpt={home / 'run'}", "--windows=1"])
     assert set(opened) == {"val"}
     (tmp_path / "odd").mkdir()
+    (tmp_path / "part.json").write_text('{"results": {"digits": {"bpb": 1.0}, "windows": {"loss": 2.0}}}')
     (tmp_path / "odd" / "a.jsonl").write_text('{"text": "a"}\n{"body": "b"}\n')
     for argv, word in (
         ([f"--ckpt={home / 'run'}", "--data=nowhere"], "nowhere"),
@@ -142,6 +143,9 @@ def test_training_split_is_never_opened_and_mistakes_are_one_line(home, tmp_path
         ([f"--ckpt={home / 'run'}", "--windws=3"], "windows"),
         ([f"--ckpt={home / 'run'}", f"--domains={tmp_path / 'odd'}"], "a row has no text"),
         ([f"--ckpt={home / 'run'}", "--eval_len=64"], "--eval_len would do nothing"),
+        ([f"--ckpt={home / 'run'}", f"--domains={tmp_path / 'odd'}", "--eval_len=0"], "--eval_len=0 must be above 0"),
+        ([f"--ckpt={home / 'run'}", f"--reference={home / 'run' / 'config.json'}"], "no results in it"),
+        ([f"--ckpt={home / 'run'}", f"--reference={tmp_path / 'part.json'}"], "the reference has no bpb of words"),
         ([f"--ckpt={home / 'run'}", f"--domains={tmp_path / 'odd'}", "--windows=3"], "--windows would do nothing"),
     ):
         capsys.readouterr()
@@ -149,6 +153,16 @@ def test_training_split_is_never_opened_and_mistakes_are_one_line(home, tmp_path
             perplexity.main(argv)
         error = capsys.readouterr().err
         assert end.value.code == 2 and error.count("\n") == 1 and word in error
+
+
+def test_sets_of_one_name_are_all_there(home, tmp_path, capsys):
+    """A source that is called like a domain, and two folders of one name."""
+    (tmp_path / "words.jsonl").write_text(json.dumps({"text": WORDS}))
+    (tmp_path / "digits").symlink_to(home / "digits")
+    out = tmp_path / "out.json"
+    argv = [f"--ckpt={home / 'run'}", "--windows=1", f"--domains={tmp_path}", f"--data=words,{home}/digits,{tmp_path}/digits"]
+    perplexity.main([*argv, f"--out={out}"])
+    assert list(json.loads(out.read_text())["results"]) == ["words", "words_split", f"{home}/digits", f"{tmp_path}/digits"]
 
 
 # ---- routing

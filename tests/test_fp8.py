@@ -183,6 +183,16 @@ def test_a_weight_that_changed_without_refresh_is_noticed():
     loss(model, batch())
 
 
+@pytest.mark.parametrize("length", [1, 3])
+def test_a_skipped_step_keeps_the_last_amax(length):
+    model, _, _ = model_of(fp8_recipe="delayed", fp8_history=length)
+    for value in (2.0, float("nan")):
+        for heard in model.fp8.heard:
+            heard.fill_(value)
+        fp8.refresh(model)
+        assert (model.fp8.history[0] == 2).all()
+
+
 @pytest.mark.parametrize("algo", ["max", "most_recent"])
 def test_delayed_scale_is_the_maximum_over_the_history(algo):
     """Amaxes recorded by hand at one Linear: each the max over a step's micro-batches, then over the last 3 steps."""
@@ -387,7 +397,8 @@ def test_the_settings_that_fit_pass():
 
 
 def test_fsdp_and_unknown_filter_stop(capsys):
-    for keys, word in (({"parallel": "fsdp"}, "ddp"), ({"fp8_filter": ("gate_upp",)}, "did you mean 'gate_up'")):
+    for keys, word in (({"parallel": "fsdp"}, "ddp"), ({"fp8_filter": ("gate_upp",)}, "did you mean 'gate_up'"),
+                       ({"fp8_filter": ("table", "down")}, "table, static and all stand alone")):  # fmt: skip
         with pytest.raises(SystemExit):
             model_of(**keys)
         assert word in capsys.readouterr().err
@@ -403,6 +414,7 @@ def test_filter(monkeypatch):
     assert pick(config(), "proj", k=128, n=768) == no and pick(config(), "head", k=768, n=200064) == no
     assert pick(config(), "gate_up", k=760, n=4096) == no  # 760 % 16
     assert pick(config(fp8_filter=("down",)), "down", k=768, n=64) == yes and pick(config(fp8_filter="down"), "qkv", k=768, n=64) == no
+    assert [pick(config(fp8_filter="gate_up,down"), role, k=768, n=64) for role in precision.ROLES] == [no, no, yes, yes]
     table = config(fp8_filter="table")
     monkeypatch.setattr(
         precision.fp8_table, "SPEEDUP", {("down", 98304, 2048, 768, g): s for g, s in zip(precision.GEMMS, (1.2, 1.02, 1.03), strict=True)}
@@ -412,6 +424,9 @@ def test_filter(monkeypatch):
     assert pick(table, "gate_up", k=768, n=4096) == yes  # not measured: the static rule
     assert precision.choose(table, "down", 98304, 2048, 768, "NVIDIA H100") == no  # measured on another device
     assert pick(config(fp8_filter="table", fp8_mode="forward"), "down", k=2048, n=768) == (True, False, False)
+    precision.fp8_table.SPEEDUP["down", 32768, 2048, 768, "forward"] = 0.9
+    near = [precision.choose(table, "down", m, 2048, 768, "NVIDIA H200") for m in (81920, 49152, 16384, 4096)]
+    assert near == [(True, False, True), (False, False, True), (False, False, False), no]  # the nearest M, unless it is far away
 
 
 def test_the_smallest_micro_batch_of_the_table_decides():
@@ -425,10 +440,13 @@ def test_the_smallest_micro_batch_of_the_table_decides():
 def test_the_table_that_is_written_is_the_table_that_is_read(tmp_path):
     """Its keys are those `choose` asks for; the figures of a CPU mean nothing."""
     path = tmp_path / "fp8_table.py"
-    measured.write_table(path, "cpu", tokens=64, widths=(48,), repeats=1, backend="eager")
+    run = ["--d_model=32", "--n_head=2", "--d_ff=64", "--n_layer=2", "--tokens_per_step=96", "--seq_len=32", "--max_steps=1"]
+    measured.write_table(path, "cpu", run, tokens=64, widths=(48,), repeats=1, backend="eager")
     space = {}
     exec(path.read_text(), space)
-    assert {(48, 1024), (48, 48), (48, 256), (128, 48)} == {key[2:4] for key in space["SPEEDUP"]} and len(space["SPEEDUP"]) == 12
+    wide = {(64, 48, 1024), (64, 48, 48), (64, 48, 256), (64, 128, 48)}
+    assert wide | {(96, 32, 96), (96, 32, 32), (96, 32, 128), (96, 64, 32)} == {key[1:4] for key in space["SPEEDUP"]}
+    assert len(space["SPEEDUP"]) == 24
     assert {key[4] for key in space["SPEEDUP"]} == set(precision.GEMMS) and space["DEVICE"] == "CPU" and space["TORCH"] == torch.__version__
 
 
@@ -444,7 +462,7 @@ def test_mixed_directions_of_one_linear(monkeypatch):
     assert 0.01 < error(x.grad, dy.double() @ w) <= 0.08 and 0.01 < error(layer.weight.grad, dy.double().T @ x.detach().double()) <= 0.08
 
 
-def test_report_of_the_197m_model():
+def test_report_of_the_197m_model(monkeypatch):
     """The shares of M4: gate_up is 44.8 % of linear FLOPs, all four roles 86.9 %."""
     cfg = config(
         n_layer=28,
@@ -461,10 +479,15 @@ def test_report_of_the_197m_model():
     model = build(cfg, "meta")
     report = fp8.apply(model, cfg, "meta", [(8, 98304), (2048, 98304)], hw=H200)
     assert (
-        "L=8, 98304 tokens: % of matmul FLOPs FP8 44.8 / " in report and "gate_up 4096 x 768: forward FP8, dgrad FP8, wgrad FP8" in report
+        "L=8, 98304 tokens: % of matmul FLOPs FP8 44.8 / " in report
+        and "gate_up 4096 x 768: forward FP8, dgrad FP8, wgrad FP8; static" in report
     )
     assert "compile=False" in report and "qkv 1024 x 768: forward fp32" in report
     assert "% of matmul FLOPs FP8 86.9 / " in fp8.apply(model, dataclasses.replace(cfg, fp8_filter="all"), "meta", hw=H200)
+    monkeypatch.setattr(precision.fp8_table, "SPEEDUP", {("o", 98304, 768, 768, g): 1.1 for g in precision.GEMMS})
+    monkeypatch.setattr(precision.fp8_table, "DEVICE", H200.name)
+    report = fp8.apply(model, dataclasses.replace(cfg, fp8_filter="table"), "meta", [(2048, 49152)], hw=H200)
+    assert "o 768 x 768: forward FP8, dgrad FP8, wgrad FP8; measured" in report and "gate_up 4096 x 768" in report.split("static")[1]
 
 
 # ---- statistics ---------------------------------------------------------------------------------------------------------
@@ -484,6 +507,11 @@ def test_statistics_name_the_worst_operand_and_leave_no_trace():
     assert [r["snr_db"] for r in rows] == sorted(r["snr_db"] for r in rows)
     usual = next(r for r in rows if r["name"] == "decoder.blocks.1.ffn.down.x")
     assert 20 < usual["snr_db"] < 40 and usual["saturation"] < 0.01
+    slot = next(one.slot for one in model.fp8.ones if one.name == "decoder.blocks.1.ffn.down")
+    model.fp8.saturated[slot] += 7
+    rows = {r["name"]: r for r in monitor.fp8_statistics(model, lambda: loss(model, batch()))}
+    assert rows[usual["name"]]["saturated"] == usual["saturated"] + 7 and "saturated" not in rows[planted["name"]]
+    model.fp8.saturated[slot] -= 7
     assert same(fp8.memory(model), before) and not any(model.fp8.heard)
     assert monitor.fp8_statistics(model_of(precision="bf16")[0], None) == []
 

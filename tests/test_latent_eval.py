@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -90,12 +91,30 @@ def test_prepare_factqa_splits_by_person_and_value(tmp_path):
     assert trained == "".join(f" {a}<|endoftext|>" for _, a in row["qa"])  # answers only, but in one document of eight
 
 
+def test_a_pair_of_values_is_in_one_split_in_either_order(tmp_path):
+    some = ["--train=150", "--dev=60", "--test=60", "--lm_docs=1", "--natural_docs=1", "--facts=1", "--value_words=2", "--values=6"]
+    factqa.main([f"--out={tmp_path}", *some])
+    facts = {}
+    for split in ("train", "dev", "test"):
+        for row in sources.read(tmp_path / f"{split}.jsonl"):
+            name = " ".join(row["context"].replace("'s", "").split()[:2])
+            facts.setdefault((name, frozenset(row["answers"][0].split(" and "))), set()).add(split)
+    assert {len(where) for where in facts.values()} == {1}
+    assert all(factqa.split_of("Anna Lind", "pet", f"{a} and {b}", 1) == factqa.split_of("Anna Lind", "pet", f"{b} and {a}", 1)
+               for a in ("cat", "dog", "hen") for b in ("pig", "cow", "fox"))  # fmt: skip
+
+
 def test_factqa_stops_in_time(tmp_path, monkeypatch, capsys):
     """Too few values for that many facts: one line. And rows cut off in the middle of new settings do not pass for the old ones."""
     small = [f"--out={tmp_path}", "--train=1", "--dev=1", "--test=1", "--lm_docs=1", "--natural_docs=1"]
-    with pytest.raises(SystemExit):
-        factqa.main([*small, "--values=2", "--facts=6"])
-    assert "raise --values" in capsys.readouterr().err
+    (tmp_path / "short.txt").write_text("too short")
+    wrong = {"--values=2 --facts=6": "raise --values", "--distractors=9": "distractors=9", "--distractors=-1": "distractors=-1"}
+    wrong |= {"--passage_every=0": "passage_every=0", f"--natural={tmp_path}/short.txt": "no paragraph", "--value_words=0": "value_words=0"}
+    for arg, said in wrong.items():
+        with pytest.raises(SystemExit):
+            factqa.main([*small, *arg.split()])
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1
     factqa.main(small)
     monkeypatch.setattr(factqa, "generate", lambda cfg: 1 / 0)
     factqa.main(small)  # what is done is not done twice
@@ -105,7 +124,7 @@ def test_factqa_stops_in_time(tmp_path, monkeypatch, capsys):
         factqa.main(small)
 
 
-def test_prepare_squad_and_hotpot(tmp_path):
+def test_prepare_squad_and_hotpot(tmp_path, capsys):
     qas = [{"id": "1", "question": "q1", "answers": [{"text": "x"}, {"text": "y"}, {"text": "x"}]},
            {"id": "2", "question": "q2", "answers": [], "is_impossible": True}]  # fmt: skip
     (tmp_path / "s.json").write_text(json.dumps({"data": [{"paragraphs": [{"context": "c", "qas": qas}]}]}))
@@ -124,8 +143,35 @@ def test_prepare_squad_and_hotpot(tmp_path):
         ]
         (gold,) = sources.read(tmp_path / name / "gold.jsonl")
         assert gold["context"] == "T: b." and gold["oracle"] is True
+    for source in ("none.json", "none.csv"):
+        with pytest.raises(SystemExit):
+            squad.main([f"--source={tmp_path}/{source}", f"--out={tmp_path}/x"])
+        assert "does not exist" in capsys.readouterr().err
+
+
+def test_prepare_squad_takes_or_names_what_rows_may_look_like(tmp_path, monkeypatch, capsys):
+    plain = {"context": "c", "question": "q", "answers": None, "id": "1"}
+    hotpot = {"context": [["T", ["a.", "b."]]], "question": "q", "answer": "x", "id": "2"}  # nobody says which sentences support it
+    (tmp_path / "flat.json").write_text(json.dumps({"version": "2", "data": [plain, hotpot]}))
+    squad.main([f"--source={tmp_path}/flat.json", f"--out={tmp_path}/o"])
+    assert [(r["context"], r["answers"]) for r in sources.read(tmp_path / "o" / "train.jsonl")] == [("c", [""]), ("T: a. b.", ["x"])]
+    (tmp_path / "bare.json").write_text(json.dumps([{k: v for k, v in hotpot.items() if k != "answer"}]))
+    (tmp_path / "words.json").write_text(json.dumps({"version": "2"}))
+    for argv, said in (
+        (["flat.json", "--oracle"], "supporting_facts"),
+        (["flat.json", "--skip_passages=9"], "lower --skip_passages=9"),
+        (["bare.json"], "row 0 has no 'answer'"),
+        (["words.json"], "row 0 is 'version'"),
+    ):
+        with pytest.raises(SystemExit):
+            squad.main([f"--source={tmp_path}/{argv[0]}", f"--out={tmp_path}/x", *argv[1:]])
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1 and not (tmp_path / "x").exists()
+    datasets = SimpleNamespace(load_dataset=lambda *a, **k: (_ for _ in ()).throw(ConnectionError("no\nnetwork")))
+    monkeypatch.setitem(sys.modules, "datasets", datasets)
     with pytest.raises(SystemExit):
-        squad.main([f"--source={tmp_path}/none.json", f"--out={tmp_path}/x"])
+        squad.main(["--source=no/such", f"--out={tmp_path}/x"])
+    assert "--source=no/such --split=train: neither a file nor a dataset" in capsys.readouterr().err
 
 
 def test_two_splits_of_one_file_share_no_passage(tmp_path):

@@ -413,6 +413,11 @@ def test_train_resumes_to_the_bit_and_keeps_the_frozen_frozen(models, tmp_path, 
     joined = run_train(models, tmp_path / "third", save_every=6, **third)
     new, old = lw.latent_weights(tmp_path / "third"), lw.latent_weights(tmp_path / "one")
     assert joined and all(torch.equal(v, old[k]) for k, v in new.items() if k.startswith("encoder."))  # only the adapter moved
+    with pytest.raises(SystemExit):
+        lw.build(settings_of(**third, latent_dim=16))
+    assert "another architecture" in capsys.readouterr().err
+    train.main(arguments(models, tmp_path / "none", max_steps=8, save_every=0) + ["--benchmark=1"])
+    assert capsys.readouterr().out.split()[-4] == "-"  # jsonl has no bytes per token
 
 
 def test_settings_that_contradict_each_other_stop(models):
@@ -430,7 +435,7 @@ def test_settings_that_contradict_each_other_stop(models):
             lw.check(SimpleNamespace(**vars(config(models)) | bad))
 
 
-def test_stream_is_the_same_for_any_world(models):
+def test_stream_is_the_same_for_any_world(models, capsys):
     cfg = config(models, data={"qa": str(models / "qa.jsonl"), "text": str(models / "text.jsonl")}, mix={"qa": 0.5, "text": 0.5},
                  seq_len=48, tokens_per_step=48 * 4, micro_tokens=48, max_steps=9, objective="latent")  # fmt: skip
     sides, reader = lw.layouts(cfg)
@@ -450,6 +455,12 @@ def test_stream_is_the_same_for_any_world(models):
     stream = latent_data.Stream(cfg, optim.make_plan(cfg, 1), 0, 1, sides, reader, print)
     stream.load(state)
     assert [m["0.ids"].tolist() for m in next(stream)] == want
+    rows = json.loads("[" + ",".join((models / "text.jsonl").read_text().splitlines()) + "]")
+    write_rows(models / "other.jsonl", [{"text": row["text"] + "."} for row in rows])  # as many, but others
+    for change in ({"data": {**cfg.data, "text": str(models / "other.jsonl")}}, {"seed": 5}, {"latent_questions": 1}):
+        with pytest.raises(SystemExit):
+            latent_data.Stream(SimpleNamespace(**vars(cfg) | change), stream.plan, 0, 1, sides, reader, print).load(state)
+        assert "the checkpoint read seq_len=48" in capsys.readouterr().err
 
 
 def test_greedy_by_cache_is_the_argmax_of_whole_forwards(models):

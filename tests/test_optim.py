@@ -110,6 +110,14 @@ def test_ultra_curriculum_by_steps():
     assert halves.total == plan.total and halves(0).micro_tokens == 2048 and halves(0).accum == 8
 
 
+def test_rows_are_those_of_a_micro_batch_and_divide_over_the_processes(capsys):
+    cfg = Config(stages=({"start": 0, "rows": 6, "accum": 4},), max_steps=9)
+    assert make_plan(cfg, 2).table().splitlines()[1].split()[:4] == ["0", "256", "6", "4"]
+    with pytest.raises(SystemExit):
+        make_plan(cfg, 4)  # no micro_tokens could mend it: `rows` says what they are
+    assert "rows=6 do not divide over 4 processes" in capsys.readouterr().err
+
+
 def test_mult_moves_linearly_over_a_stage_warmup():
     stages = ({"start": 0, "mult": 2.0, "warmup": 4}, {"start": 10, "mult": 1.0, "warmup": 5}, {"start": 20, "mult": 3.0})
     plan = make_plan(Config(stages=stages, warmup=0, schedule="constant", lr=1.0, max_steps=30), 1)

@@ -36,7 +36,8 @@ def test_every_setting_is_read_by_the_code_and_touched_by_a_test():
 
 def test_numbers_that_no_run_can_have_are_refused(capsys):
     impossible = {"micro_tokens": -64, "seq_len": 0, "n_layer": 0, "gate_block": 0, "lr": -1.0, "decay_share": 0.0, "betas": (1.5, 0.9)}
-    for key, value in (*impossible.items(), ("stages", ({"seq_len": 64}, {"rows": 0})), ("chunk", -1), ("remat", -1), ("tau_min", 0.0)):
+    impossible |= {"chunk": -1, "remat": -1, "tau_min": 0.0, "fp8_history": 0}
+    for key, value in (*impossible.items(), ("stages", ({"seq_len": 64}, {"rows": 0}))):
         with pytest.raises(SystemExit):
             needs.possible(Config(**{key: value}))
         assert key in capsys.readouterr().err
@@ -105,6 +106,8 @@ def test_what_every_stage_says_itself_is_not_asked_of_the_run():
     stages = ({"start": 0, "rows": 8, "clip": 0.5}, {"start": 9, "rows": 2})
     found = needs.idle(Config(stages=stages, micro_tokens=64, clip=3.0))
     assert "micro_tokens (needs a stage without `rows`)" in found and "clip" not in found
+    mixed = {"mix": {"a": 1.0}, "stages": ({"start": 0, "mix": {"a": 1.0}},)}
+    assert "mix" in needs.idle(Config(**mixed)) and needs.idle(Config(**mixed, auto_mix=True)) == ""  # it starts from `mix`
 
 
 def test_no_config_that_stands_alone_sets_anything_in_vain():

@@ -109,6 +109,26 @@ def test_compare_adds_up(trained, capsys):
     assert compare.unigram_bits(uniform, [256] * 4, 256) == pytest.approx(8)
 
 
+def test_compare_halves_one_document_and_keeps_every_file(trained, tmp_path, capsys):
+    lines = [f"the cat number {i % 7} sat on the mat\n" for i in range(500)]
+    for name, text in (("my_code.txt", "".join(lines)), ("my_sums.txt", "".join(lines[::-1])), ("more.txt", "".join(lines))):
+        (tmp_path / name).write_text(text)
+    compare.main([f"--tokenizers=bytes,{trained}/plain", f"--texts={tmp_path}", f"--out={tmp_path}/out.json"])
+    found = json.loads((tmp_path / "out.json").read_text())["texts"]
+    assert list(found) == ["more", f"{tmp_path}/my_code.txt", f"{tmp_path}/my_sums.txt"] and found["more"]["chars"] == sum(map(len, lines))
+    assert all(row["unigram_bits_per_byte"] < 5 and row["round_trip"] == 1 for row in found["more"]["rows"])  # not the 8 of knowing nothing
+    for name, text in (("empty.txt", ""), ("one.txt", "a line")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(SystemExit):
+            compare.main(["--tokenizers=bytes", f"--texts={tmp_path}/{name}", "--max_docs=1"])
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_max_bytes_counts_bytes(tmp_path):
+    (tmp_path / "a.jsonl").write_text("\n".join([json.dumps({"text": "é" * 50}, ensure_ascii=False)] * 9))
+    assert len(superbpe.read(f"{tmp_path}/a.jsonl", max_bytes=250)) == 3
+
+
 def test_validation_domains(tmp_path, capsys):
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     pq.write_table(pa.table({"text": ["one", " ", "two"], "url": ["u"] * 3}), tmp_path / "c4_validation_2k.parquet")

@@ -61,10 +61,13 @@ def parse(values, kinds, argv, usage, rows):
         name, equals, text = arg.partition("=")
         if not arg.startswith("--") or sum(name == other.partition("=")[0] for other in argv) > 1:
             die(f"{arg}: " + ("given twice; keep one" if arg.startswith("--") else "settings are written --key=value"))
-        readings = [text, tuple(text.split(","))] if equals else ["latest" if arg == "--resume" else True]  # --acts=relu,tanh
+        wants_text = kinds.get(name[2:]) in (str, str | None)
+        readings = [text, tuple(text.split(","))] if equals else ["latest" if arg == "--resume" else True]
+        if "," in text and not wants_text:  # --act=silu,gelu names two
+            readings.reverse()
         with suppress(ValueError, SyntaxError):
-            at, literal = kinds.get(name[2:]) in (str, str | None), ast.literal_eval(text)  # 12 stays text where text is wanted
-            readings[at:at] = [literal, (literal,)]  # --bits=16 is a tuple of one
+            literal = ast.literal_eval(text)  # 12 stays text where text is wanted, --bits=16 is a tuple of one
+            readings[wants_text:wants_text] = [literal, (literal,)]
         assign(values, kinds, name[2:], readings, arg)
 
 

@@ -72,6 +72,8 @@ def dies(capsys, call, *words):
         ("--betas=[0.8, 0.9]", "betas", (0.8, 0.9)),
         ("--acts=relu,tanh", "acts", ("relu", "tanh")),
         ("--acts=relu", "acts", ("relu",)),
+        ("--act=silu", "act", "silu"),
+        ("--act=silu,gelu", "act", ("silu", "gelu")),
         ("--stages={'tokens': 8}", "stages", ({"tokens": 8},)),
         ("--acts=()", "acts", ()),
         ("--act=('a', 'b')", "act", ("a", "b")),

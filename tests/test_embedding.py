@@ -100,6 +100,10 @@ def test_a_run_of_prism_is_a_source_too(tmp_path, capsys):
     encdec.main([f"--from={tmp_path / 'lm'}", f"--out={tmp_path / 'both'}", "--num_sentinels=10", "--verify"])
     model, _ = checkpoint.load(tmp_path / "both")
     assert model.cfg.vocab_size == 257 + 4 + 10 and tokenizer.load(tmp_path / "both").encode("é") == [195, 169]
+    poly = ModelConfig(**{**cfg.__dict__, "ffn": "polyglu", "init_std": 0.5})
+    checkpoint.save(tmp_path / "poly", 3, build(poly), None, state | {"config": {**poly.__dict__}, "tau": 0.1}, keep=1)
+    tokenizer.load("bytes").save(tmp_path / "poly" / "tokenizer")
+    encdec.main([f"--from={tmp_path / 'poly'}", f"--out={tmp_path / 'poly2'}", "--num_sentinels=10", "--verify"])  # trained: its tau is not 1
     untied = build(ModelConfig(**{**cfg.__dict__, "tie": False}))
     checkpoint.save(tmp_path / "untied", 0, untied, None, state | {"config": {**cfg.__dict__, "tie": False}}, keep=1)
     tokenizer.load("bytes").save(tmp_path / "untied" / "tokenizer")

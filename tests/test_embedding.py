@@ -435,6 +435,63 @@ def test_without_key_norms_the_encoder_speaks_as_softly_as_the_decoder_listens(t
     assert model.encoder.norm.weight.unique().tolist() == [0.25] and model.decoder.norm.weight.unique().tolist() == [8.0]
 
 
+def test_the_table_counts_alike_and_loses_no_row(run, tmp_path, capsys):
+    """A run and its export have as many parameters; two folders of one name are two rows; every row says what it is."""
+    st = sentence.export(options(ckpt=str(run), out=str(tmp_path / "one/st"), pooling="cls", normalize=False))
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two/st").symlink_to(st)
+    assert E.Encoder(run, "cpu").params == E.Encoder(st, "cpu").params == E.Encoder(st, "cpu", pooling="cls").params
+    E.main(
+        [f"--ckpt={st}", "--compare_baselines", f"--others={tmp_path / 'two/st'},{run}", f"--data={tmp_path}", f"--output_dir={tmp_path}"]
+    )
+    rows = json.loads((tmp_path / "baseline_comparison.json").read_text())
+    ours, twin, trained = rows["st"], rows[str(tmp_path / "two/st")], rows["encdec"]
+    assert ours["ckpt"] == str(st) and ours["NDCG@10"] == twin["NDCG@10"] and ours["params"] == trained["params"]
+    assert [row["step"] for row in (ours, twin, trained)] == [None, None, 0] and trained["commit"] == ours["commit"]
+    assert [(row["pooling"], row["causal"], row["dtype"]) for row in (ours, trained)] == [
+        ("cls", False, "float32"),
+        ("mean", False, "float32"),
+    ]
+    assert "retrieval: sample;" in (tmp_path / "baseline_comparison.md").read_text()
+    capsys.readouterr()
+    for dtype in ("float32", "bfloat16"):  # bf16 moves a vector by more than fp32's tolerances, and nobody asked for unit length
+        E.main([f"--ckpt={st}", "--quick", f"--dtype={dtype}", f"--output_dir={tmp_path}"])
+        said = capsys.readouterr().out
+        assert "ok   padding and batch mates" in said and "unit norm" not in said
+    said = []
+    E.quick(E.Encoder(run, "cpu", dtype="bfloat16"), said.append)
+    assert [line[:4] for line in said if "unit norm" in line or "padding" in line] == ["ok  "] * 2
+
+
+def test_mistakes_of_an_evaluation_are_one_line(run, tmp_path, capsys):
+    """Options that would do nothing, folders that are not there, rows without their columns, no rows at all, tasks that nobody knows."""
+    mteb = pytest.importorskip("eval.mteb")
+    (tmp_path / "stsb-test.csv").write_text("a,b,score\nx,y,1\n")
+    (tmp_path / "stsb-dev.jsonl").write_text("")
+    (tmp_path / "retrieval").mkdir()
+    (tmp_path / "retrieval/corpus.jsonl").write_text('{"id": 1, "text": null}\n')
+    for argv, word in (
+        (["--quick", "--mteb_tasks=STS12"], "--mteb_tasks=STS12: would do nothing; add --run_mteb"),
+        (["--quick", f"--e5={run}"], "add --compare_baselines"),
+        (["--run_stsb", "--query_prefix=q: "], "add --run_retrieval or --run_mteb or --compare_baselines"),
+        (["--quick", "--split=dev"], "--split=dev"),
+        (["--compare_baselines", "--others=gone"], "gone: no such folder"),
+        (["--run_stsb"], "wants rows of sentence1, sentence2, score; row 1 has ['a', 'b', 'score']"),
+        (["--run_stsb", "--split=dev"], "stsb-dev.jsonl: wants rows of sentence1, sentence2, score; it has none"),
+        (["--run_retrieval"], "corpus.jsonl: wants rows of id, text"),
+        (["--run_mteb", "--mteb_tasks=nonsense"], "'nonsense' not found"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            E.main([f"--ckpt={run}", f"--data={tmp_path}", f"--output_dir={tmp_path / 'out'}", *argv])
+        assert stop.value.code == 2 and word in (err := capsys.readouterr().err), err
+    rows = {"corpus": {"id": 1, "text": "a"}, "queries": {"id": 2, "text": "b"}, "qrels": {"query": 2, "doc": 1, "score": 0.5}}
+    for name, row in rows.items():
+        (tmp_path / "retrieval" / f"{name}.jsonl").write_text(json.dumps(row))
+    (task,) = [task for task in mteb.local_tasks(tmp_path) if task.metadata.type == "Retrieval"]
+    task.load_data()
+    assert task.dataset["default"]["test"]["relevant_docs"] == {"2": {"1": 1}}
+
+
 # ---- the chain ----------------------------------------------------------------------------------------------------------------
 
 

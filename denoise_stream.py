@@ -34,8 +34,11 @@ def special_of(cfg, tok) -> denoise.Special:
     """Special ids of this model over this tokenizer; ids of text and special ids must not meet."""
     sp = denoise.special_ids(cfg.vocab_size, cfg.n_sentinels, tok.eos_id, tok.special.get("<|endoftext|>"))
     if tok.special.get("<extra_id_0>", sp.sentinel) != sp.sentinel or ("<extra_id_0>" not in tok.special and tok.vocab_size > sp.mode):
-        die(f"vocab_size={cfg.vocab_size}: {tok.name} has {tok.vocab_size} ids, then come 4 modes and n_sentinels={cfg.n_sentinels}; "
-            f"set --vocab_size={tok.vocab_size + 4 + cfg.n_sentinels}")  # fmt: skip
+        first = tok.special.get("<extra_id_0>")  # a tokenizer that has the markers says how many there are
+        more, n = (4 + cfg.n_sentinels, cfg.n_sentinels) if first is None else (0, tok.vocab_size - first)
+        die(f"vocab_size={cfg.vocab_size}, n_sentinels={cfg.n_sentinels}: {tok.name} has {tok.vocab_size} ids"
+            f"{', modes and sentinels last' if first else ', then come 4 modes and the sentinels'}; "
+            f"set --vocab_size={tok.vocab_size + more} --n_sentinels={n}")  # fmt: skip
     return sp
 
 

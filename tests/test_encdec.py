@@ -15,11 +15,12 @@ import configurator
 import denoise
 import denoise_stream
 import hub
+import tokenizer
 import train
 from eval import denoising
 from eval.trace import trace
 from model import ModelConfig, build, merged_rectangle
-from tests.test_denoise_stream import padded
+from tests.test_denoise_stream import documents, padded, write_shards
 
 CROSS = ("none", "enc", "continue")
 SMALL = ModelConfig(
@@ -324,6 +325,12 @@ def test_flops_are_those_of_the_paper_arithmetic(monkeypatch):
     assert record["train/mfu"] == pytest.approx(monitor.flops(model, pack) / 1e15) and "ALERT" not in line
     assert record["train/encoder_tokens"] == 2 * sum(S) and record["train/target_tokens"] == 2 * sum(T)
     assert record["train/fill"] == (sum(S) + sum(T)) / row.micro_tokens
+    for _ in range(3):
+        meter.expect([pack, pack])
+        meter.accept(1, 0.0, True, False)
+    record, _ = meter.read(row, ["loss"], torch.zeros(1), {"loss": 1.0}, {})  # of a step, whatever log_every is
+    assert record["train/source_tokens"] == 1200 and record["train/encoder_tokens"] == 2 * sum(S)
+    assert record["train/fill"] == (sum(S) + sum(T)) / row.micro_tokens
 
 
 def test_what_leaps_is_said():
@@ -420,6 +427,13 @@ def test_denoisers_of_a_checkpoint_are_measured_and_a_decoder_has_none(corpus, t
     out = tmp_path / "new" / "result.json"
     denoising.main([f"--ckpt={tmp_path / 'encdec'}", "--tokens=512", "--device=cpu", f"--out={out}"])
     assert all(5 < row["loss"] < 7 for row in json.loads(out.read_text())["denoisers"].values()) and "infill" in capsys.readouterr().out
+    tokenizer.load("bytes").save(tmp_path / "encdec/tokenizer")
+    mirrored = {c: 255 - b for c, b in tokenizer.byte_alphabet().items()}
+    (tmp_path / "tokenizer.json").write_bytes(tokenizer.bpe(mirrored, [], tokenizer.GPT2, {tokenizer.EOS: 256}))
+    write_shards(tmp_path / "strange", {"val": documents(20)}, tokenizer.load(tmp_path / "tokenizer.json"))
+    with pytest.raises(SystemExit):  # as many ids, but they mean something else
+        denoising.main([f"--ckpt={tmp_path / 'encdec'}", "--tokens=512", "--device=cpu", f"--data={tmp_path / 'strange'}"])
+    assert "another tokenizer" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         denoising.main([f"--ckpt={tmp_path / 'decoder'}", "--device=cpu"])
     assert "eval.perplexity" in capsys.readouterr().err

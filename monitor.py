@@ -129,7 +129,9 @@ class Meter:
         line = f"loss {loss:.4f} | lr {row.lr:.2e} | {speed / 1e3:.1f}k tok/s" + (f" | MFU {mfu:.1%}" if mfu else "")
         self.groups.zero_()
         self.restart()
-        return record, line + (f" | T {row.seq_len}" if self.cfg.stages else "") + self.alert(loss)
+        said = self.alert(loss)
+        record |= {"train/alert": 1} if said else {}
+        return record, line + (f" | T {row.seq_len}" if self.cfg.stages else "") + said
 
     def alert(self, loss):
         """What has leapt: the loss, against the hundred logged before it, or a norm before clipping."""

@@ -4,6 +4,8 @@ import dataclasses
 import itertools
 import json
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,12 +14,13 @@ import torch.nn.functional as F
 
 import checkpoint
 import configurator
+import data
 import denoise
 import denoise_stream
 import hub
 import tokenizer
 import train
-from eval import denoising
+from eval import denoising, sanity
 from eval.trace import trace
 from model import ModelConfig, build, merged_rectangle
 from tests.test_denoise_stream import documents, padded, write_shards
@@ -347,6 +350,28 @@ def test_what_leaps_is_said():
     assert "first 9.0000, last 5.9000, falling" in said and "2.0000 to 9.0000; 2 alerts" in said
 
 
+def test_a_run_that_did_not_learn_is_not_prolonged(tmp_path, capsys):
+    """eval.sanity --learned: the end of the log, its fall and its alerts each count in the exit code."""
+    cfg = train.Config(vocab_size=257, n_layer=1, n_head=2, d_model=16, max_len=64, warmup=20)
+    checkpoint.save(tmp_path, 100, build(cfg), None, {"config": configurator.to_dict(cfg)}, keep=1)
+    tokenizer.load("bytes").save(tmp_path / "tokenizer")
+    steps = range(10, 101, 10)
+    for first, last, alerts, word in (
+        (9.0, 7.9, 5, ""),
+        (9.0, 8.1, 0, "at most 8"),
+        (8.0, 7.6, 0, "at least 0.5"),
+        (9.0, 5.0, 6, "at most 5"),
+    ):
+        rows = [
+            {"step": s, "train/loss": first if s <= 20 else last} | ({"train/alert": 1} if i < alerts else {}) for i, s in enumerate(steps)
+        ]
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"step": 100, "val/mean/loss": 1.0}]))
+        with pytest.raises(SystemExit) as end:
+            sanity.main([f"--ckpt={tmp_path}", "--learned", "--device=cpu"])
+        failed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAIL")]
+        assert end.value.code == bool(word) and len(failed) == bool(word) and all(word in line for line in failed)
+
+
 FLAGS = (
     ("--ffn=swiglu", "--ffn=polyglu"),
     ("--precision=bf16", "--precision=fp8 --fp8_emulate=True"),
@@ -395,7 +420,7 @@ def test_every_pair_of_knobs_trains(corpus, tmp_path):
         assert len(loss) == 3 and max(loss) < 7 and loss[2] < loss[0], (row, loss)
 
 
-def test_a_curriculum_of_denoisers_resumes_to_the_bit_and_its_losses_are_golden(corpus, tmp_path):
+def test_a_curriculum_of_denoisers_resumes_to_the_bit_and_its_losses_are_golden(corpus, tmp_path, capsys):
     def run(name, *argv):
         base = [
             "config/encdec_debug.py",
@@ -411,6 +436,12 @@ def test_a_curriculum_of_denoisers_resumes_to_the_bit_and_its_losses_are_golden(
         return [row["train/loss"] for row in rows if "train/loss" in row], (tmp_path / name / "step-000006/model.safetensors").read_bytes()
 
     whole, weights = run("whole")
+    text, epochs = re.search(r"in all 6,144 tokens, made of about ([\d,]+) of text: ([\d.]+) epochs", capsys.readouterr().out).groups()
+    size = data.read_manifest(Path(corpus))["shards"]
+    n = sum(shard["tokens"] for shard in size if shard["split"] == "train")
+    assert 0.6 * 6144 < int(text.replace(",", "")) < 0.98 * 6144 and float(epochs) == pytest.approx(
+        int(text.replace(",", "")) / n, abs=0.006
+    )
     later, same = run("later", f"--resume={tmp_path}/whole/step-000003")
     assert later == whole[3:] and same == weights
     assert whole == pytest.approx(GOLDEN, abs=3e-3), whole

@@ -331,7 +331,10 @@ def test_flops_are_those_of_the_paper_arithmetic(monkeypatch):
     for _ in range(3):
         meter.expect([pack, pack])
         meter.accept(1, 0.0, True, False)
+    assert "train/alert" not in record
+    meter.norm = 11.0
     record, _ = meter.read(row, ["loss"], torch.zeros(1), {"loss": 1.0}, {})  # of a step, whatever log_every is
+    assert record["train/alert"] == 1
     assert record["train/source_tokens"] == 1200 and record["train/encoder_tokens"] == 2 * sum(S)
     assert record["train/fill"] == (sum(S) + sum(T)) / row.micro_tokens
 

@@ -49,6 +49,11 @@ def build(cfg):
     return model
 
 
+def is_pair(row) -> bool:
+    more = row.get("negatives", []) if isinstance(row, dict) else None  # a text here would be a negative per character
+    return isinstance(more, list) and all(isinstance(text, str) for text in (row.get("query"), row.get("positive"), *more))
+
+
 class PairStream:
     """Pair g of the run is row permute(g) of its epoch: the step is all the state there is."""
 
@@ -68,8 +73,8 @@ class PairStream:
             if not Path(cfg.data).is_file():
                 die(f"data: {cfg.data} is no file; give rows {{query, positive}}, one a line")
             self.rows = sources.read(cfg.data)
-            if not self.rows or any(not {"query", "positive"} <= set(row) for row in self.rows):
-                die(f"{cfg.data}: every row needs a query and a positive, and there must be one")
+            if wrong := next((n for n, row in enumerate(self.rows or [{}], 1) if not is_pair(row)), 0):
+                die(f"{cfg.data}: row {wrong} is not {{query: text, positive: text, negatives: [text, ...]}}, negatives being optional")
         else:
             self.shards = data.Shards(cfg.data, "train")
         self.size = len(self.rows) if self.rows else self.shards.n_documents
@@ -126,6 +131,8 @@ class PairStream:
 
 
 def open_stream(cfg, plan, rank, world):
+    if str(cfg.data).endswith(".jsonl") and not cfg.init_from:
+        die(f"data={cfg.data}: its texts are read with the tokenizer of the run that is trained on: set --init_from=RUN")
     return PairStream(cfg, plan, rank, world)
 
 

@@ -104,12 +104,14 @@ def mixture(rows: str | tuple, end: tuple[float, ...] | None = None, mode_tokens
         rows = MIXTURES[rows]
     denoisers = []
     for row in rows:
-        d = Denoiser(*row) if len(row) == 5 else Denoiser("", 0, 0, None, 0)
-        lo, hi = d.r if isinstance(d.r, (tuple, list)) else (d.r, d.r)
-        one = d.kind in ("suffix", "infill")
-        if not (one or d.kind in ("span", "middle") and d.mu >= 1) or not 0 < lo <= hi < 1 or d.mode not in (None, *MODES):
-            die(f"mixture row {row!r}: wants (span|middle|suffix|infill, mean span >= 1, 0 < share < 1, one of R X S I or None, weight)")
-        denoisers.append(d._replace(r=(lo, hi), mode=d.mode if mode_tokens else None))
+        d = Denoiser(*row) if isinstance(row, (tuple, list)) and len(row) == 5 else Denoiser("", 0, 0, None, 0)
+        r = d.r if isinstance(d.r, (tuple, list)) else (d.r, d.r)
+        numbers = len(r) == 2 and all(isinstance(x, (int, float)) for x in (d.mu, *r, d.weight))
+        known = d.kind in ("suffix", "infill") and d.mu == 0 or d.kind in ("span", "middle") and numbers and d.mu >= 1
+        if not (numbers and known and 0 < r[0] <= r[1] < 1) or d.mode not in (None, *MODES):
+            die(f"mixture row {row!r}: wants (span|middle, mean span >= 1, ...) or (suffix|infill, 0, ...), and then "
+                "0 < share < 1 or two such as its range, one of R X S I or None, weight")  # fmt: skip
+        denoisers.append(d._replace(r=tuple(r), mode=d.mode if mode_tokens else None))
     if same := [n for n in names(denoisers) if names(denoisers).count(n) > 1]:
         die(f"mixture: two rows are the same denoiser {same[0]} (mode_tokens={mode_tokens}); make them one, with the sum of their weights")
 

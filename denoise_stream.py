@@ -34,8 +34,11 @@ def special_of(cfg, tok) -> denoise.Special:
     """Special ids of this model over this tokenizer; ids of text and special ids must not meet."""
     sp = denoise.special_ids(cfg.vocab_size, cfg.n_sentinels, tok.eos_id, tok.special.get("<|endoftext|>"))
     if tok.special.get("<extra_id_0>", sp.sentinel) != sp.sentinel or ("<extra_id_0>" not in tok.special and tok.vocab_size > sp.mode):
-        die(f"vocab_size={cfg.vocab_size}: {tok.name} has {tok.vocab_size} ids, then come 4 modes and n_sentinels={cfg.n_sentinels}; "
-            f"set --vocab_size={tok.vocab_size + 4 + cfg.n_sentinels}")  # fmt: skip
+        first = tok.special.get("<extra_id_0>")  # a tokenizer that has the markers says how many there are
+        more, n = (4 + cfg.n_sentinels, cfg.n_sentinels) if first is None else (0, tok.vocab_size - first)
+        die(f"vocab_size={cfg.vocab_size}, n_sentinels={cfg.n_sentinels}: {tok.name} has {tok.vocab_size} ids"
+            f"{', modes and sentinels last' if first else ', then come 4 modes and the sentinels'}; "
+            f"set --vocab_size={tok.vocab_size + more} --n_sentinels={n}")  # fmt: skip
     return sp
 
 
@@ -58,10 +61,13 @@ class DenoiseStream:
         settings = [f"{key}={getattr(cfg, key)}" for key in (*denoise.DenoiseConfig.__dataclass_fields__, "seed")]
         self.order = " ".join([*settings, *(f"{src.name}={src.shards.id}" for src in self.sources)])  # all that decides it
         self.names = denoise.names(self.mix.denoisers)
-        self.need = []  # mean encoder and decoder tokens of examples of these very documents, at both ends of the curriculum
+        self.need, self.text = [], []  # of examples of these very documents, at both ends of the curriculum: mean encoder and decoder
+        # tokens, and tokens of text per token of these
         for row in (plan(0), plan(plan.steps)):
             self.begin()
-            self.need.append(np.mean([self.draw(row)[-2:] for _ in range(4096)][2048:], axis=0))  # long documents stay open longer
+            length, *_, enc, dec = np.mean([self.draw(row)[3:] for _ in range(4096)][2048:], axis=0)  # long documents stay open longer
+            self.need.append(np.array([enc, dec]))
+            self.text.append(length / (enc + dec))
         self.begin()
         for src in self.sources:
             src.log = self.log
@@ -246,9 +252,12 @@ def fixed(examples, enc: int, dec: int, cfg, sp) -> list:
 def open_stream(cfg, plan, rank=0, world=1, log=print):
     stream = DenoiseStream(cfg, plan, rank, world, log=log)
     enc, dec = stream.budgets(plan(0))
+    text = plan.total * sum(stream.text) / 2
+    epochs = text / sum(src.shards.n_tokens for src in stream.sources)
     stream.log(denoise.table(stream.mix, cfg.max_enc, cfg.max_dec, cfg.n_sentinels, cfg.closing_sentinel))
     stream.log(
-        f"packs of {enc + dec} tokens: {enc} encoder + {dec} decoder; documents are cut, never dropped, from {denoise.MIN_DOC} tokens on"
+        f"packs of {enc + dec} tokens: {enc} encoder + {dec} decoder; documents are cut, never dropped, from {denoise.MIN_DOC} tokens on; "
+        f"in all {plan.total:,} tokens, made of about {text:,.0f} of text: {epochs:.3g} epochs"
     )
     if cfg.analyze_batch:
         from eval.denoising import analyze

@@ -237,7 +237,7 @@ def card(model, state, kind):
         f"# {kind}, exported from prism",
         "",
         f"- {model.num_params():,} parameters, step {state['step']}",
-        f"- causal: {model.cfg.causal}",
+        f"- causal: {model.cfg.causal and model.decoder is not None}",
     ]
     if model.cfg.ffn == "polyglu":
         lines += [f"- PolyGLU, gate `{model.cfg.gate}`, tau {float(model.tau):g}, evaluated without routing noise"]
@@ -295,13 +295,18 @@ def import_(opt):
     checkpoint.fit(model, weights, source)  # every parameter filled
     model.load_state_dict(weights, assign=True)
     facts = {key: info[key] for key in ("family", "source", "epoch") if key in info}
+    config = configurator.to_dict(cfg)
+    if (source / "1_Pooling/config.json").is_file():
+        from prepare import sentence
+
+        config["contrast_pooling"] = sentence.stored_pooling(source)
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "config.json", {"config": configurator.to_dict(cfg), "imported": facts})
+    write_json(out / "config.json", {"config": config, "imported": facts})
     if info["tokenizer"]:
         (out / "tokenizer").mkdir(exist_ok=True)
         for name, content in info["tokenizer"].items():
             (out / "tokenizer" / name).write_bytes(content)
-    state = {"config": configurator.to_dict(cfg), "tau": info.get("tau", 1.0), "imported": facts, "metrics": {}, "tokens": 0}
+    state = {"config": config, "tau": info.get("tau", 1.0), "imported": facts, "metrics": {}, "tokens": 0}
     checkpoint.save(out, info.get("step", 0), model, None, state, keep=1)
     where = f"tokenizer of {tokenizer.load(out).vocab_size:,} ids" if info["tokenizer"] else "NO tokenizer: no tokenizer.json there"
     print(f"{out}: {info['family']}, {model.num_params():,} parameters in {opt.dtype}, {where}")
@@ -324,8 +329,8 @@ def main(argv):
         "export": {"ckpt": str, "to": str, "out": str, "dtype": "float32"},
     }
     ckpt = next((Path(arg[7:]) for arg in argv if arg.startswith("--ckpt=")), None)
-    encdec = "--to=transformers" in argv and ckpt and checkpoint.read_state(checkpoint.resolve(ckpt))["config"].get("arch") == "encdec"
-    if argv[0] == "export" and (encdec or "--to=sentence-transformers" in argv):  # an encoder's own writer, with options of its own
+    encoder = "--to=transformers" in argv and ckpt and "enc" in checkpoint.read_state(checkpoint.resolve(ckpt))["config"].get("arch", "")
+    if argv[0] == "export" and (encoder or "--to=sentence-transformers" in argv):  # an encoder's own writer, with options of its own
         from prepare import sentence
 
         return sentence.main(argv[1:])

@@ -113,10 +113,11 @@ class Meter:
         record |= {f"data/{name}/bytes": size for name, size in self.seen.items()}
         record |= {"train/lr": row.lr, "train/seq_len": row.seq_len, "train/stage": row.stage, "train/tokens_per_sec": speed}
         record |= {"train/wait": self.waited / seconds, "train/peak_mem": peak_memory(self.machine.device)}
-        record |= {"train/clipped": self.clipped / max(self.steps, 1)}  # share of the steps since the last line
+        record |= {"train/clipped": self.clipped / max(self.steps, 1)}  # share of the steps since the last line or save
         record |= {"train/mfu": mfu} if mfu else {}
         if packs:
-            record |= {"train/source_tokens": source, "train/encoder_tokens": enc, "train/target_tokens": dec}
+            seen = {"train/source_tokens": source, "train/encoder_tokens": enc, "train/target_tokens": dec}
+            record |= {name: count / max(self.steps, 1) for name, count in seen.items()}  # of a step
             record["train/fill"] = (enc + dec) / (packs * row.micro_tokens)
         for m, adapter in enumerate(getattr(self.model, "adapters", ())):
             if adapter.gain is not None:
@@ -128,7 +129,9 @@ class Meter:
         line = f"loss {loss:.4f} | lr {row.lr:.2e} | {speed / 1e3:.1f}k tok/s" + (f" | MFU {mfu:.1%}" if mfu else "")
         self.groups.zero_()
         self.restart()
-        return record, line + (f" | T {row.seq_len}" if self.cfg.stages else "") + self.alert(loss)
+        said = self.alert(loss)
+        record |= {"train/alert": 1} if said else {}
+        return record, line + (f" | T {row.seq_len}" if self.cfg.stages else "") + said
 
     def alert(self, loss):
         """What has leapt: the loss, against the hundred logged before it, or a norm before clipping."""

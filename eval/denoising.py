@@ -17,6 +17,7 @@ import checkpoint
 import configurator
 import denoise
 import denoise_stream
+import tokenizer
 from configurator import die
 from eval import write_json
 from machine import find, to_device
@@ -108,7 +109,7 @@ def evaluate(model, val: dict, device="cpu") -> dict:
 
 
 def main(argv):
-    from train import Config
+    from train import Config, sources
 
     opt = configurator.args({"ckpt": str, "data": "", "tokens": 65536, "device": "auto", "out": ""}, argv, __doc__)
     machine = find(opt.device, "auto")
@@ -118,6 +119,9 @@ def main(argv):
     known = {k: v for k, v in state["config"].items() if k in Config.__dataclass_fields__}
     changes = {"data": opt.data} if opt.data else {}
     cfg = configurator.from_dict(Config, known | changes | {"eval_tokens": opt.tokens}, opt.ckpt)
+    home = checkpoint.resolve(opt.ckpt).parent
+    for path in sources(cfg).values() if (home / "tokenizer").is_dir() else ():
+        tokenizer.expect_same(home, path)
     model.set_dtype(machine.dtype).to(machine.device)
     rows = evaluate(model, denoise_stream.val_batches(cfg), machine.device)
     print(f"{'denoiser':20} {'loss':>8} {'accuracy':>9} {'shuffled':>9} {'targets':>9}")

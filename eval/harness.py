@@ -187,7 +187,9 @@ class PrismLM(TemplateLM):
             return i in self.stops or cut >= 0 or len(drawn[row]) >= most
 
         prompts = [ids[-(self.max_length - most) :] for ids, _, most in requests]
-        sample.tokens(self.model, prompts, max(most for _, _, most in requests), ended)
+        known = torch.arange(self.model.cfg.vocab_size, device=self.device) < self.tok.vocab_size  # a row without a token may be likely
+        allowed = known.expand(len(prompts), -1)
+        sample.tokens(self.model, prompts, max(most for _, _, most in requests), ended, allowed=allowed)
         return texts
 
 

@@ -7,12 +7,12 @@ official STSBenchmark and SICK-R read DATA/{stsb,sickr}-test.jsonl where these e
 Writes one json per task and summary.json, the mean per task type as MTEB's own metadata name it. Read next: eval/embedding.py.
 """
 
-import json
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 
+import files
 from configurator import die
 
 ALIASES = {"SICKRelatedness": "SICK-R"}
@@ -57,9 +57,9 @@ def sts_split(stem: Path):
     """stem's file as the dataset of an MTEB task."""
     import datasets
 
-    from eval.embedding import read_rows
+    from eval.embedding import STS, read_rows
 
-    rows = [{"sentence1": r["sentence1"], "sentence2": r["sentence2"], "score": float(r["score"])} for r in read_rows(stem)]
+    rows = [{"sentence1": r["sentence1"], "sentence2": r["sentence2"], "score": float(r["score"])} for r in read_rows(stem, *STS)]
     return datasets.DatasetDict({"test": datasets.Dataset.from_list(rows)})
 
 
@@ -69,7 +69,7 @@ def local_tasks(data: Path) -> list:
     from mteb.abstasks.retrieval import AbsTaskRetrieval
     from mteb.abstasks.sts import AbsTaskSTS
 
-    from eval.embedding import read_rows
+    from eval.embedding import RETRIEVAL, read_rows
 
     def sts(stem):
         class Local(AbsTaskSTS):
@@ -85,10 +85,11 @@ def local_tasks(data: Path) -> list:
         metadata = describe("LocalRetrieval", "Retrieval", "ndcg_at_10")
 
         def load_data(self, **kwargs):
-            corpus, queries, qrels = (read_rows(data / "retrieval" / name) for name in ("corpus", "queries", "qrels"))
+            corpus, queries, qrels = (read_rows(data / "retrieval" / name, *columns) for name, columns in RETRIEVAL.items())
             relevant = defaultdict(dict)
             for row in qrels:
-                relevant[str(row["query"])][str(row["doc"])] = int(float(row.get("score", 1)))
+                gain = float(row.get("score", 1))  # grades are integers to MTEB, and a share of relevance is relevance
+                relevant[str(row["query"])][str(row["doc"])] = int(gain) if gain.is_integer() else int(gain > 0)
             docs = [{"id": str(d["id"]), "title": d.get("title") or "", "text": d["text"]} for d in corpus]
             asked = [{"id": str(q["id"]), "text": q["text"]} for q in queries]
             split = {
@@ -106,9 +107,14 @@ def run(encoder, data: Path, out: Path, names="", categories="", say=print) -> d
     import mteb
 
     wanted = [ALIASES.get(name, name) for name in names.split(",") if name]
+    if wanted and categories:
+        die("--mteb_tasks and --mteb_categories: MTEB heeds the names alone; choose one")
     if wanted or categories:
         types = [c for c in categories.split(",") if c]
-        tasks = list(mteb.get_tasks(tasks=wanted or None, task_types=types or None, languages=["eng"]))
+        try:
+            tasks = list(mteb.get_tasks(tasks=wanted or None, task_types=types or None, languages=["eng"]))
+        except KeyError as error:  # the only way to ask whether it knows a name
+            die(f"--mteb_tasks={names}: {error.args[0]}")
         for task in tasks:
             if any(data.glob(f"{(stem := FILES.get(task.metadata.name, 'none'))}.*")):
                 task.dataset, task.data_loaded = sts_split(data / stem), True
@@ -117,13 +123,12 @@ def run(encoder, data: Path, out: Path, names="", categories="", say=print) -> d
     if not tasks:
         die(f"--run_mteb: no task; --data={data} holds no *-test.jsonl and no retrieval/, and --mteb_tasks names none")
     result = mteb.evaluate(adapter(encoder), tasks, cache=None, encode_kwargs={}, co2_tracker=False, overwrite_strategy="always")
-    out.mkdir(parents=True, exist_ok=True)
     groups, types = defaultdict(list), {task.metadata.name: task.metadata.type for task in tasks}
     for task in result.task_results:
         score = float(task.get_score())
-        (out / f"{task.task_name}.json").write_text(json.dumps(task.to_dict(), indent=1, default=str) + "\n")
+        files.write_json(out / f"{task.task_name}.json", task.to_dict(), default=str)
         groups[types[task.task_name]].append(score)
         say(f"mteb {task.task_name} ({types[task.task_name]}): {score:.4f}")
     summary = {kind: {"tasks": len(scores), "mean": float(np.mean(scores))} for kind, scores in groups.items()}
-    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    files.write_json(out / "summary.json", summary)
     return summary

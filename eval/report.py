@@ -121,19 +121,24 @@ def plots(runs, progress):
     by_source = [k for k in keys(runs, lambda k: k.startswith("train/") and k.count("/") == 2 and "loss" in k) if k not in loss]
     bytes_ = keys(runs, lambda k: k.startswith("val/") and "/bpb" in k and not re.search("/(mean|sd)/", k))
     held = keys(runs, lambda k: k.startswith("val/") and "/loss" in k and not re.search("/(mean|sd)/", k))
+    kinds = {"nats per pair" if run["config"].get("objective") == "contrast" else "nats per token" for run in runs}
+    unit = kinds.pop() if len(kinds) == 1 else "nats"
     other = keys(runs, lambda k: k.startswith("val/") and k not in bytes_ and k not in held and not re.search("/(mean|sd)/", k))
     plan = [
-        ("Loss", loss, "Training loss", "nats per token", {"average": True}),
-        ("Loss", loss, "Training loss by tokens seen", "nats per token", {"average": True, "against": "tokens"}),
-        ("Loss", by_source, "Training loss by source", "nats per token", {"average": True}),
+        ("Loss", loss, "Training loss", unit, {"average": True}),
+        ("Loss", loss, "Training loss by tokens seen", unit, {"average": True, "against": "tokens"}),
+        ("Loss", by_source, "Training loss by source", unit, {"average": True}),
         ("Loss", bytes_, "Held-out bits per byte", "bits per byte", {}),
-        ("Loss", held, "Held-out loss", "nats per token", {}),
+        ("Loss", held, "Held-out loss", unit, {}),
         ("Loss", other, "Held out, other", "", {}),
         ("Schedule and health", train("lr"), "Learning rate", "", {}),
         ("Schedule and health", moving("seq_len"), "Sequence length", "tokens", {"steps": True}),
         ("Schedule and health", moving("stage"), "Stage", "number", {"steps": True}),
         ("Schedule and health", train("tau"), "Routing temperature", "tau", {}),
         ("Schedule and health", train("grad_norm"), "Gradient norm before clipping", "", {"average": True, "log": True}),
+        ("Schedule and health", train("clipped"), "Clipped gradients", "% of the steps", {"scale": 100.0}),
+        ("Speed and memory", train("source_tokens", "encoder_tokens", "target_tokens"), "Tokens of a step", "tokens", {"average": True}),
+        ("Speed and memory", train("fill"), "How full the packs are", "%", {"scale": 100.0}),
         ("Speed and memory", train("tokens_per_sec"), "Throughput", "thousand tokens/s", {"scale": 1e-3}),
         ("Speed and memory", train("mfu"), "Model FLOPs utilisation", "% of the dense bf16 peak", {"scale": 100.0}),
         ("Speed and memory", train("peak_mem"), "Peak memory", "GB", {"scale": 1e-9}),
@@ -246,7 +251,7 @@ def page(runs, opt, progress=False):
     maps = [routing(run) for run in runs if run["routing"]]
     body += [f"<h2>Routing</h2>{''.join(maps)}"] if maps else []
     if opt.samples:
-        able = [run for run in runs if run["config"] and run["config"].get("objective") != "latent"]  # a packet's encoder writes no text
+        able = [run for run in runs if run["config"] and run["config"].get("objective") not in ("latent", "contrast")]  # encoders
         written = [samples(run, opt) for run in able if next(run["path"].glob("step-*/state.json"), None)]
         body += [f"<h2>Samples</h2>{''.join(written)}"] if any(written) else []
     body.append(f"<h2>Settings</h2>{settings(runs)}<h2>Environment</h2>")

@@ -1,9 +1,10 @@
 """Is this checkpoint in working order? Load, forward, loss, backward, gradients, the tie, generation, memory.
 
-    python -m eval.sanity --ckpt=out/RUN [--batch_size=2] [--device=auto]
+    python -m eval.sanity --ckpt=out/RUN [--learned] [--batch_size=2] [--device=auto]
 
 For any run of prism, an encoder-decoder above all. Every check counts in the exit code. It says nothing about quality: a freshly
-initialised model passes, with a loss near ln V. Read next: eval/denoising.py, eval/embedding.py, eval/perplexity.py for that.
+initialised model passes, with a loss near ln V. --learned reads the run's own log, too, and asks whether it is worth prolonging.
+Read next: eval/denoising.py, eval/embedding.py, eval/perplexity.py for quality.
 """
 
 import math
@@ -18,6 +19,7 @@ import denoise
 import denoise_stream
 import sample
 import tokenizer
+from eval.plots import read_metrics
 from machine import find, peak_memory, to_device
 from model import rectangle
 from prepare import Checks
@@ -39,8 +41,19 @@ def batch_of(model, tok, count: int) -> dict:
     return denoise_stream.collate([(e, np.append(sp.start, t[:-1]), t, 0) for e, t in pairs])
 
 
+def learned(run, warmup: int, check):
+    """The bars of config/encdec_phase_validation.py: a loss of at most 8 at the end, 0.5 below the first, and at most 5 alerts."""
+    rows = [row for row in read_metrics(run) if "train/loss" in row]
+    late = [row["train/loss"] for row in rows if row["step"] > warmup]
+    last = float(np.mean(late[-max(1, len(late) // 10) :])) if late else math.inf
+    fall, alerts = rows[0]["train/loss"] - last if rows else 0.0, sum(row.get("train/alert", 0) for row in rows)
+    check("the loss after warm-up is at most 8", last <= 8, f"{last:.3f}, mean of the last tenth of {len(late)} logged losses")
+    check("it fell by at least 0.5", fall >= 0.5, f"by {fall:.3f} since the first logged step")
+    check("at most 5 logged steps raised an alert", alerts <= 5, alerts)
+
+
 def main(argv):
-    opt = configurator.args({"ckpt": str, "batch_size": 2, "device": "auto"}, argv, __doc__)
+    opt = configurator.args({"ckpt": str, "batch_size": 2, "device": "auto", "learned": False}, argv, __doc__)
     machine, check = find(opt.device, "auto"), Checks("sanity")
     model, state = checkpoint.load(opt.ckpt)
     tok = tokenizer.load(checkpoint.resolve(opt.ckpt).parent)
@@ -72,6 +85,8 @@ def main(argv):
     if model.decoder is not None and model.cfg.causal:
         text = sample.generate(model, tok, "The quick brown", max_new_tokens=8)
         check("generates", isinstance(text, str), repr(text))
+    if opt.learned:
+        learned(checkpoint.resolve(opt.ckpt).parent, state["config"].get("warmup", 0), check)
     check("memory", True, f"peak {peak_memory(machine.device) / 1e9:.2f} GB")
     raise SystemExit(0 if check.end() else 1)
 

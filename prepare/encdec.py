@@ -123,6 +123,7 @@ def verify(fields, state, run: Path, n_text: int) -> bool:
 
     source = build(ModelConfig(**{k: v for k, v in fields.items() if k in ModelConfig.__dataclass_fields__}))
     source.load_state_dict(state)
+    source.tau.fill_(float(model.tau))  # no weight: it travels in state.json
     source.eval()
     ids = torch.randint(0, n_text, (2, 24), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -44,16 +44,24 @@ def read(path):
     model.load_state_dict(state, assign=True)
     if not (path / "modules.json").is_file():
         return model, tokenizer.load(path), {}
-    modules = [module["type"] for module in json.loads((path / "modules.json").read_text())]
-    mode = json.loads((path / "1_Pooling/config.json").read_text())["pooling_mode"]
-    eos = json.loads((path / "tokenizer.json").read_text())["post_processor"] is not None
-    settings = {"pooling": {theirs: ours for ours, theirs in POOLING.items()}[mode], "append_eos": eos}
-    settings |= {"normalize": any("Normalize" in module for module in modules)}
-    return (
-        model,
-        tokenizer.load(path),
-        settings | {"max_length": json.loads((path / "sentence_bert_config.json").read_text())["max_seq_length"]},
-    )
+    modules, tok = [module["type"] for module in json.loads((path / "modules.json").read_text())], tokenizer.load(path)
+    post = json.loads((path / "tokenizer.json").read_text())["post_processor"] or {}
+    parts = [part for step in post.get("processors", [post]) if step.get("type") == "TemplateProcessing" for part in step["single"]]
+    marks = [tok.special.get(part["SpecialToken"]["id"]) for part in parts if "SpecialToken" in part]
+    if marks not in ([], [tok.eos_id]) or (marks and "SpecialToken" not in parts[-1]):
+        die(f"{path}/tokenizer.json: puts other markers around a text than one EOS behind it; leave this folder to sentence-transformers")
+    settings = {"pooling": stored_pooling(path), "append_eos": bool(marks), "normalize": any("Normalize" in m for m in modules)}
+    limit = json.loads((path / "sentence_bert_config.json").read_text()).get("max_seq_length") or model.cfg.max_len
+    return model, tok, settings | {"max_length": limit}
+
+
+def stored_pooling(path) -> str:
+    """Of a sentence-transformers folder; older ones have a flag per mode in place of its name, such as pooling_mode_mean_tokens."""
+    found = json.loads((path / "1_Pooling/config.json").read_text())
+    flags = [k[13:].removesuffix("s").removesuffix("_token") for k, v in found.items() if k.startswith("pooling_mode_") and v]
+    modes = found.get("pooling_mode", flags)
+    known = next((ours for ours, theirs in POOLING.items() if modes in (theirs, [theirs])), None)
+    return known or die(f"{path}/1_Pooling: pooling {modes}: known are {', '.join(POOLING.values())}, one at a time")
 
 
 def trained_pooling(state) -> str:
@@ -78,8 +86,8 @@ def average(folders: list[Path]) -> dict:
 def chosen(opt) -> list[Path]:
     """Step directories to average, in order of their steps: the last N, or the N best by a metric of their own state.json."""
     count = opt.average_last or opt.average_best
-    if opt.average_last and opt.average_best:
-        die("--average_last and --average_best: choose one")
+    if min(opt.average_last, opt.average_best) < 0 or (opt.average_last and opt.average_best):
+        die(f"--average_last={opt.average_last}, --average_best={opt.average_best}: choose one, at least 1; 0 is none")
     if not count:
         return [checkpoint.resolve(opt.ckpt)]
     found = checkpoint.steps(Path(opt.ckpt))
@@ -102,10 +110,8 @@ def stock_tokenizer(raw: bytes, tok, limit: int, append_eos: bool) -> tuple[byte
     eos = {i: name for name, i in tok.special.items()}[tok.eos_id]
     one, two = ([{"Sequence": {"id": i, "type_id": 0}}, {"SpecialToken": {"id": eos, "type_id": 0}}] for i in "AB")
     special = {eos: {"id": eos, "ids": [tok.eos_id], "tokens": [eos]}}
-    data["post_processor"] = (
-        {"type": "TemplateProcessing", "single": one, "pair": one + two, "special_tokens": special} if append_eos else None
-    )
-    data |= {"truncation": None, "padding": None}
+    post = {"type": "TemplateProcessing", "single": one, "pair": one + two, "special_tokens": special}
+    data |= {"post_processor": post if append_eos else None, "truncation": None, "padding": None}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos, "pad_token": eos, "padding_side": "right"}
     config |= {"model_max_length": limit, "clean_up_tokenization_spaces": False, "split_special_tokens": True}  # markers in a text are text
     return json.dumps(data, ensure_ascii=False).encode(), config
@@ -115,33 +121,34 @@ CARD = """---
 library_name: sentence-transformers
 pipeline_tag: sentence-similarity
 ---
-# Sentence embeddings from {run}
+# {title} from {run}
 
-{parameters:,} parameters, {width} dimensions, {pooling} pooling{unit}, up to {limit} tokens.
+{parameters:,} parameters, {width} dimensions, {pooled}up to {limit} tokens.
 
 **Needs transformers >= 5.2.** Older versions ignore `is_causal: false` and load this folder silently causal: wrong vectors, no error.
 
     from sentence_transformers import SentenceTransformer
     SentenceTransformer("this folder").encode(["one text", "another"])
 
-- trained with prism: objective {objective}, mixture {mixture}, step {step}{averaged}
+- trained with prism: objective {objective}{mixture}, step {step}{averaged}
 - EOS is {eos}
 - last metrics of the run: {metrics}
 - started from: {source}
 - quality was not measured by the export: `python -m eval.embedding --ckpt=FOLDER --run_all` does
 
-The method follows T5Gemma 2 (arXiv 2512.14856), UL2 (arXiv 2205.05131) and the public UL2_5; the architecture is Qwen3's,
-the evaluation MTEB's.
+The method follows T5Gemma 2 (arXiv 2512.14856), UL2 (arXiv 2205.05131) and the public UL2_5; the class is {kind}, the evaluation MTEB's.
 """
 
 
-def card(state, run, parameters, width, count, opt) -> str:
-    config = state["config"]
+def card(state, run, parameters, width, kind, count, opt) -> str:
+    config, st = state["config"], opt.to == "sentence-transformers"
+    text = CARD if st else CARD[CARD.index("# {") :].replace(CARD[CARD.index("    from") : CARD.index("- trained")], "")  # no modules there
     source = (state.get("imported") or {}).get("source") or config.get("init_from") or "random weights"
-    return CARD.format(
-        run=run, parameters=parameters, width=width, pooling=opt.pooling, limit=opt.max_seq_length, step=state["step"],
-        unit=", unit length" if opt.normalize else "", averaged=f", mean of {count} checkpoints" if count > 1 else "",
-        objective=config.get("objective", "none"), mixture=config.get("mixture", "none"),
+    return text.format(
+        run=run, parameters=parameters, width=width, limit=opt.max_seq_length, step=state["step"], kind=kind,
+        title="Sentence embeddings" if st else "A bidirectional encoder", averaged=f", mean of {count} checkpoints" if count > 1 else "",
+        pooled=f"{opt.pooling} pooling{', unit length' if opt.normalize else ''}, " if st else "",
+        objective=config.get("objective", "none"), mixture=f", mixture {config['mixture']}" if config.get("objective") == "denoise" else "",
         eos="appended to every text, as in training" if opt.append_eos else "not appended, unlike in training",
         metrics=json.dumps(state.get("metrics") or "none recorded"), source=json.dumps(source),
     )  # fmt: skip
@@ -175,10 +182,11 @@ def export(opt) -> Path:
     count = sum(t.numel() for t in tensors.values())
     if len(folders) > 1:
         hub.write_json(out / "averaging.json", {"sources": [str(f) for f in folders], "metric": opt.metric if opt.average_best else None})
-    (out / "README.md").write_text(card(state, run.name, count, c["d_model"], len(folders), opt), encoding="utf-8")
+    kind = config["architectures"][0]
+    (out / "README.md").write_text(card(state, run.name, count, c["d_model"], kind, len(folders), opt), encoding="utf-8")
     if opt.to == "sentence-transformers":
         write_modules(out, c["d_model"], opt)
-    print(f"{out}: {config['architectures'][0]}, {count:,} parameters in {opt.dtype}, {opt.pooling} pooling")
+    print(f"{out}: {kind}, {count:,} parameters in {opt.dtype}" + f", {opt.pooling} pooling" * (opt.to != "transformers"))
     print(f"from {', '.join(folder.name for folder in folders)} of {run}")
     return out
 
@@ -188,27 +196,23 @@ def write_modules(out, width, opt):
     import transformers
 
     parts = [("", "Transformer"), ("1_Pooling", "Pooling")] + [("2_Normalize", "Normalize")] * opt.normalize
-    modules = [
-        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"} for i, (path, kind) in enumerate(parts)
-    ]
+    name = "sentence_transformers.models"
+    modules = [{"idx": i, "name": str(i), "path": path, "type": f"{name}.{kind}"} for i, (path, kind) in enumerate(parts)]
     hub.write_json(out / "modules.json", modules)
     for path, _ in parts[1:]:
         (out / path).mkdir()
-    hub.write_json(
-        out / "1_Pooling" / "config.json", {"embedding_dimension": width, "pooling_mode": POOLING[opt.pooling], "include_prompt": True}
-    )
+    pooling = {"embedding_dimension": width, "pooling_mode": POOLING[opt.pooling], "include_prompt": True}
+    hub.write_json(out / "1_Pooling" / "config.json", pooling)
     hub.write_json(out / "sentence_bert_config.json", {"max_seq_length": opt.max_seq_length, "do_lower_case": False})
-    versions = {
-        "sentence_transformers": sentence_transformers.__version__,
-        "transformers": transformers.__version__,
-        "pytorch": torch.__version__,
-    }
+    versions = {m.__name__: m.__version__ for m in (sentence_transformers, transformers)} | {"pytorch": str(torch.__version__)}
     prompts = {"prompts": {}, "default_prompt_name": None, "similarity_fn_name": "cosine"}
     hub.write_json(out / "config_sentence_transformers.json", {"__version__": versions} | prompts)
 
 
 def main(argv):
     opt = configurator.args(OPTIONS, argv, __doc__)
+    if opt.to == "transformers" and (idle := [arg for arg in argv if arg.startswith(("--pooling", "--normalize"))]):
+        die(f"{idle[0]}: would do nothing, --to=transformers leaves pooling to its reader; export --to=sentence-transformers")
     allowed = {"to": ("sentence-transformers", "transformers"), "dtype": ("float32", "bfloat16"), "pooling": ("", *POOLING)}
     for key, values in allowed.items():
         if getattr(opt, key) not in values:

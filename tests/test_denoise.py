@@ -191,6 +191,10 @@ def test_weights_and_curricula(capsys):
         lambda: D.mixture((("span", 3, 1.5, "R", 1),)),
         lambda: D.mixture((("span", 3, 0.15, "Q", 1),)),
         lambda: D.mixture((("span", 3, 0.15, "R"),)),
+        lambda: D.mixture((("suffix", 3, 0.25, "S", 1),)),  # a mean span length where there is one span
+        lambda: D.mixture((("span", 3, "0.15", "R", 1),)),
+        lambda: D.mixture((("span", 3, (0.1, 0.2, 0.3), "R", 1),)),
+        lambda: D.mixture(("span", 3)),
     ):
         with pytest.raises(SystemExit):
             bad()

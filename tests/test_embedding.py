@@ -100,6 +100,11 @@ def test_a_run_of_prism_is_a_source_too(tmp_path, capsys):
     encdec.main([f"--from={tmp_path / 'lm'}", f"--out={tmp_path / 'both'}", "--num_sentinels=10", "--verify"])
     model, _ = checkpoint.load(tmp_path / "both")
     assert model.cfg.vocab_size == 257 + 4 + 10 and tokenizer.load(tmp_path / "both").encode("é") == [195, 169]
+    # a trained PolyGLU: its tau is not 1
+    poly = ModelConfig(**{**cfg.__dict__, "ffn": "polyglu", "init_std": 0.5})
+    checkpoint.save(tmp_path / "poly", 3, build(poly), None, state | {"config": {**poly.__dict__}, "tau": 0.1}, keep=1)
+    tokenizer.load("bytes").save(tmp_path / "poly" / "tokenizer")
+    encdec.main([f"--from={tmp_path / 'poly'}", f"--out={tmp_path / 'poly2'}", "--num_sentinels=10", "--verify"])
     untied = build(ModelConfig(**{**cfg.__dict__, "tie": False}))
     checkpoint.save(tmp_path / "untied", 0, untied, None, state | {"config": {**cfg.__dict__, "tie": False}}, keep=1)
     tokenizer.load("bytes").save(tmp_path / "untied" / "tokenizer")
@@ -167,10 +172,11 @@ def test_later_token_test_fails_a_causal_model(qwen, run, tmp_path):
     assert not later_token.holds(causal) and max(causal.values()) == 0
 
 
-def test_export_import_export_is_the_same_folder(run, tmp_path):
+@pytest.mark.parametrize("pooling", list(sentence.POOLING))
+def test_export_import_export_is_the_same_folder(run, tmp_path, pooling):
     pytest.importorskip("sentence_transformers")
     arguments = ["--to=sentence-transformers", "--max_seq_length=64"]
-    hub.main(["export", f"--ckpt={run}", f"--out={tmp_path / 'one'}", *arguments])
+    hub.main(["export", f"--ckpt={run}", f"--out={tmp_path / 'one'}", *arguments, f"--pooling={pooling}"])
     hub.main(["import", f"--from={tmp_path / 'one'}", f"--out={tmp_path / 'run'}"])
     hub.main(["export", f"--ckpt={tmp_path / 'run'}", f"--out={tmp_path / 'two'}", *arguments])
     for name in ("model.safetensors", "config.json", "modules.json", "1_Pooling/config.json"):
@@ -178,6 +184,49 @@ def test_export_import_export_is_the_same_folder(run, tmp_path):
     texts = ["one text", "another <|endoftext|>", "x" * 90]
     a, b = (Embedder.load(tmp_path / name).encode(texts) for name in ("one", "two"))
     assert np.array_equal(a, b)
+
+
+def test_stock_folders_are_read_as_their_authors_meant_or_not_at_all(run, tmp_path, capsys):
+    """Flags in place of a pooling's name; a ByteLevel post-processor adds no EOS; markers that we would not add are refused."""
+    sentence.export(options(ckpt=str(run), out=str(tmp_path / "st"), pooling="last"))
+    pooling, stored = tmp_path / "st/1_Pooling/config.json", tmp_path / "st/tokenizer.json"
+    plain = json.loads(stored.read_text())
+    template, byte = plain["post_processor"], {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": False}
+    flags = {"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": False, "pooling_mode_lasttoken": True}
+    pooling.write_text(json.dumps({"word_embedding_dimension": 64} | flags))
+    for post, eos in ((template, True), (byte, False), ({"type": "Sequence", "processors": [byte, template]}, True), (None, False)):
+        stored.write_text(json.dumps(plain | {"post_processor": post}))
+        found = sentence.read(tmp_path / "st")[2]
+        assert found == {"pooling": "last", "append_eos": eos, "normalize": True, "max_length": 512}
+    stored.write_text(json.dumps(plain | {"post_processor": template | {"single": template["single"][::-1]}}))
+    with pytest.raises(SystemExit):
+        sentence.read(tmp_path / "st")
+    stored.write_text(json.dumps(plain))
+    pooling.write_text(json.dumps(flags | {"pooling_mode_mean_tokens": True}))
+    with pytest.raises(SystemExit):
+        sentence.read(tmp_path / "st")
+    assert "EOS behind it" in (said := capsys.readouterr().err) and "['mean', 'lasttoken']" in said
+
+
+def test_a_card_says_what_was_trained_and_no_more(qwen, run, tmp_path, capsys):
+    model, saved = checkpoint.load(run)
+    for name, more in (
+        ("contrast", {"objective": "contrast", "mixture": "recommended"}),
+        ("denoise", {"objective": "denoise", "mixture": "ul2"}),
+    ):
+        checkpoint.save(tmp_path / name, 0, model, None, saved | {"config": saved["config"] | more}, keep=1)
+        (tmp_path / name / "tokenizer").symlink_to(run / "tokenizer")
+        for to in ("transformers", "sentence-transformers"):
+            hub.main(["export", f"--ckpt={tmp_path / name}", f"--to={to}", f"--out={tmp_path / name / to}"])
+            card = (tmp_path / name / to / "README.md").read_text()
+            st = to[0] == "s"
+            assert [card.startswith("---\nlib"), "SentenceTransformer(" in card, "mean pooling, unit length" in card] == [st] * 3
+            assert ("mixture ul2" in card) == (name == "denoise") and "recommended" not in card
+            assert "class is Qwen3Model" in card and "transformers >= 5.2" in card and "up to 512 tokens" in card
+    for typed in ("--pooling=cls", "--normalize=False"):
+        with pytest.raises(SystemExit) as stop:
+            hub.main(["export", f"--ckpt={run}", "--to=transformers", f"--out={tmp_path / 'x'}", typed])
+        assert stop.value.code == 2 and typed in capsys.readouterr().err
 
 
 def test_a_run_is_pooled_as_it_was_trained(run, tmp_path):
@@ -232,6 +281,7 @@ def test_export_refuses(qwen, run, tmp_path, capsys, monkeypatch):
         {"average_last": 3},
         {"average_best": 1},
         {"average_best": 1, "average_last": 1},
+        {"average_last": -1},
         {"max_seq_length": 10**6},
     ):
         with pytest.raises(SystemExit):
@@ -383,6 +433,63 @@ def test_without_key_norms_the_encoder_speaks_as_softly_as_the_decoder_listens(t
     assert "12 of 12 checks hold" in (out := capsys.readouterr().out) and "scaled by 0.0312" in out
     model = checkpoint.load(tmp_path / "run")[0]
     assert model.encoder.norm.weight.unique().tolist() == [0.25] and model.decoder.norm.weight.unique().tolist() == [8.0]
+
+
+def test_the_table_counts_alike_and_loses_no_row(run, tmp_path, capsys):
+    """A run and its export have as many parameters; two folders of one name are two rows; every row says what it is."""
+    st = sentence.export(options(ckpt=str(run), out=str(tmp_path / "one/st"), pooling="cls", normalize=False))
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two/st").symlink_to(st)
+    assert E.Encoder(run, "cpu").params == E.Encoder(st, "cpu").params == E.Encoder(st, "cpu", pooling="cls").params
+    E.main(
+        [f"--ckpt={st}", "--compare_baselines", f"--others={tmp_path / 'two/st'},{run}", f"--data={tmp_path}", f"--output_dir={tmp_path}"]
+    )
+    rows = json.loads((tmp_path / "baseline_comparison.json").read_text())
+    ours, twin, trained = rows["st"], rows[str(tmp_path / "two/st")], rows["encdec"]
+    assert ours["ckpt"] == str(st) and ours["NDCG@10"] == twin["NDCG@10"] and ours["params"] == trained["params"]
+    assert [row["step"] for row in (ours, twin, trained)] == [None, None, 0] and trained["commit"] == ours["commit"]
+    assert [(row["pooling"], row["causal"], row["dtype"]) for row in (ours, trained)] == [
+        ("cls", False, "float32"),
+        ("mean", False, "float32"),
+    ]
+    assert "retrieval: sample;" in (tmp_path / "baseline_comparison.md").read_text()
+    capsys.readouterr()
+    for dtype in ("float32", "bfloat16"):  # bf16 moves a vector by more than fp32's tolerances, and nobody asked for unit length
+        E.main([f"--ckpt={st}", "--quick", f"--dtype={dtype}", f"--output_dir={tmp_path}"])
+        said = capsys.readouterr().out
+        assert "ok   padding and batch mates" in said and "unit norm" not in said
+    said = []
+    E.quick(E.Encoder(run, "cpu", dtype="bfloat16"), said.append)
+    assert [line[:4] for line in said if "unit norm" in line or "padding" in line] == ["ok  "] * 2
+
+
+def test_mistakes_of_an_evaluation_are_one_line(run, tmp_path, capsys):
+    """Options that would do nothing, folders that are not there, rows without their columns, no rows at all, tasks that nobody knows."""
+    mteb = pytest.importorskip("eval.mteb")
+    (tmp_path / "stsb-test.csv").write_text("a,b,score\nx,y,1\n")
+    (tmp_path / "stsb-dev.jsonl").write_text("")
+    (tmp_path / "retrieval").mkdir()
+    (tmp_path / "retrieval/corpus.jsonl").write_text('{"id": 1, "text": null}\n')
+    for argv, word in (
+        (["--quick", "--mteb_tasks=STS12"], "--mteb_tasks=STS12: would do nothing; add --run_mteb"),
+        (["--quick", f"--e5={run}"], "add --compare_baselines"),
+        (["--run_stsb", "--query_prefix=q: "], "add --run_retrieval or --run_mteb or --compare_baselines"),
+        (["--quick", "--split=dev"], "--split=dev"),
+        (["--compare_baselines", "--others=gone"], "gone: no such folder"),
+        (["--run_stsb"], "wants rows of sentence1, sentence2, score; row 1 has ['a', 'b', 'score']"),
+        (["--run_stsb", "--split=dev"], "stsb-dev.jsonl: wants rows of sentence1, sentence2, score; it has none"),
+        (["--run_retrieval"], "corpus.jsonl: wants rows of id, text"),
+        (["--run_mteb", "--mteb_tasks=nonsense"], "'nonsense' not found"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            E.main([f"--ckpt={run}", f"--data={tmp_path}", f"--output_dir={tmp_path / 'out'}", *argv])
+        assert stop.value.code == 2 and word in (err := capsys.readouterr().err), err
+    rows = {"corpus": {"id": 1, "text": "a"}, "queries": {"id": 2, "text": "b"}, "qrels": {"query": 2, "doc": 1, "score": 0.5}}
+    for name, row in rows.items():
+        (tmp_path / "retrieval" / f"{name}.jsonl").write_text(json.dumps(row))
+    (task,) = [task for task in mteb.local_tasks(tmp_path) if task.metadata.type == "Retrieval"]
+    task.load_data()
+    assert task.dataset["default"]["test"]["relevant_docs"] == {"2": {"1": 1}}
 
 
 # ---- the chain ----------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,8 @@ import dataclasses
 import itertools
 import json
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,14 +14,16 @@ import torch.nn.functional as F
 
 import checkpoint
 import configurator
+import data
 import denoise
 import denoise_stream
 import hub
+import tokenizer
 import train
-from eval import denoising
+from eval import denoising, sanity
 from eval.trace import trace
 from model import ModelConfig, build, merged_rectangle
-from tests.test_denoise_stream import padded
+from tests.test_denoise_stream import documents, padded, write_shards
 
 CROSS = ("none", "enc", "continue")
 SMALL = ModelConfig(
@@ -324,6 +328,15 @@ def test_flops_are_those_of_the_paper_arithmetic(monkeypatch):
     assert record["train/mfu"] == pytest.approx(monitor.flops(model, pack) / 1e15) and "ALERT" not in line
     assert record["train/encoder_tokens"] == 2 * sum(S) and record["train/target_tokens"] == 2 * sum(T)
     assert record["train/fill"] == (sum(S) + sum(T)) / row.micro_tokens
+    for _ in range(3):
+        meter.expect([pack, pack])
+        meter.accept(1, 0.0, True, False)
+    assert "train/alert" not in record
+    meter.norm = 11.0
+    record, _ = meter.read(row, ["loss"], torch.zeros(1), {"loss": 1.0}, {})  # of a step, whatever log_every is
+    assert record["train/alert"] == 1
+    assert record["train/source_tokens"] == 1200 and record["train/encoder_tokens"] == 2 * sum(S)
+    assert record["train/fill"] == (sum(S) + sum(T)) / row.micro_tokens
 
 
 def test_what_leaps_is_said():
@@ -338,6 +351,28 @@ def test_what_leaps_is_said():
     assert lines == [""] * 10 + [" | ALERT: norm up to 10.5", "", " | ALERT: loss more than twice the mean of 12"]
     said = meter.summary()
     assert "first 9.0000, last 5.9000, falling" in said and "2.0000 to 9.0000; 2 alerts" in said
+
+
+def test_a_run_that_did_not_learn_is_not_prolonged(tmp_path, capsys):
+    """eval.sanity --learned: the end of the log, its fall and its alerts each count in the exit code."""
+    cfg = train.Config(vocab_size=257, n_layer=1, n_head=2, d_model=16, max_len=64, warmup=20)
+    checkpoint.save(tmp_path, 100, build(cfg), None, {"config": configurator.to_dict(cfg)}, keep=1)
+    tokenizer.load("bytes").save(tmp_path / "tokenizer")
+    steps = range(10, 101, 10)
+    for first, last, alerts, word in (
+        (9.0, 7.9, 5, ""),
+        (9.0, 8.1, 0, "at most 8"),
+        (8.0, 7.6, 0, "at least 0.5"),
+        (9.0, 5.0, 6, "at most 5"),
+    ):
+        rows = [
+            {"step": s, "train/loss": first if s <= 20 else last} | ({"train/alert": 1} if i < alerts else {}) for i, s in enumerate(steps)
+        ]
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"step": 100, "val/mean/loss": 1.0}]))
+        with pytest.raises(SystemExit) as end:
+            sanity.main([f"--ckpt={tmp_path}", "--learned", "--device=cpu"])
+        failed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAIL")]
+        assert end.value.code == bool(word) and len(failed) == bool(word) and all(word in line for line in failed)
 
 
 FLAGS = (
@@ -388,7 +423,7 @@ def test_every_pair_of_knobs_trains(corpus, tmp_path):
         assert len(loss) == 3 and max(loss) < 7 and loss[2] < loss[0], (row, loss)
 
 
-def test_a_curriculum_of_denoisers_resumes_to_the_bit_and_its_losses_are_golden(corpus, tmp_path):
+def test_a_curriculum_of_denoisers_resumes_to_the_bit_and_its_losses_are_golden(corpus, tmp_path, capsys):
     def run(name, *argv):
         base = [
             "config/encdec_debug.py",
@@ -404,6 +439,12 @@ def test_a_curriculum_of_denoisers_resumes_to_the_bit_and_its_losses_are_golden(
         return [row["train/loss"] for row in rows if "train/loss" in row], (tmp_path / name / "step-000006/model.safetensors").read_bytes()
 
     whole, weights = run("whole")
+    text, epochs = re.search(r"in all 6,144 tokens, made of about ([\d,]+) of text: ([\d.]+) epochs", capsys.readouterr().out).groups()
+    size = data.read_manifest(Path(corpus))["shards"]
+    n = sum(shard["tokens"] for shard in size if shard["split"] == "train")
+    assert 0.6 * 6144 < int(text.replace(",", "")) < 0.98 * 6144 and float(epochs) == pytest.approx(
+        int(text.replace(",", "")) / n, abs=0.006
+    )
     later, same = run("later", f"--resume={tmp_path}/whole/step-000003")
     assert later == whole[3:] and same == weights
     assert whole == pytest.approx(GOLDEN, abs=3e-3), whole
@@ -420,6 +461,13 @@ def test_denoisers_of_a_checkpoint_are_measured_and_a_decoder_has_none(corpus, t
     out = tmp_path / "new" / "result.json"
     denoising.main([f"--ckpt={tmp_path / 'encdec'}", "--tokens=512", "--device=cpu", f"--out={out}"])
     assert all(5 < row["loss"] < 7 for row in json.loads(out.read_text())["denoisers"].values()) and "infill" in capsys.readouterr().out
+    tokenizer.load("bytes").save(tmp_path / "encdec/tokenizer")
+    mirrored = {c: 255 - b for c, b in tokenizer.byte_alphabet().items()}
+    (tmp_path / "tokenizer.json").write_bytes(tokenizer.bpe(mirrored, [], tokenizer.GPT2, {tokenizer.EOS: 256}))
+    write_shards(tmp_path / "strange", {"val": documents(20)}, tokenizer.load(tmp_path / "tokenizer.json"))
+    with pytest.raises(SystemExit):  # as many ids, but they mean something else
+        denoising.main([f"--ckpt={tmp_path / 'encdec'}", "--tokens=512", "--device=cpu", f"--data={tmp_path / 'strange'}"])
+    assert "another tokenizer" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         denoising.main([f"--ckpt={tmp_path / 'decoder'}", "--device=cpu"])
     assert "eval.perplexity" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """The evaluations on models whose answers are known, and lm-eval through our adapter against its own transformers back end."""
 
 import csv
+import dataclasses
 import importlib
 import json
 import math
@@ -451,6 +452,17 @@ def test_known_probabilities(tmp_path):
         assert texts == ["bcde", "bc", "lmnop"]
     budgets = requests(*(("z" * 200 + "a", {"until": [], "max_gen_toks": most}) for most in (4, 20)))
     assert [len(text) for text in lm.generate_until(budgets)] == [4, 20]  # the longer answer has less of the prompt, not less of itself
+
+
+def test_a_row_without_a_token_is_never_drawn():
+    """A vocabulary is rounded up: what the model thinks of ids beyond the tokenizer's is no text."""
+    pytest.importorskip("lm_eval")
+    from eval import harness
+
+    model = Bigram()
+    model.cfg = dataclasses.replace(model.cfg, vocab_size=300)
+    model.predict = lambda hidden: torch.nn.functional.pad(hidden, (0, 43), value=9.0)
+    assert harness.PrismLM(model, tokenizer.load("bytes")).generate_until(requests(("xa", {"until": "e"}))) == ["bcd"]
 
 
 def test_answers_are_kept_and_a_killed_run_goes_on(home, local_tasks, capsys):

@@ -133,11 +133,14 @@ def test_a_model_of_ours_with_its_tokenizer(tmp_path):
 
 
 def test_an_encoder_goes_out_without_its_mask_and_comes_back(tmp_path):
-    cfg = ModelConfig(arch="encoder", vocab_size=90, n_layer=2, n_head=4, n_kv_head=2, d_model=32, head_dim=16, max_len=64, init_std=0.2)
+    cfg = ModelConfig(arch="encoder", vocab_size=257, n_layer=2, n_head=4, n_kv_head=2, d_model=32, head_dim=16, max_len=64, init_std=0.2)
     model = build(cfg).eval()
     checkpoint.save(tmp_path / "run", 1, model, None, {"config": configurator.to_dict(cfg)}, keep=1)
+    tokenizer.load("bytes").save(tmp_path / "run" / "tokenizer")
     for n, source in ((1, "run"), (2, "run2")):
-        assert run("export", f"--ckpt={tmp_path / source}", "--to=transformers", f"--out={tmp_path / f'out{n}'}") == 0
+        where = f"--ckpt={tmp_path / source}", f"--out={tmp_path / f'out{n}'}"
+        assert run("export", *where, "--to=transformers", "--max_seq_length=64") == 0
+        assert "silently causal" in (tmp_path / f"out{n}/README.md").read_text()
         if n == 1:
             run("import", f"--from={tmp_path / 'out1'}", f"--out={tmp_path / 'run2'}")
     assert bytes_of(tmp_path / "out1") == bytes_of(tmp_path / "out2")
@@ -145,6 +148,8 @@ def test_an_encoder_goes_out_without_its_mask_and_comes_back(tmp_path):
     ids = torch.randint(90, (2, 30))
     with torch.no_grad():
         close(their(ids).last_hidden_state.flatten(0, 1), model.encode(rectangle(ids)))
+    run("export", f"--ckpt={tmp_path / 'run'}", "--to=safetensors", f"--out={tmp_path / 'plain'}")
+    assert "causal: False" in (tmp_path / "plain/README.md").read_text()
 
 
 # ---- refusals

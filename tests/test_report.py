@@ -1,5 +1,6 @@
 """eval/report.py: one file, no network, every metric drawn; looked at in a real browser where there is one."""
 
+import base64
 import json
 import re
 import shutil
@@ -113,6 +114,29 @@ def test_a_run_that_writes_no_text_has_a_page_too(tmp_path):
     (folder / "step-000060" / "state.json").write_text("{}")
     report.main([f"--run={folder}"])
     assert "<h2>Samples</h2>" not in (folder / "report.html").read_text()
+
+
+def test_an_encoder_decoder_s_counts_and_shares_lie_apart_and_pairs_are_no_tokens(tmp_path):
+    """Token counts, fill and clipping each have an axis of their own; the loss of contrast is per pair, and it writes no text."""
+    folder = fake_run(tmp_path / "run")
+    more = {
+        "train/source_tokens": 3.9e3,
+        "train/encoder_tokens": 2.6e3,
+        "train/target_tokens": 1.4e3,
+        "train/fill": 0.99,
+        "train/clipped": 0.1,
+    }
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row | more) + "\n" for row in rows))
+    (folder / "step-000060").mkdir()
+    (folder / "step-000060" / "state.json").write_text("{}")
+    for objective, unit in (("denoise", "token"), ("contrast", "pair")):
+        (folder / "config.json").write_text(json.dumps({"config": {"objective": objective}}))
+        report.main([f"--run={folder}"] + ["--samples=0"] * (unit == "token"))
+        found = titles(folder / "report.html")
+        assert {"Tokens of a step", "How full the packs are", "Clipped gradients"} <= set(found) and "train" not in found
+        (first, *_) = re.findall(r'alt="Training loss" src="data:image/svg\+xml;base64,([^"]+)"', (folder / "report.html").read_text())
+        assert f"nats per {unit}" in base64.b64decode(first).decode() and "<h2>Samples" not in (folder / "report.html").read_text()
 
 
 def test_mistakes_end_in_one_line(tmp_path, capsys):

@@ -14,6 +14,7 @@
 #endif
 
 #define TILE 256 /* numbers converted at a time: small enough for the first cache */
+#define INLINE inline __attribute__((always_inline))
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
 /* fewer threads, or one, where their start would cost more than the work (numbers touched) */
@@ -64,11 +65,17 @@ typedef struct {
     float sig, phi, bell;               /* sigmoid(a), the normal distribution up to a, exp(-a^2 / 2) */
 } Mix;
 
-static inline Mix mix(float a, float z0, float z1, float z2, float z3) {
+/* z: a neuron's four numbers, f apart, s: a token's. They are al and s if some are `far` apart, else exp(al) and exp(s), each scaled by
+   the largest of its four: then no gate needs an exponential, and their sum cannot vanish. */
+static INLINE Mix mix(const int far, float a, const float *z, int64_t f, const float *s) {
     Mix m;
-    float top = MAX(MAX(z0, z1), MAX(z2, z3)), size = fabsf(a);
-    m.g0 = exp_(z0 - top), m.g1 = exp_(z1 - top), m.g2 = exp_(z2 - top), m.g3 = exp_(z3 - top);
-    float share = 1 / (m.g0 + m.g1 + m.g2 + m.g3);
+    if (far) {
+        float z0 = z[0] + s[0], z1 = z[f] + s[1], z2 = z[2 * f] + s[2], z3 = z[3 * f] + s[3], top = MAX(MAX(z0, z1), MAX(z2, z3));
+        m.g0 = exp_(z0 - top), m.g1 = exp_(z1 - top), m.g2 = exp_(z2 - top), m.g3 = exp_(z3 - top);
+    } else {
+        m.g0 = z[0] * s[0], m.g1 = z[f] * s[1], m.g2 = z[2 * f] * s[2], m.g3 = z[3 * f] * s[3];
+    }
+    float size = fabsf(a), share = 1 / (m.g0 + m.g1 + m.g2 + m.g3);
     m.g0 *= share, m.g1 *= share, m.g2 *= share, m.g3 *= share;
     float e = exp_(-size), e2 = e * e, low = 1 + e, high = 1 + e2, both = 1 / (low * high); /* sigmoid and tanh by one division */
     m.sig = (a < 0 ? e : 1) * high * both;
@@ -83,32 +90,54 @@ static inline Mix mix(float a, float z0, float z1, float z2, float z3) {
 }
 
 /* au (n, 2f) = [a | u], its rows `stride` apart; al (rows, 4, f); s (n, 4) */
-void polyglu_forward(int half, int threads, int64_t n, int64_t f, int64_t rows, int64_t stride, const void *au, const float *al,
-                     const float *s, void *y) {
+void polyglu_forward(int half, int threads, int64_t n, int64_t f, int64_t rows, int64_t stride, int64_t far, const void *au,
+                     const float *al, const float *s, void *y) {
     PARALLEL(n *f)
     for (int64_t i = 0; i < n; i++) {
-        float a[TILE], u[TILE], out[TILE], s0 = s[4 * i], s1 = s[4 * i + 1], s2 = s[4 * i + 2], s3 = s[4 * i + 3];
+        float a[TILE], u[TILE], out[TILE], token[4] = {s[4 * i], s[4 * i + 1], s[4 * i + 2], s[4 * i + 3]};
         for (int64_t j = 0; j < f; j += TILE) {
             const float *z = al + i / (n / rows) * 4 * f + j;
             int m = MIN(TILE, f - j);
             load(a, au, i * stride + j, m, half);
             load(u, au, i * stride + f + j, m, half);
-            for (int k = 0; k < m; k++) out[k] = mix(a[k], z[k] + s0, z[f + k] + s1, z[2 * f + k] + s2, z[3 * f + k] + s3).mean * u[k];
+            if (far)
+                for (int k = 0; k < m; k++) out[k] = mix(1, a[k], z + k, f, token).mean * u[k];
+            else
+                for (int k = 0; k < m; k++) out[k] = mix(0, a[k], z + k, f, token).mean * u[k];
             store(y, i * f + j, out, m, half);
         }
     }
 }
 
+/* One token's m neurons: da and du, and what they add to the gradients of al, d (4, f), and of s, sums (4). */
+static INLINE void differentiate(const int far, int m, int64_t f, const float *a, const float *u, const float *g, const float *z,
+                                 const float *token, float *da, float *du, float *d, float *sums) {
+    float t0 = 0, t1 = 0, t2 = 0, t3 = 0;
+#pragma omp simd reduction(+ : t0, t1, t2, t3)
+    for (int k = 0; k < m; k++) {
+        Mix x = mix(far, a[k], z + k, f, token);
+        float dm = g[k] * u[k];
+        du[k] = g[k] * x.mean;
+        da[k] = dm * (x.g0 * (a[k] > 0) + x.g1 * (1 - x.tanh * x.tanh) + x.g2 * (x.sig + x.silu * (1 - x.sig)) +
+                      x.g3 * (x.phi + 0.39894228f * a[k] * x.bell));
+        float d0 = x.g0 * dm * (x.relu - x.mean), d1 = x.g1 * dm * (x.tanh - x.mean);
+        float d2 = x.g2 * dm * (x.silu - x.mean), d3 = x.g3 * dm * (x.gelu - x.mean);
+        d[k] += d0, d[f + k] += d1, d[2 * f + k] += d2, d[3 * f + k] += d3;
+        t0 += d0, t1 += d1, t2 += d2, t3 += d3;
+    }
+    sums[0] += t0, sums[1] += t1, sums[2] += t2, sums[3] += t3;
+}
+
 /* A task is one of `pieces` runs of tokens of a row, and has sums of its own for al: dal (rows, pieces, 4, f), zero at the start. */
-void polyglu_backward(int half, int threads, int64_t n, int64_t f, int64_t rows, int64_t pieces, int64_t stride, const void *dy,
-                      const void *au, const float *al, const float *s, void *dau, float *dal, float *ds) {
+void polyglu_backward(int half, int threads, int64_t n, int64_t f, int64_t rows, int64_t pieces, int64_t stride, int64_t far,
+                      const void *dy, const void *au, const float *al, const float *s, void *dau, float *dal, float *ds) {
     int64_t row = n / rows, size = (row + pieces - 1) / pieces;
     PARALLEL(n *f)
     for (int64_t task = 0; task < rows * pieces; task++) {
         int64_t first = task / pieces * row + task % pieces * size, last = MIN(first + size, (task / pieces + 1) * row);
         for (int64_t i = first; i < last; i++) {
-            float a[TILE], u[TILE], g[TILE], da[TILE], du[TILE], s0 = s[4 * i], s1 = s[4 * i + 1], s2 = s[4 * i + 2], s3 = s[4 * i + 3];
-            float t0 = 0, t1 = 0, t2 = 0, t3 = 0;
+            float a[TILE], u[TILE], g[TILE], da[TILE], du[TILE], token[4] = {s[4 * i], s[4 * i + 1], s[4 * i + 2], s[4 * i + 3]};
+            float *sums = memset(ds + 4 * i, 0, 4 * sizeof(float));
             for (int64_t j = 0; j < f; j += TILE) {
                 const float *z = al + task / pieces * 4 * f + j;
                 float *d = dal + task * 4 * f + j;
@@ -116,22 +145,13 @@ void polyglu_backward(int half, int threads, int64_t n, int64_t f, int64_t rows,
                 load(a, au, i * stride + j, m, half);
                 load(u, au, i * stride + f + j, m, half);
                 load(g, dy, i * f + j, m, half);
-#pragma omp simd reduction(+ : t0, t1, t2, t3)
-                for (int k = 0; k < m; k++) {
-                    Mix x = mix(a[k], z[k] + s0, z[f + k] + s1, z[2 * f + k] + s2, z[3 * f + k] + s3);
-                    float dm = g[k] * u[k];
-                    du[k] = g[k] * x.mean;
-                    da[k] = dm * (x.g0 * (a[k] > 0) + x.g1 * (1 - x.tanh * x.tanh) + x.g2 * (x.sig + x.silu * (1 - x.sig)) +
-                                  x.g3 * (x.phi + 0.39894228f * a[k] * x.bell));
-                    float d0 = x.g0 * dm * (x.relu - x.mean), d1 = x.g1 * dm * (x.tanh - x.mean);
-                    float d2 = x.g2 * dm * (x.silu - x.mean), d3 = x.g3 * dm * (x.gelu - x.mean);
-                    d[k] += d0, d[f + k] += d1, d[2 * f + k] += d2, d[3 * f + k] += d3;
-                    t0 += d0, t1 += d1, t2 += d2, t3 += d3;
-                }
+                if (far)
+                    differentiate(1, m, f, a, u, g, z, token, da, du, d, sums);
+                else
+                    differentiate(0, m, f, a, u, g, z, token, da, du, d, sums);
                 store(dau, i * 2 * f + j, da, m, half);
                 store(dau, i * 2 * f + f + j, du, m, half);
             }
-            ds[4 * i] = t0, ds[4 * i + 1] = t1, ds[4 * i + 2] = t2, ds[4 * i + 3] = t3;
         }
     }
 }
@@ -243,7 +263,7 @@ typedef float Lanes __attribute__((vector_size(64)));
 typedef uint32_t Pairs __attribute__((vector_size(64))); /* two bf16 each: inputs 2i and 2i + 1 of one output */
 
 /* sum + x[0] w[0] + x[1] w[1]: by the instruction that multiplies bf16 where there is one (x is rounded to it), else in fp32 */
-static inline __attribute__((always_inline)) Lanes multiply(Lanes sum, const float *x, uint32_t rounded, Pairs w) {
+static INLINE Lanes multiply(Lanes sum, const float *x, uint32_t rounded, Pairs w) {
 #ifdef __AVX512BF16__
     Pairs both = rounded - (Pairs){0};
     return (Lanes)_mm512_dpbf16_ps((__m512)sum, (__m512bh)both, (__m512bh)w);
@@ -253,7 +273,7 @@ static inline __attribute__((always_inline)) Lanes multiply(Lanes sum, const flo
 }
 
 /* 32 outputs of `rows` rows, a constant wherever this is inlined, so that the sums stay in registers */
-static inline __attribute__((always_inline)) void product(const int rows, int64_t in, const float *x, const uint32_t *rounded,
+static INLINE void product(const int rows, int64_t in, const float *x, const uint32_t *rounded,
                                                           const Pairs *w, float *y, int64_t out, int64_t first) {
     Lanes sum[8][2] = {0};
     for (int64_t i = 0; i < in; i += 2, w += 2)

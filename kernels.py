@@ -119,13 +119,19 @@ def _backward_plain(dy, au, al, s, acts):
 
 
 def _gates(al, s, n):
-    return al.transpose(1, 2).contiguous(), al.new_zeros(n, 4) if s is None else s  # (R, 4, f), (N, 4)
+    """-> far, al (R, 4, f) and s (N, 4) as cpu.c wants them: their exponentials, unless these might all underflow in a product."""
+    al, s = al.transpose(1, 2).contiguous(), al.new_zeros(n, 4) if s is None else s
+    (low, high), (least, most) = al.aminmax(dim=1, keepdim=True), s.aminmax(dim=1, keepdim=True)
+    if not n or not (high - low).max() + (most - least).max() < 60:
+        return 1, al, s
+    return 0, (al - high).exp_(), (s - most).exp_()
 
 
 def _forward_native(au, al, s):
     n, f = au.shape[0], au.shape[1] // 2
     y = au.new_empty(n, f)
-    native.call("polyglu_forward", au, n, f, len(al), au.stride(0), au, *_gates(al, s, n), y)
+    far, al, s = _gates(al, s, n)
+    native.call("polyglu_forward", au, n, f, len(al), au.stride(0), far, au, al, s, y)
     return y
 
 
@@ -133,7 +139,8 @@ def _backward_native(dy, au, al, s):
     n, f, rows = au.shape[0], au.shape[1] // 2, len(al)
     pieces = max(1, -(-n // (64 * rows)))
     dau, dal, ds = au.new_empty(au.shape), al.new_zeros(rows, pieces, 4, f), al.new_empty(n, 4)
-    native.call("polyglu_backward", au, n, f, rows, pieces, au.stride(0), dy, au, *_gates(al, s, n), dau, dal, ds)
+    far, al, token = _gates(al, s, n)
+    native.call("polyglu_backward", au, n, f, rows, pieces, au.stride(0), far, dy, au, al, token, dau, dal, ds)
     return dau, dal.sum(1).transpose(1, 2).contiguous(), al.new_empty(0) if s is None else ds
 
 

@@ -353,13 +353,15 @@ def main(argv):
             log.say(f"without effect here: {idle}")
         log.say(f"{machine.why}; {machine.world} process{'es' * (machine.world > 1)}; {monitor.breakdown(raw)}")
         texts = cfg.objective in ("denoise", "contrast")  # no rows of one length: the table has nothing to say but the stages
-        log.say(f"{plan.steps:,} steps" if texts and not cfg.stages else plan.table())
+        log.say(f"{plan.steps:,} steps{plan.note}" if texts and not cfg.stages else plan.table())
         if cfg.precision != "bf16":
             log.say(precision)
         if machine.device.type == "cuda":
             log.say(f"attention: {flash()}")
         if cfg.ffn == "polyglu":
             log.say("polyglu: {}, {}".format(*polyglu_backend(machine.device, cfg.acts, machine.dtype)))
+        for name, path in sources(cfg).items() if cfg.packing == "documents" and cfg.objective == "lm" else ():
+            log.say(monitor.conversations(name, data.read_manifest(Path(path))))
         log.say(f"resumed from {resume_from}" if resume_from else f"new run in {out}{start}")
     asked, parent = [], os.getppid()  # signals: noticed between steps, agreed on by all ranks in the reduction of every step
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
@@ -457,7 +459,7 @@ def main(argv):
             log.row({"step": step + 1} | {f"fp8/{r['name']}/{k}": v for r in rows for k, v in r.items() if k != "name"})
         step, position = step + 1, stream.state
         state["tokens"] += int(tokens)
-        meter.accept(int(tokens), stream.wait, good, bool(0 < row.clip < norm), norm)
+        meter.accept(int(tokens), stream.wait, good, bool(0 < row.clip < norm), norm, count.get("loss", 0.0))
         bar.update()
         if cfg.benchmark:
             hardware.wait(machine.device)

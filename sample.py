@@ -93,8 +93,8 @@ def generate(model, tokenizer, prompt, max_new_tokens=128, temperature=0.0, top_
     """The continuation of `prompt` (a text, a list of texts or, with `chat`, a list of messages), without the prompt.
 
     One text for one prompt and one sample; else a list: every sample of the first prompt, then of the second. `stop`: one text or several
-    that end a continuation and are cut from it. `on_text(row, piece)` hears of text as it comes. An encoder-decoder fills `<extra_id_k>` in the
-    prompt and gives the whole text; `mode` is its denoising mode.
+    that end a continuation and are cut from it. `on_text(row, piece)` hears of text as it comes. An encoder-decoder fills `<extra_id_k>` in
+    the prompt and gives the whole text; `mode` is its denoising mode.
     """
     possible(locals())
     stop = tuple(filter(None, [stop] if isinstance(stop, str) else stop))

@@ -188,11 +188,19 @@ def test_routing_report_and_its_pictures(home, capsys):
     for row in report["layers"]:
         assert sum(row["shares"].values()) == pytest.approx(1, abs=1e-6) and 0 <= row["H1"] <= row["H2"] <= row["H3"] <= 1 + 1e-6
     table = report["ablations"]["words"]
-    assert 1 < table.pop("intact") < 6
+    assert 1 < table.pop("intact") < 6 and table.pop("shuffled") == 1
     assert {k[0] for k in table} == set("abcdef") and all(low <= mean <= high for mean, low, high in table.values())
     for name in ("routing.png", "routing.csv"):
         assert (home / "run" / name).stat().st_size > 100
     assert report["verdict"] in capsys.readouterr().out
+    argv = [f"--ckpt={home / 'run'}", "--windows=1", "--skip_ablations", "--data=words"]
+    routing.main([*argv, f"--out={home / 'r.json'}", "--skip_dynamic"])
+    assert json.loads((home / "r.json").read_text())["domains"] == ["words"] and (home / "r.png").exists() and (home / "r.csv").exists()
+    for text in ('{"text": "a"}\n{"text": "b"}\n', '{"text": "a"}', "[]", '{"a": []}'):
+        (home / "prompts.jsonl").write_text(text)
+        with pytest.raises(SystemExit):
+            routing.main([*argv, f"--prompts={home / 'prompts.jsonl'}"])
+        assert "is not one JSON object of {category: [texts]}" in capsys.readouterr().err
     plots.main([f"--run={home / 'run'}", "--events=10:ten", "--clock=they:9:2.5;others, slow:90:2"])
     clock = list(csv.reader((home / "run" / "clock.csv").read_text().splitlines()[1:]))
     assert clock[-2:] == [["they", "9.0", "", "2.5"], ["others, slow", "90.0", "", "2.0"]] and (home / "run" / "clock.png").exists()
@@ -242,6 +250,21 @@ def test_freezing_what_is_already_frozen_costs_nothing(home):
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items()) and model.noise is None
 
 
+def test_a_document_alone_is_not_its_own_mate(home, tmp_path):
+    """A batch of one document is left out of (d), and said: it dilutes nothing."""
+    model, state = checkpoint.load(home / "run")
+    sets = perplexity.window_batches(home / "run", "words", perplexity.sources(state), 64, 4, 256)
+    (batch,) = sets["words"]
+    ids, alone = batch["ids"][:64], torch.arange(64)
+    single = {"ids": ids, "targets": batch["targets"][:64], "pos": alone, "cu": torch.tensor([0, 64], dtype=torch.int32), "max_len": 64}
+    single |= {"rows": batch["rows"][:1], "source": batch["source"][:1], "tokens": 64, "bytes": 64}
+    layers = routing.survey(model, sets, routing.token_classes(tokenizer.load("bytes"), 257), torch.device("cpu"))
+    name, both = "d s of another document", {"one": [single], "mixed": [single, batch], "batch": [batch]}
+    found = routing.ablations(model, both, layers, torch.device("cpu"), 1)
+    assert found["one"]["shuffled"] == 0 and name not in found["one"] and found["mixed"]["shuffled"] == pytest.approx(256 / 320)
+    assert found["mixed"][name][0] == pytest.approx(found["batch"][name][0], rel=1e-6) and found["batch"][name][0] != 0
+
+
 def test_gate_hard_is_the_one_hot_argmax(home, capsys):
     options = SimpleNamespace(**OPEN | {"ckpt": str(home / "run"), "gate_hard": True})
     model, _, _, facts = open_run(options)
@@ -285,6 +308,15 @@ def test_controls_train_resume_and_say_no_effect(home, capsys):
     controls.main(argv)
     assert (home / "controls" / "runs.jsonl").read_text() == lines and lines.count("\n") == 4
     assert "running against swiglu-iso" in capsys.readouterr().out
+    for change, said in (
+        ("--steps=4", "was measured with steps=3, not 4"),
+        ("--lr=1e-2", "was measured with lr=0.003, not 0.01"),
+        ("--arms=runing", "no arm 'runing'"),
+        ("--seeds=0", "--seeds=0"),
+    ):
+        with pytest.raises(SystemExit):
+            controls.main([arg for arg in argv if arg.partition("=")[0] != change.partition("=")[0]] + [change])
+        assert said in capsys.readouterr().err
     table = controls.arms(28, 1024)
     assert table["swiglu-iso"]["d_ff"] == 4112 and table["fixed"]["act"] == ("silu",) * 3 + ("gelu",) * 7 + ("silu",) * 6 + ("tanh",) * 12
     losses = {"swiglu": (2.0, 2.2), "swiglu-iso": (2.0, 2.2), "running": (1.0, 1.201), "token": (1.9, 2.4)}

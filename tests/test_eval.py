@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import checkpoint
+import configurator
 import data
 import hub
 import monitor
@@ -281,6 +282,32 @@ def test_gate_hard_is_the_one_hot_argmax(home, capsys):
     assert facts["gate_hard"] and len(choice.unique()) > 1
 
 
+def test_plots_go_where_they_are_sent_and_refuse_what_they_cannot_read(home, tmp_path, capsys):
+    plots.main([f"--run={home / 'run'}", f"--out={tmp_path / 'new'}", "--clock=they:9:2.5"])
+    assert {"loss.png", "loss.csv", "entropy.png", "clock.png"} <= {p.name for p in (tmp_path / "new").iterdir()}
+    (tmp_path / "other.json").write_text('{"results": {"a": 1}}')
+    (tmp_path / "list.json").write_text("[1]")
+    for arg, said in (
+        (f"--run={home / 'run'} --events=foo:bar", "'foo' is no number; it is written STEP:TEXT"),
+        (f"--run={home / 'run'} --clock=they:9", "--clock: 'they:9' is no number"),
+        (f"--harness={tmp_path / 'other.json'}", "is no result of eval.harness"),
+        (f"--harness={tmp_path / 'list.json'}", "is no result of eval.harness"),
+        (f"--perplexity={tmp_path / 'other.json'} --out={tmp_path / 'more'}", "is no result of eval.perplexity"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            plots.main([*arg.split(), *([] if "--out" in arg else [f"--out={tmp_path}"])])
+        assert end.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_a_temperature_that_means_nothing_is_refused(home, tmp_path, capsys):
+    model = build(ModelConfig(vocab_size=257, n_layer=1, n_head=2, d_model=16))
+    checkpoint.save(tmp_path / "plain", 0, model, None, {"config": configurator.to_dict(model.cfg)}, keep=1)
+    for ckpt, tau, said in ((home / "run", -1.0, "must be above 0"), (tmp_path / "plain", 0.5, "has ffn='swiglu' and so no gate")):
+        with pytest.raises(SystemExit):
+            open_run(SimpleNamespace(**OPEN | {"ckpt": str(ckpt), "tau": tau}))
+        assert f"--tau={tau}: " in (line := capsys.readouterr().err) and said in line
+
+
 def test_benchmark_bars(tmp_path):
     rows = [{"task": "hellaswag", "value": 0.3, "stderr": 0.01}, {"task": "gsm8k", "value": 0.02, "stderr": None}]
     (tmp_path / "a.json").write_text(json.dumps({"tasks": rows}))
@@ -496,6 +523,39 @@ def test_answers_are_kept_and_a_killed_run_goes_on(home, local_tasks, capsys):
         harness.main(argv + ["--tau=0.7"])  # other answers: not to be mixed
     with pytest.raises(SystemExit):
         harness.main([f"--ckpt={home / 'run'}", "--tasks=no_such", f"--include={local_tasks}"])
+    for arg in ("--batch_size=0", "--limit=-1", "--max_gen_toks=0"):
+        with pytest.raises(SystemExit):
+            harness.main([f"--ckpt={home / 'run'}", "--tasks=local_choice", f"--include={local_tasks}", arg])
+        assert arg in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_table_of_tasks_counts_groups_and_names_the_future(local_tasks, tmp_path, monkeypatch, capsys):
+    from eval import harness
+
+    (local_tasks / "group.yaml").write_text(
+        "group: local_group\ntask:\n  - local_choice\n  - local_gen\n"
+        "aggregate_metric_list:\n  - metric: acc\n    weight_by_size: true\n    filter_list: none\n"
+    )
+    model = build(
+        ModelConfig(vocab_size=257, n_layer=1, n_head=2, d_model=16, max_len=64, ffn="polyglu", gate="sequence", allow_noncausal=True)
+    )
+    checkpoint.save(tmp_path / "run", 0, model, None, {"config": configurator.to_dict(model.cfg)}, keep=1)
+    tokenizer.load("bytes").save(tmp_path / "run" / "tokenizer")
+    harness.main([f"--ckpt={tmp_path / 'run'}", "--tasks=local_group", f"--include={local_tasks}", f"--out={tmp_path / 'h.json'}"])
+    rows = {row["task"]: row for row in json.loads((tmp_path / "h.json").read_text())["tasks"]}
+    assert rows["local_group"]["n"] == 12 and rows["local_choice"]["n"] == 6
+    assert all(name.endswith("_noncausal") for row in rows.values() for name in (row["metric"], *row["all"]))
+    row = {"chance": 0.25, "stderr": 0.0, "value": 0.0, "n": 5}
+    assert harness.verdict(row) == "all 5 answers alike: no interval" and harness.verdict(row | {"stderr": None}) == ""
+    assert harness.verdict(row | {"chance": None}) == "" and "below chance" in harness.verdict(row | {"stderr": 0.01})
+
+    def unreachable(*args, **how):
+        raise ConnectionError("Couldn't reach 'Rowan/hellaswag' on the Hub")
+
+    monkeypatch.setattr("lm_eval.simple_evaluate", unreachable)
+    with pytest.raises(SystemExit):
+        harness.main([f"--ckpt={tmp_path / 'run'}", "--tasks=local_gen", f"--include={local_tasks}", f"--out={tmp_path / 'h.json'}"])
+    assert "Couldn't reach 'Rowan/hellaswag' on the Hub; run it once where there is a network" in capsys.readouterr().err
 
 
 def test_a_suite_scores_text_under_the_same_settings(home, tmp_path, monkeypatch, capsys):

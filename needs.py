@@ -91,9 +91,9 @@ def idle(cfg, argv=()):
         for key in keys.split() if cfg.stages and all(given in row for row in cfg.stages) else ():
             if getattr(cfg, key) != getattr(type(cfg), key):
                 found.setdefault(key, f"a stage without `{given}`")
-    if cfg.parallel == "fsdp" and os.environ.get("WORLD_SIZE", "1") == "1":
-        found["parallel"] = "several processes, torchrun --nproc_per_node=N"
     for key, need in found.items():
         if f"--{key}" in typed:
             die(f"--{key}={getattr(cfg, key)} would do nothing here: it needs {need}")
+    if cfg.parallel == "fsdp" and os.environ.get("WORLD_SIZE", "1") == "1":  # never refused: one process may go on with a run of several
+        found["parallel"] = "torchrun with several processes"
     return ", ".join(f"{key} (needs {need})" for key, need in found.items())

@@ -82,7 +82,6 @@ def test_what_would_do_nothing_is_refused_when_typed_and_named_when_inherited(ca
         ({"precision": "te", "fp8_stats_every": 9}, "fp8_stats_every", "precision=fp8"),
         ({"packing": "documents", "chunk": 64}, "chunk", "packing=windows"),
         ({"ffn": "polyglu", "allow_noncausal": True}, "allow_noncausal", "gate=sequence"),
-        ({"parallel": "fsdp"}, "parallel", "several processes"),
     ):
         cfg = Config(**changes)
         assert key in needs.idle(cfg) and need in needs.idle(cfg)
@@ -90,6 +89,7 @@ def test_what_would_do_nothing_is_refused_when_typed_and_named_when_inherited(ca
             needs.idle(cfg, [f"--{key}=x"])
         line = capsys.readouterr().err
         assert end.value.code == 2 and line.startswith(f"--{key}=") and need in line and line.count("\n") == 1
+    assert needs.idle(Config(parallel="fsdp"), ["--parallel=fsdp"]) == "parallel (needs torchrun with several processes)"
     for changes in (
         {},
         {"objective": "latent", "latent_encoder": "byte", "n_layer": 3, "wire_bits": (8,), "wire_start": 0.5},

@@ -11,6 +11,16 @@ from configurator import die
 from model import flat
 
 
+def possible(o, dash=""):
+    """Refuse the options (a dict) by which no text can be written; `dash`: as a command line names them."""
+    good = {"max_new_tokens": o["max_new_tokens"] > 0, "temperature": o["temperature"] >= 0, "num_samples": o["num_samples"] > 0}
+    good |= {"top_k": o["top_k"] >= 0, "top_p": 0 < o["top_p"] <= 1, "mode": o["mode"] in (None, "", *"RXSI"), "beams": o["beams"] > 0}
+    for key in [key for key, fine in good.items() if not fine]:
+        die(f"{dash}{key}={o[key]}: out of range; sample.py --help shows the defaults")
+    if o["beams"] > 1 and (o["temperature"] or o["num_samples"] > 1):
+        die(f"{dash}beams={o['beams']} looks for one likeliest text: add {dash}temperature=0 and no {dash}num_samples")
+
+
 def keep_rows(cache, index):
     """The cache of rows `index`: repeated for several samples, dropped when finished, reordered for beams."""
     cache.k, cache.v, cache.sums = cache.k[:, index], cache.v[:, index], cache.sums[:, :, index]

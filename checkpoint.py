@@ -4,7 +4,7 @@
     out/RUN/step-000200/model.safetensors optim.safetensors state.json
 
 A save is written beside its final name, synced to the disk and renamed; a kill at any moment leaves the previous one in place.
-`state.json` holds the sha256 of its neighbours and of itself. Weights are those of the raw module, whole, whatever the world size.
+`state.json` holds sha256s of its neighbours and itself, optim.safetensors RNG states as metadata. Weights are the raw module's, whole.
 
     model, state = checkpoint.load("out/RUN", device="cpu")    # eval mode; state: step, config, metrics, ...
 
@@ -77,11 +77,11 @@ def lock(run):
     return handle
 
 
-def start_run(run, cfg, info):
+def start_run(run, cfg, info, resumed=None):
     """config.json (the settings, and `info`: commit, versions, hardware) and the tokenizer, so that the folder stands alone."""
     write_json(Path(run) / "config.json", {"config": configurator.to_dict(cfg), **info})
     folders = list(cfg.data.values()) if isinstance(cfg.data, dict) else [cfg.data]
-    start = [resolve(cfg.init_from).parent] if cfg.init_from else []  # an encoder-decoder's knows its markers
+    start = [resolve(resumed or cfg.init_from).parent] if resumed or cfg.init_from else []  # an encoder-decoder's knows its markers
     for source in [Path(folder) / "tokenizer" for folder in (start + folders if cfg.arch == "encdec" else folders + start)]:
         if source.is_dir() and not (Path(run) / "tokenizer").exists():
             shutil.rmtree(new := Path(run) / ".tmp-tokenizer", ignore_errors=True)
@@ -113,7 +113,10 @@ def find_resume(run, how):
         if steps(run) and not how:
             die(f"{run}: holds a run already; --resume goes on with it, --out=DIR starts another, or delete the folder")
         return resolve(run, "latest") if steps(run) else None
-    return resolve(run, how) if how in ("latest", "best") else resolve(how, "latest")
+    found = resolve(run, how) if how in ("latest", "best") else resolve(how, "latest")
+    if steps(run) and found.parent.resolve() != Path(run).resolve():  # `rotate` would take the checkpoints here for a lost future
+        die(f"--resume={how} is another run than --out={run}, which holds one: choose a new --out")
+    return found
 
 
 # ---- saving and loading -------------------------------------------------------------------------------------------------
@@ -231,6 +234,13 @@ def fit(model, weights, where):
     return own
 
 
+def differing(state, cfg):
+    """What no shape tells of: settings by which the same tensors would be another function, each with its value there and here."""
+    there, here, poly = state["config"], configurator.to_dict(cfg), cfg.ffn == "polyglu"
+    keys = "n_head norm_eps rope_theta rope_scaling rope_bf16 cross_rope " + ("acts gate gate_enc gate_block" if poly else "act")
+    return ", ".join(f"{key} {there[key]} -> {here[key]}" for key in keys.split() if key in there and there[key] != here[key])
+
+
 def scatter(value, like):
     """`value` as `like` is: on its device, and sharded if it is."""
     if not hasattr(like, "full_tensor"):
@@ -255,9 +265,10 @@ def load(path, device="cpu", build=Transformer):
 
 
 def load_weights(path, model):
-    """`init_from`: the weights of another run, and nothing else of it."""
-    folder = resolve(path)
-    put_weights(model, read_tensors(folder, FILES[0], read_state(folder)), folder / FILES[0])
+    """`init_from`: the weights of another run, and nothing else of it. -> a line that says which, and what will be done otherwise."""
+    state = read_state(folder := resolve(path))
+    put_weights(model, read_tensors(folder, FILES[0], state), folder / FILES[0])
+    return f"started from step {state['step']} of {folder.parent}; differs: {differing(state, model.cfg) or 'nothing'}"
 
 
 def put_weights(model, weights, where):
@@ -268,8 +279,9 @@ def put_weights(model, weights, where):
 
 def load_training(path, model, optimizer) -> dict:
     """Weights, optimizer and random states into the given ones; -> state. What follows equals the uninterrupted run bit for bit."""
-    folder = resolve(path, "latest")
-    state = read_state(folder)
+    state = read_state(folder := resolve(path, "latest"))
+    if other := differing(state, model.cfg):
+        die(f"{folder}: resuming would change {other}: leave it as it was, or begin anew with --init_from={folder}")
     if state["optimizer"] != type(optimizer).__name__:
         die(f"{folder}: was trained with {state['optimizer']}; resume with the same --optimizer, or begin anew with --init_from={folder}")
     put_weights(model, read_tensors(folder, FILES[0], state), folder / FILES[0])

@@ -80,7 +80,8 @@ def load(cls, argv, usage=""):
         path.is_file() or die(f"{path}: no such config file; settings are written --key=value")
         try:
             exec(compile(path.read_text(encoding="utf-8"), path, "exec"), space)  # noqa: S102
-        except (SyntaxError, NameError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+        except (SyntaxError, NameError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError,
+                ImportError, AssertionError, RuntimeError) as error:  # fmt: skip
             at = getattr(error, "lineno", 0) or getattr(error.__traceback__.tb_next, "tb_lineno", "?")
             die(f"{path}, line {at}: {type(error).__name__}: {error}")
         for key in [k for k, v in space.items() if k[0] != "_" and not isinstance(v, types.ModuleType)]:

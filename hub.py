@@ -129,8 +129,11 @@ def read_model(path, gate=None, dtype=torch.float32):
     path = Path(path)
     if not path.exists():
         die(f"--from={path}: no such file or folder")
-    source = read(path / "config.json") if (path / "config.json").is_file() else None
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    home = path if path.is_dir() else path.parent
+    source = read(home / "config.json") if (home / "config.json").is_file() else None
+    if path.is_file() and (path.suffix != ".safetensors" or (source or {}).get("model_type") != "prism_polyglu"):
+        source = None  # of a single file only our own export speaks beside it: gate, tau and tables are in no tensor
+    files = sorted(home.iterdir()) if path.is_dir() or source else [path]
     gguf = [file for file in files if file.suffix == ".gguf"]
     if not source and len(gguf) == 1:
         fields, tensors, info = read_gguf(gguf[0])
@@ -148,9 +151,10 @@ def read_model(path, gate=None, dtype=torch.float32):
     if gate:
         if fields["ffn"] != "polyglu":
             die(f"--gate={gate}: {path} has no gate; leave it out")
+        info |= {"gate": f"{fields['gate']} -> {gate}"} if gate != fields["gate"] else {}
         fields["gate"] = gate
     names = PUBLISHED if fields["ffn"] == "polyglu" else HF
-    weights = [file for file in files if file.suffix in (".safetensors", ".gguf", ".pt")]
+    weights = [file for file in files if file.suffix in (".safetensors", ".gguf", ".pt") and path in (home, file)]
     info["source"] = {"path": path.name, "sha256": {file.name: checkpoint.digest(file) for file in weights}} | info.pop("source", {})
     return fields, to_ours(tensors, fields, names, dtype), info
 
@@ -243,7 +247,8 @@ def card(model, state, kind):
         lines += [f"- PolyGLU, gate `{model.cfg.gate}`, tau {float(model.tau):g}, evaluated without routing noise"]
         if not model.cfg.causal:
             lines += ["- its gate hears later tokens: losses and perplexities of it are not next-token likelihoods"]
-    source = state.get("imported", {}).get("source", {})
+    source, gate = (state.get("imported", {}).get(key, {}) for key in ("source", "gate"))
+    lines += [f"- its gate was changed at import, {gate}: the weights were trained with the former"] if gate else []
     if source.get("dequantised_from"):
         lines += [f"- weights dequantised from GGUF {', '.join(source['dequantised_from'])}: not the originals"]
     lines += [f"- started from {source['path']}"] if source.get("path") else []
@@ -294,7 +299,7 @@ def import_(opt):
     model = load_anyway(cfg)
     checkpoint.fit(model, weights, source)  # every parameter filled
     model.load_state_dict(weights, assign=True)
-    facts = {key: info[key] for key in ("family", "source", "epoch") if key in info}
+    facts = {key: info[key] for key in ("family", "source", "epoch", "gate") if key in info}
     config = configurator.to_dict(cfg)
     if (source / "1_Pooling/config.json").is_file():
         from prepare import sentence

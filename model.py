@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 import lean
 import replay
 from cache import Cache
-from configurator import die
+from configurator import die, from_dict
 from flash import varlen
 from kernels import ACTIVATIONS, glu, gumbel, polyglu_mix
 from ops import Gather, Thin, WindowMean, attention, full, linear_cross_entropy, matmul32, norm_rotate, rms_norm, rotate
@@ -94,6 +94,7 @@ class ModelConfig:
 
 def check(cfg: ModelConfig) -> None:
     """Refuse what cannot be built, in one line that says what to change."""
+    from_dict(ModelConfig, {key: getattr(cfg, key) for key in ModelConfig.__dataclass_fields__}, "ModelConfig")  # ffn="polygu" is no SwiGLU
     if cfg.n_head % cfg.kv_heads:
         die(f"n_kv_head={cfg.kv_heads} does not divide n_head={cfg.n_head}")
     if not cfg.head_dim and cfg.d_model % cfg.n_head:
@@ -601,7 +602,7 @@ def merged_rectangle(enc_ids, dec_ids) -> dict:
 
 
 def build(cfg: ModelConfig, device: str = "cpu") -> Transformer:
-    """A freshly initialised model, fp32, the same for the same seed. device='meta' gives shapes without memory."""
+    """A freshly initialised model in training mode, fp32, the same for the same seed. device='meta' gives shapes without memory."""
     if device == "meta":
         with torch.device("meta"):
             return Transformer(cfg)

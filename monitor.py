@@ -63,7 +63,7 @@ class Meter:
         self.sizes = None if sizes is None else torch.from_numpy(sizes).to(machine.device, torch.float64)
         self.groups = torch.zeros(max(len(names), 1), 3, dtype=torch.float64, device=machine.device)  # nats, targets, bytes of these
         self.here = torch.zeros_like(self.groups)  # of this step, which may yet be refused
-        self.losses, self.norm, self.alerts = [], 0.0, 0  # of the logged steps; the largest norm since the last of them
+        self.losses, self.norm, self.alerts, self.targets = [], 0.0, 0, 0.0  # of the logged steps; norm, targets: since the last of them
         self.restart()
 
     def restart(self):
@@ -84,8 +84,8 @@ class Meter:
         size = real if self.sizes is None else self.sizes[batch["targets"].clamp(min=0)] * real
         self.here.index_add_(0, group_of(batch), torch.stack((each.double() * real, real.double(), size.double()), dim=1))
 
-    def accept(self, tokens, waited, good, clipped, norm=0.0):
-        self.norm = max(self.norm, norm)
+    def accept(self, tokens, waited, good, clipped, norm=0.0, targets=0.0):
+        self.norm, self.targets = max(self.norm, norm), self.targets + targets * good
         self.tokens, self.waited = self.tokens + tokens, self.waited + waited
         self.steps, self.clipped = self.steps + 1, self.clipped + clipped
         self.groups += self.here if good else 0
@@ -115,6 +115,8 @@ class Meter:
         record |= {"train/wait": self.waited / seconds, "train/peak_mem": peak_memory(self.machine.device)}
         record |= {"train/clipped": self.clipped / max(self.steps, 1)}  # share of the steps since the last line or save
         record |= {"train/mfu": mfu} if mfu else {}
+        record |= {"train/targets": self.targets} if self.targets else {}  # since the last line: all that a fine-tuning batch is about
+        self.targets = 0.0
         if packs:
             seen = {"train/source_tokens": source, "train/encoder_tokens": enc, "train/target_tokens": dec}
             record |= {name: count / max(self.steps, 1) for name, count in seen.items()}  # of a step
@@ -152,6 +154,14 @@ class Meter:
                 f"{min(x):.4f} to {max(x):.4f}; {self.alerts} alerts")  # fmt: skip
 
 
+def conversations(name, manifest):
+    """One line on a source of whole documents: what its preparation left out and why, and how much of the rest is trained on."""
+    kept, out = sum(s["documents"] for s in manifest["shards"]), manifest.get("dropped", {})
+    share = manifest.get("trained", 0) / max(sum(s["tokens"] for s in manifest["shards"]), 1)
+    dropped = ", ".join(f"{n:,} {why}" for why, n in sorted(out.items()) if n) or "none"
+    return f"{name}: {kept:,} conversations, dropped: {dropped}" + (f"; trained: {share:.1%} of the tokens" if share else "")
+
+
 class Log:
     """stdout and metrics.jsonl always, wandb and TensorBoard when asked for. Only rank 0 has one."""
 
@@ -159,16 +169,19 @@ class Log:
         self.path, self.bar, self.sinks = out / "metrics.jsonl", None, []
         lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() and start else []
         lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]  # not what came after the last save
-        files.write(self.path, "".join(lines))
         if cfg.wandb:
             import wandb
 
             kept, ask = out / "wandb_id", os.environ.get  # what the environment says goes first
             known = ask("WANDB_RUN_ID") or (kept.read_text() if kept.exists() and start else None)
             where = {"project": ask("WANDB_PROJECT", "prism"), "name": ask("WANDB_NAME", out.name), "dir": ask("WANDB_DIR", str(out))}
-            run = wandb.init(**where, config=configurator.to_dict(cfg), resume="allow", id=known)
+            try:
+                run = wandb.init(**where, config=configurator.to_dict(cfg), resume="allow", id=known)
+            except wandb.errors.Error as error:  # no key, a wrong one, no network: before anything of the run is written
+                die(f"wandb=True: {error}; `wandb login` once, or go without a network by WANDB_MODE=offline")
             files.write(kept, run.id)
             self.sinks.append((lambda row: run.log(row, step=row["step"]), run.finish))
+        files.write(self.path, "".join(lines))
         if cfg.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 

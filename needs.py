@@ -5,6 +5,7 @@ One config may follow another that trains something else (config/encdec_contrast
 over is no mistake; what somebody has just typed is. `NEEDS` is all there is to it. Read next: train.py, which asks.
 """
 
+import os
 from dataclasses import fields
 
 from configurator import die
@@ -15,6 +16,7 @@ SHAPE = """n_layer n_head n_kv_head d_model head_dim d_ff norm_eps qk_norm qkv_b
 FP8 = "precision_required fp8_format fp8_recipe fp8_mode fp8_filter fp8_start_step fp8_history fp8_algo fp8_margin"
 NEEDS = (  # what it takes, and which settings; a key without a value: it must be set at all
     ("objective=latent", " ".join(f.name for f in fields(LatentConfig))),
+    ("packing=windows", "chunk"),
     ("objective=lm", "packing doc_mask chunk domains domains_every eval_stage auto_mix"),
     ("objective=lm|denoise", "eval_every eval_tokens best_metric epochs"),
     ("objective=lm|latent", "seq_len"),
@@ -31,6 +33,7 @@ NEEDS = (  # what it takes, and which settings; a key without a value: it must b
     ("ffn=polyglu", "acts gate gate_enc gate_block gate_noise allow_noncausal tau_max tau_min"),
     ("objective=lm|denoise|contrast", "tau_max tau_min"),
     ("gate=lagged or gate_enc=lagged", "gate_block"),
+    ("gate=sequence", "allow_noncausal"),
     ("optimizer=muon", "muon_lr muon_momentum"),
     ("schedule=wsd", "decay_share"),
     ("schedule=cosine|linear|wsd", "min_lr_ratio"),
@@ -62,6 +65,10 @@ def possible(cfg):
         for key in row.keys() & {"seq_len", "rows", "accum"}:
             if row[key] < 1:
                 die(f"stages: row {n}: {key}={row[key]} must be above 0")
+    if cfg.tau_max < cfg.tau_min:
+        die(f"tau_max={cfg.tau_max} is below tau_min={cfg.tau_min}, and the temperature only falls: set --tau_min={cfg.tau_max}")
+    if cfg.mix_end and cfg.mix_decay_start >= 1:
+        die(f"mix_decay_start={cfg.mix_decay_start}: mix_end is never walked to; set it below 1, or leave mix_end out")
     if not all(0 <= beta < 1 for beta in cfg.betas):
         die(f"betas={cfg.betas} must lie in [0, 1)")
     if cfg.optimizer == "muon" and not cfg.lr:
@@ -88,4 +95,6 @@ def idle(cfg, argv=()):
     for key, need in found.items():
         if f"--{key}" in typed:
             die(f"--{key}={getattr(cfg, key)} would do nothing here: it needs {need}")
+    if cfg.parallel == "fsdp" and os.environ.get("WORLD_SIZE", "1") == "1":  # never refused: one process may go on with a run of several
+        found["parallel"] = "torchrun with several processes"
     return ", ".join(f"{key} (needs {need})" for key, need in found.items())

@@ -68,6 +68,10 @@ def batch_shape(cfg, world, row, where):
         accum = tokens / world / micro
     if "rows" in row and (micro != int(micro) or (cfg.objective == "lm" and micro % length)):
         die(f"{where}: rows={row['rows']} do not divide over {world} processes; take a multiple of {world}")
+    unit = world * row.get("accum", 1) * (length if cfg.objective == "lm" else 1)
+    if "rows" not in row and (not cfg.micro_tokens or "accum" in row) and tokens % unit:
+        smallest = f"world {world} x accum {row.get('accum', 1)} x seq_len {length}"
+        die(f"{where}: tokens_per_step {tokens} is no multiple of {smallest}; try --tokens_per_step={-(-tokens // unit) * unit}")
     if micro != int(micro) or accum != int(accum):
         die(f"{where}: tokens_per_step {tokens} is not a whole number of micro-batches, world {world} x micro_tokens "
             f"{micro:g}; try --micro_tokens={math.gcd(tokens // world, int(micro)) or tokens} or --tokens_per_step="
@@ -112,6 +116,7 @@ class Plan:
         self.steps, self.total = self._end(total, True) if total else self._end(cfg.max_steps, False)
         if self.steps <= self.stages[-1].first:
             die(f"the run ends at step {self.steps}, before its last stage begins at {self.stages[-1].first}; raise the limit {limits}")
+        self.note = f"; warmup={cfg.warmup} is not over before the end" * (cfg.warmup >= self.steps)
         self.mix = shares(cfg.mix, cfg, "mix") if cfg.mix else {}
         self.mix_end = shares(cfg.mix_end, cfg, "mix_end") if cfg.mix_end else self.mix
         if cfg.mix_end and (not cfg.mix or any(s.mix for s in self.stages)):
@@ -161,7 +166,7 @@ class Plan:
             rows = s.tokens // s.seq_len // s.accum
             line = f"{i:5} {s.seq_len:6,} {rows:7,} {s.accum:5} {s.mult:5.2f} {s.clip:5.2f} {s.first:10,} {steps:9,}"
             lines.append(f"{line} {steps * s.tokens:15,} {steps * s.tokens / self.total:6.1%}  {mix} {s.note}".rstrip())
-        return "\n".join([*lines, f"total {self.steps:,} steps, {self.total:,} tokens"])
+        return "\n".join([*lines, f"total {self.steps:,} steps, {self.total:,} tokens{self.note}"])
 
 
 make_plan = Plan
@@ -213,11 +218,11 @@ class Muon(torch.optim.AdamW):
 
 
 def role(name, p):
-    """What a parameter is, from its own name and place: the optimizer treats a kind alike, never a matching substring."""
+    """What a parameter is, from whole words of its name and its shape: the optimizer treats a kind alike."""
     last = name.rpartition(".")[2]
     if p.ndim < 2 or last == "alpha" or name == "embed.weight":  # alpha, per-neuron routing logits, is a matrix in shape only
         return "vector" if p.ndim < 2 else "alpha" if last == "alpha" else "embedding"
-    return "hidden" if ".blocks." in name and ".gate_net." not in name else "other matrix"
+    return "hidden" if "blocks" in name.split(".") and "gate_net" not in name.split(".") else "other matrix"
 
 
 def build_optimizer(model, cfg):

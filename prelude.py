@@ -66,7 +66,7 @@ def last_words(kind, error, trace):
         raise SystemExit(1)
     if issubclass(kind, KeyboardInterrupt):
         raise SystemExit(130)
-    if issubclass(kind, (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)) and error.filename:
+    if issubclass(kind, (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)) and error.filename:
         die(f"{error.filename}: {error.strerror}; correct the path")
     top = (getattr(error, "name", None) or "").partition(".")[0]
     listed = re.findall(r"^(\w+) = \[([^]]*)\]", (HERE / "pyproject.toml").read_text(), re.MULTILINE)

@@ -8,7 +8,8 @@
 --lines makes each line of the input a prompt, --system=TEXT opens a chat, --mode=R|X|S|I names the denoising mode of an encoder-decoder,
 --allow_noncausal lets a decoder write whose gate hears later tokens. --beams=4 --temperature=0 looks for the likeliest text (beams.py).
 Decoding reads each token once through a KV cache. A row of a batch draws from its own random stream, so what a prompt yields does not
-depend on its neighbours, but for its length: the longest prompt decides how much room all have. Only whole characters are printed.
+depend on its neighbours (exactly in fp32, in bf16 up to the rounding that a batch of another shape has), but for its length: the longest
+prompt decides how much room all have. Only whole characters are printed.
 In Python: `sample.generate(model, tokenizer, prompt)`.
 Read next: step in model.py, cache.py.
 """
@@ -25,7 +26,7 @@ import checkpoint
 import configurator
 import machine
 import tokenizer as tokenizers
-from beams import keep_rows, read, room, search
+from beams import keep_rows, possible, read, room, search
 from configurator import die
 from model import Transformer, flat
 from prepare.prompts import Printer, chat_ids, hole_ids, prefix_ids, splice, stop_ids
@@ -91,10 +92,14 @@ def generate(model, tokenizer, prompt, max_new_tokens=128, temperature=0.0, top_
              stop=(), on_text=None, mode=None, beams=1):  # fmt: skip
     """The continuation of `prompt` (a text, a list of texts or, with `chat`, a list of messages), without the prompt.
 
-    One text for one prompt and one sample; else a list: every sample of the first prompt, then of the second. `stop`: texts that end
-    a continuation and are cut from it. `on_text(row, piece)` hears of text as it comes. An encoder-decoder fills `<extra_id_k>` in the
-    prompt and gives the whole text; `mode` is its denoising mode.
+    One text for one prompt and one sample; else a list: every sample of the first prompt, then of the second. `stop`: one text or several
+    that end a continuation and are cut from it. `on_text(row, piece)` hears of text as it comes. An encoder-decoder fills `<extra_id_k>` in
+    the prompt and gives the whole text; `mode` is its denoising mode.
     """
+    possible(locals())
+    stop = tuple(filter(None, [stop] if isinstance(stop, str) else stop))
+    if not prompt and not isinstance(prompt, str):
+        return []
     single = isinstance(prompt, str) or (chat and isinstance(prompt[0], dict))
     prompts, enc, vocab = [prompt] if single else list(prompt), None, model.cfg.vocab_size
     may = [range(min(vocab, tokenizer.vocab_size))] * len(prompts)  # a model may have rows that no text ever used
@@ -160,13 +165,11 @@ def main(argv):
     defaults = {"ckpt": str, "prompt": None, "chat": False, "max_new_tokens": 256, "temperature": 0.8, "top_k": 0, "top_p": 1.0}
     defaults |= {"num_samples": 1, "seed": 1337, "device": "auto", "dtype": "auto", "lines": False, "system": "", "mode": None}
     opt = configurator.args(defaults | {"allow_noncausal": False, "beams": 1}, argv, __doc__)
-    good = {"max_new_tokens": opt.max_new_tokens > 0, "temperature": opt.temperature >= 0, "num_samples": opt.num_samples > 0}
-    good |= {"top_k": opt.top_k >= 0, "top_p": 0 < opt.top_p <= 1, "dtype": opt.dtype in ("auto", "float32", "bfloat16")}
-    good |= {"system": opt.chat or not opt.system, "mode": opt.mode in (None, *"RXSI"), "beams": opt.beams > 0}
-    if opt.beams > 1 and (opt.temperature or opt.num_samples > 1):
-        die(f"--beams={opt.beams} looks for one likeliest text: add --temperature=0 and no --num_samples")
-    for key in [key for key, fine in good.items() if not fine]:
-        die(f"--{key}={getattr(opt, key)}: out of range{' without --chat' * (key == 'system')}; --help shows the defaults")
+    possible(vars(opt), "--")
+    talk = opt.chat and opt.prompt is None  # turn after turn
+    for key, need, vain in (("system", "--chat", not opt.chat), ("lines", "--prompt", talk), ("num_samples", "--prompt", talk)):
+        if vain and getattr(opt, key) != defaults[key]:
+            die(f"--{key}={getattr(opt, key)} would do nothing here: it needs {need}")
     where = machine.find(opt.device, opt.dtype)
     if checkpoint.read_state(checkpoint.resolve(opt.ckpt))["config"].get("objective") == "latent":
         import latentwire
@@ -181,15 +184,19 @@ def main(argv):
     options = {key: getattr(opt, key) for key in ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "mode", "beams")}
     if opt.mode and model.cfg.arch != "encdec":
         die(f"--mode={opt.mode} would do nothing here: it needs an encoder-decoder")
+    if opt.beams > 1 and not model.cfg.causal:
+        die(f"--beams={opt.beams} needs a cache, and gate='sequence' allows none: leave it out, or import with --gate=running")
     options |= {} if opt.mode or state["config"].get("mode_tokens", True) else {"mode": ""}
     start = [{"role": "system", "content": opt.system}] if opt.system else []
-    if opt.chat and opt.prompt is None:
+    if talk:
         return converse(model.set_dtype(where.dtype).lean(), tok, start, options)
     prompt = prelude.listen(opt.prompt)
     prompts = (prompt.splitlines() if opt.lines else [prompt]) or die("--lines: the prompt has no line")
     texts, alone = prompts, len(prompts) * opt.num_samples == 1 and "<extra_id_" not in prompt
     if opt.chat:
         prompts = [start + [{"role": "user", "content": p}] for p in prompts]
+    long = [2 if model.cfg.arch == "encdec" else len(chat_ids(tok, p) if opt.chat else prefix_ids(tok) + tok.encode(p)) for p in prompts]
+    fits = room(model, [range(max(long))], opt.max_new_tokens)
     model.set_dtype(where.dtype).lean(len(prompts) * opt.num_samples * opt.beams)
     write(0, texts[0] if alone and not opt.chat else "")
     began = time.perf_counter()
@@ -199,8 +206,9 @@ def main(argv):
         text = texts[row // opt.num_samples]
         print(f"--- {row + 1}\n{'' if opt.chat or '<extra_id_' in text else text}{answer}")
     write(0, "\n" if alone else "")
-    n = sum(len(tok.encode(answer)) for answer in answers)
-    print(f"[about {n} tokens in {seconds:.1f} s, {n / seconds:.1f} tokens/s; {where.why}]", file=sys.stderr)
+    n, short = sum(len(tok.encode(answer)) for answer in answers), fits < opt.max_new_tokens
+    more = f"; no more than {fits} tokens fit in max_len={model.cfg.max_len}" * short
+    print(f"[about {n} tokens in {seconds:.1f} s, {n / seconds:.1f} tokens/s; {where.why}{more}]", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ class Config(ModelConfig, DenoiseConfig, ContrastConfig, PrecisionConfig, Latent
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
-    decay_embed: bool = True  # False: neither the embedding nor norms decay
+    decay_embed: bool = True  # False: the embedding does not decay either; norms and biases never do
     clip: float = 1.0  # of the global gradient norm; 0: none
     muon_lr: float = 0.02
     muon_momentum: float = 0.95
@@ -199,14 +199,14 @@ def sources(cfg) -> dict[str, str]:
     return cfg.data if isinstance(cfg.data, dict) else {Path(cfg.data).name: cfg.data}
 
 
-def check_vocabulary(cfg):
+def check_vocabulary(cfg, resumed=None):
     """The data's ids fit the model, and mean what they meant to the weights that it starts from."""
     shards = cfg.objective in ("lm", "denoise") or (cfg.objective == "contrast" and not str(cfg.data).endswith(".jsonl"))
     for path in sources(cfg).values() if shards else ():
         tokens = data.read_manifest(Path(path))["tokenizer"]["vocab_size"]
         if tokens > cfg.vocab_size:
             die(f"vocab_size={cfg.vocab_size} is too small for the {tokens} tokens of {path}; set --vocab_size={tokens}")
-        if cfg.init_from and (checkpoint.resolve(cfg.init_from).parent / "tokenizer").is_dir():
+        if cfg.init_from and not resumed and (checkpoint.resolve(cfg.init_from).parent / "tokenizer").is_dir():
             import tokenizer
 
             tokenizer.expect_same(checkpoint.resolve(cfg.init_from).parent, path)
@@ -313,15 +313,14 @@ def main(argv):
     checkpoint.find_resume(out, cfg.resume)  # says no before the folder is touched
     lock = checkpoint.lock(out) if lead else None  # held until the process ends: two runs in one folder would destroy each other
     resume_from = checkpoint.find_resume(out, cfg.resume)
-    check_vocabulary(cfg)
+    check_vocabulary(cfg, resume_from)
 
     for seed in (torch.manual_seed, np.random.seed, random.seed):  # the last two for your own code: equal runs leave equal files
         seed(cfg.seed % 2**32)
     raw = objective.build(cfg)
     if cfg.parameters not in (0, raw.num_params()):
         die(f"parameters={cfg.parameters:,}, but this model has {raw.num_params():,}: set --parameters={raw.num_params()}, or 0")
-    if cfg.init_from:
-        checkpoint.load_weights(cfg.init_from, raw)
+    start = "; " + checkpoint.load_weights(cfg.init_from, raw) if cfg.init_from and not resume_from else ""
     raw.set_dtype(machine.dtype).to(machine.device).train()
     plan = optim.make_plan(cfg, machine.world, data.epoch_tokens(cfg) if cfg.epochs else 0)
     plan = mix.MixedPlan(plan, cfg) if cfg.auto_mix else plan
@@ -348,21 +347,24 @@ def main(argv):
     log = monitor.Log(cfg, out, step) if lead else None
     if lead:
         about = {"commit": hardware.git_commit(), "torch": torch.__version__, "machine": machine.why, "world": machine.world}
-        checkpoint.start_run(out, cfg, about | {"files": files, "started": time.time(), "precision": used})
+        about |= {"files": files, "started": time.time(), "precision": used}
+        checkpoint.start_run(out, cfg, about, resume_from)
         default = configurator.to_dict(Config())
         log.say("  ".join(f"{k}={v}" for k, v in configurator.to_dict(cfg).items() if v != default[k]))
         if idle:
             log.say(f"without effect here: {idle}")
         log.say(f"{machine.why}; {machine.world} process{'es' * (machine.world > 1)}; {monitor.breakdown(raw)}")
         texts = cfg.objective in ("denoise", "contrast")  # no rows of one length: the table has nothing to say but the stages
-        log.say(f"{plan.steps:,} steps" if texts and not cfg.stages else plan.table())
+        log.say(f"{plan.steps:,} steps{plan.note}" if texts and not cfg.stages else plan.table())
         if cfg.precision != "bf16":
             log.say(precision)
         if machine.device.type == "cuda":
             log.say(f"attention: {flash()}")
         if cfg.ffn == "polyglu":
             log.say("polyglu: {}, {}".format(*polyglu_backend(machine.device, cfg.acts, machine.dtype)))
-        log.say(f"resumed from {resume_from}" if resume_from else f"new run in {out}")
+        for name, path in sources(cfg).items() if cfg.packing == "documents" and cfg.objective == "lm" else ():
+            log.say(monitor.conversations(name, data.read_manifest(Path(path))))
+        log.say(f"resumed from {resume_from}" if resume_from else f"new run in {out}{start}")
     asked, parent = [], os.getppid()  # signals: noticed between steps, agreed on by all ranks in the reduction of every step
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         signal.signal(getattr(signal, name), lambda number, frame: asked.append(number))
@@ -462,7 +464,7 @@ def main(argv):
             log.row({"step": step + 1} | {f"fp8/{r['name']}/{k}": v for r in rows for k, v in r.items() if k != "name"})
         step, position = step + 1, stream.state
         state["tokens"] += int(tokens)
-        meter.accept(int(tokens), stream.wait, good, bool(0 < row.clip < norm), norm)
+        meter.accept(int(tokens), stream.wait, good, bool(0 < row.clip < norm), norm, count.get("loss", 0.0))
         bar.update()
         if cfg.benchmark:
             hardware.wait(machine.device)

@@ -1,6 +1,6 @@
 """PolyGLU 600M from scratch on one A100 80 GB: 10.24B tokens of mathematics, STEM and code, with a causal gate.
 
-    python -m prepare.text --help                                  write data/math, data/stem, data/code (Qwen3 tokenizer)
+    python -m prepare.parts qwen && python -m prepare.text --source=all --out=data --tokenizer=.parts/qwen/qwen.tiktoken
     python train.py config/polyglu_a100.py                         one GPU; torchrun --nproc_per_node=8 for more, same batches
     python train.py config/polyglu_a100.py --resume                goes on to the bit
     python train.py config/polyglu_a100.py --max_steps=200 --eval_every=0     a look at speed and memory

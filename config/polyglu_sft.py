@@ -1,6 +1,8 @@
 """Chat fine-tuning of the 600M PolyGLU on conversations with worked mathematics: the same loop, another stream.
 
-    python -m prepare.chat --help                                          ChatML shards in data/nemotron_math
+    python -m prepare.parts qwen
+    python -m prepare.chat --dataset=nvidia/Nemotron-Math-v2 --split=high_part00 --out=data/nemotron_math \
+                           --tokenizer=.parts/qwen/qwen.tiktoken --max_len=4096
     python train.py config/polyglu_sft.py [--init_from=out/polyglu_h200]          a few steps only: --epochs=0 --max_steps=50
     python sample.py --ckpt=out/polyglu_sft --chat --prompt='What is 17 * 24?'
 

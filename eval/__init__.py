@@ -8,7 +8,10 @@ import prelude  # isort: skip  # noqa: F401
 import dataclasses
 import math
 import os
+import sys
 
+if "eval.harness" in sys.orig_argv and not sys.stderr.isatty():  # lm-eval's own bars; tqdm asks once, when torch imports it
+    os.environ.setdefault("TQDM_DISABLE", "1")
 import numpy as np
 import torch
 
@@ -28,9 +31,11 @@ def open_run(o):
     at = lambda cfg: Transformer(dataclasses.replace(cfg, allow_noncausal=cfg.allow_noncausal or o.allow_noncausal))  # noqa: E731
     model, state = checkpoint.load(o.ckpt, str(found.device), at)
     model.set_dtype(found.dtype)
+    cfg = model.cfg
+    if o.tau < 0 or (o.tau and cfg.ffn != "polyglu"):
+        die(f"--tau={o.tau}: " + ("must be above 0" if o.tau < 0 else f"{o.ckpt} has ffn={cfg.ffn!r} and so no gate"))
     if o.tau:
         model.tau.fill_(o.tau)
-    cfg = model.cfg
     if o.gate_hard:  # a softmax at this temperature is the one-hot argmax to the last bit
         if cfg.ffn != "polyglu":
             die(f"--gate_hard: {o.ckpt} has ffn={cfg.ffn!r} and so no gate")

@@ -6,7 +6,8 @@
 Arms: SwiGLU; SwiGLU with as many parameters; a fixed activation per layer in the published pattern; PolyGLU with a static gate, with a
 running gate without and with noise, with a per-token and with a lagged gate. Held-out nats per token of fixed windows, in fp32, noise-free.
 A difference is paired by seed (same rows); its interval is Student's over seeds, and an interval that holds 0 is called no effect.
-A finished run is a line of OUT/runs.jsonl and is never repeated. CPU seconds are of one thread. Read next: eval/routing.py, LOG.md.
+A finished run is a line of OUT/runs.jsonl, with its settings, and is never repeated. CPU seconds are of one thread.
+Read next: eval/routing.py, LOG.md.
 """
 
 import contextlib
@@ -21,11 +22,13 @@ from types import SimpleNamespace
 
 import configurator
 import train
+from configurator import die
 from eval import OPEN, open_run
 from eval.perplexity import score, window_batches
 
 OPTIONS = {"data": str, "out": str, "seeds": 3, "steps": 400, "n_layer": 4, "d_model": 128, "lr": 3e-3, "tokens": 2048, "seq_len": 256}
 OPTIONS |= {"windows": 200, "minutes": 0.0, "arms": ""}
+RUN = ("data", "steps", "n_layer", "d_model", "lr", "tokens", "seq_len", "windows")  # what makes two lines comparable
 T975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
@@ -78,6 +81,7 @@ def run(o, name, settings, seed):
     sums = {source: score(model, batches, device)[0].sum(0).tolist() for source, batches in sets.items()}
     loss = {source: nats / tokens for source, (nats, tokens, *_) in sums.items()}
     row = {"arm": name, "seed": seed, "parameters": model.num_params(), "cpu_seconds": seconds, "steps": state["step"]}
+    row["settings"] = {key: getattr(o, key) for key in RUN}
     return row | {"loss": loss | {"mean": sum(loss.values()) / len(loss)}}
 
 
@@ -120,11 +124,19 @@ def report(rows, order):
 def main(argv):
     o = configurator.args(OPTIONS, argv, __doc__)
     table, began = arms(o.n_layer, o.d_model), time.time()
+    names = o.arms.split(",") if o.arms else list(table)
+    if unknown := sorted(set(names) - set(table)):
+        die(f"--arms={o.arms}: no arm {unknown[0]!r}; there are {', '.join(table)}")
+    if min(o.seeds, o.steps, o.windows) < 1:
+        die(f"--seeds={o.seeds} --steps={o.steps} --windows={o.windows}: each must be at least 1")
     log = Path(o.out, "runs.jsonl")
     log.parent.mkdir(parents=True, exist_ok=True)
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    for r in rows:
+        if other := [key for key in RUN if r.get("settings", {}).get(key) != getattr(o, key)]:
+            there = r.get("settings", {}).get(other[0], "unknown")
+            die(f"{log}: was measured with {other[0]}={there}, not {getattr(o, other[0])}: give that, or another --out")
     done = {(r["arm"], r["seed"]) for r in rows}
-    names = o.arms.split(",") if o.arms else list(table)
     for seed in range(1, o.seeds + 1):
         for name in names:
             if (name, seed) in done or (o.minutes and time.time() - began > 60 * o.minutes):

@@ -25,7 +25,7 @@ import checkpoint
 import configurator
 import sample
 from configurator import die
-from eval import OPEN, load_tokenizer, open_run, write_json
+from eval import OPEN, load_tokenizer, open_run, suffix, write_json
 from eval.perplexity import pack
 from eval.plots import CHANCE
 from machine import to_device
@@ -206,8 +206,17 @@ def evaluate(lm, tasks, shots=None, limit=None, include=None):
     unknown = [t for t in tasks if t not in manager.all_tasks]
     if unknown:
         die(f"--tasks={','.join(unknown)}: lm_eval {version('lm_eval')} knows no such task{f' in {include}' if include else ''}")
-    return lm_eval.simple_evaluate(lm, tasks=tasks, num_fewshot=shots, limit=limit, task_manager=manager, apply_chat_template=lm.chat,
-                                   fewshot_as_multiturn=lm.chat, bootstrap_iters=1000)  # fmt: skip
+    how = {"apply_chat_template": lm.chat, "fewshot_as_multiturn": lm.chat, "bootstrap_iters": 1000}
+    try:
+        return lm_eval.simple_evaluate(lm, tasks=tasks, num_fewshot=shots, limit=limit, task_manager=manager, **how)
+    except ConnectionError as error:
+        die(f"--tasks={','.join(tasks)}: {error}; run it once where there is a network, or take --include=DIR of local tasks")
+
+
+def asked(results, task):
+    """How many documents a task has; a group, all of its tasks together."""
+    n = results.get("n-samples", {}).get(task)
+    return n["effective"] if n else sum(asked(results, part) or 0 for part in results.get("group_subtasks", {}).get(task, ())) or None
 
 
 def rows(results):
@@ -222,15 +231,15 @@ def rows(results):
         best = min(metrics, key=lambda k: (HEADLINE.index(k.split(",")[0]) if k.split(",")[0] in HEADLINE else 99, k))
         name, _, kind = best.partition(",")
         error = values.get(f"{name}_stderr,{kind}")
-        n = results.get("n-samples", {}).get(task, {}).get("effective")
-        row = {"task": task, "metric": best, "value": metrics[best], "stderr": error if isinstance(error, float) else None, "n": n}
+        row = {"task": task, "metric": best, "value": metrics[best], "stderr": error if isinstance(error, float) else None}
+        row["n"] = asked(results, task)
         out.append(row | {"chance": CHANCE.get(task), "shots": results.get("n-shot", {}).get(task), "all": metrics})
     return out
 
 
 def verdict(row):
     if row["chance"] is None or not row["stderr"]:
-        return ""
+        return "" if row["chance"] is None or row["stderr"] is None else f"all {row['n']} answers alike: no interval"
     far = (row["value"] - row["chance"]) / row["stderr"]
     return f"{'above' if far > 1.96 else 'below' if far < -1.96 else 'not different from'} chance ({far:+.1f} standard errors)"
 
@@ -239,6 +248,8 @@ def main(argv):
     o = configurator.args(OPTIONS, argv, __doc__)
     if bool(o.tasks) == bool(o.suite) or o.suite not in ("", *SUITES):
         die(f"give --tasks=a,b or --suite=, one of {', '.join(SUITES)}; got tasks={o.tasks!r}, suite={o.suite!r}")
+    if min(o.batch_size, o.max_gen_toks) < 1 or o.limit < 0:
+        die(f"--batch_size={o.batch_size} --max_gen_toks={o.max_gen_toks} --limit={o.limit}: at least 1, 1 and 0 (all documents)")
     if o.suite and o.num_fewshot >= 0:
         die(f"--num_fewshot={o.num_fewshot} would do nothing here: a suite has its own; name its tasks with --tasks")
     model, state, _, facts = open_run(o)
@@ -250,12 +261,13 @@ def main(argv):
     out = o.out or str(step.parent / f"harness-{o.suite or o.tasks.replace(',', '-')[:60]}{'-chat' if o.chat else ''}.json")
     facts |= {"lm_eval": version("lm_eval"), "chat": o.chat, "weights": digest(checkpoint.read_state(step).get("sha256", str(step)))}
     lm = PrismLM(model, load_tokenizer(o.ckpt), o.batch_size, o.max_gen_toks, o.chat, log_of(out, facts), o.ckpt)
-    table = []
+    table, end = [], suffix(model)
     for tasks, shots, limit in SUITES[o.suite] if o.suite else [(o.tasks, None if o.num_fewshot < 0 else o.num_fewshot, 0)]:
         results = evaluate(lm, tasks.split(","), shots, o.limit or limit or None, o.include)
-        table += [row | {"suite": o.suite or None} for row in rows(results)]
+        for row in rows(results):
+            named = {"metric": row["metric"] + end, "all": {k + end: v for k, v in row["all"].items()}}
+            table.append(row | named | {"suite": o.suite or None})
         write_json(out, facts | {"tasks": table})
-    end = "" if model.cfg.causal else "_noncausal"
     print(f"{'task' + end:<28} {'value':>8} {'stderr':>8} {'metric':<24} {'n':>6} {'chance':>6} {'shots':>5}")
     for r in table:
         error, chance = ("-" if r[k] is None else f"{r[k]:.4f}" for k in ("stderr", "chance"))

@@ -1,6 +1,6 @@
 """Pictures of a run, each with the numbers it shows as CSV beside it.
 
-    python -m eval.plots --run=out/RUN [--events=1000:text,2000:text]         loss.png, entropy.png from metrics.jsonl; routing.png
+    python -m eval.plots --run=out/RUN [--events=1000:text,2000:text] [--out=DIR]     loss.png, entropy.png; routing.png
     python -m eval.plots --run=out/RUN --against=out/SFT                      the loss of a second run in the same picture
     python -m eval.plots --run=out/RUN --clock='nanoGPT, published:180:1.88'  clock.png: loss against seconds, beside points of others
     python -m eval.plots --harness=a.json,b.json --out=DIR                    tasks.png: benchmarks against chance
@@ -12,6 +12,7 @@ Read next: eval/routing.py, which draws its own report with `routing_figure`.
 import csv
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,7 @@ def finish(figure, path, header, rows):
     plt.close(figure)
     with open(Path(path).with_suffix(".csv"), "w", newline="") as f:
         csv.writer(f).writerows([header, *rows])
+    return path
 
 
 def read_metrics(run):
@@ -49,6 +51,13 @@ def read_metrics(run):
     if not path.is_file():
         die(f"{path}: not there; --run names the folder of a training run")
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def number(text, option, form):
+    """Of an option that a figure is marked by."""
+    with suppress(ValueError):
+        return float(text)
+    die(f"--{option}: {text!r} is no number; it is written {form}")
 
 
 def series(rows, key):
@@ -65,7 +74,7 @@ def smooth(values, width=50):
     return (total[end] - total[start]) / (end - start)
 
 
-def loss_figure(run, against="", events=""):
+def loss_figure(run, against="", events="", out=""):
     """Loss (raw, smoothed, held out), learning rate, temperature, throughput."""
     figure, axes = canvas(2, 2, (12, 8))
     loss, rate, speed, norm = axes.flat
@@ -92,19 +101,19 @@ def loss_figure(run, against="", events=""):
         table += [(name, int(s), v, m) for s, v, m in zip(steps, values, mean, strict=True)]
     for mark in filter(None, events.split(",")):
         at, _, text = mark.partition(":")
-        loss.axvline(float(at), color="grey", lw=0.8, ls="--")
-        loss.text(float(at), loss.get_ylim()[1], text, rotation=90, va="top", fontsize=8)
+        at = number(at, "events", "STEP:TEXT,STEP:TEXT")
+        loss.axvline(at, color="grey", lw=0.8, ls="--")
+        loss.text(at, loss.get_ylim()[1], text, rotation=90, va="top", fontsize=8)
     for axis, title in ((loss, "nats per token"), (rate, "learning rate"), (speed, "thousand tokens per second"), (norm, "gradient norm")):
         axis.set(xlabel="step", ylabel=title)
         axis.grid(alpha=0.25)
         lines = axis.get_lines() + (tau.get_lines() if axis is rate and tau else [])
         lines = [line for line in lines if not line.get_label().startswith("_")]
         axis.legend(lines, [line.get_label() for line in lines], fontsize=7)
-    finish(figure, Path(run, "loss.png"), ("run", "step", "loss", "smoothed"), table)
-    return Path(run, "loss.png")
+    return finish(figure, Path(out or run, "loss.png"), ("run", "step", "loss", "smoothed"), table)
 
 
-def clock_figure(run, points):
+def clock_figure(run, points, out=""):
     """Held-out and training loss against seconds since the run began, evaluations included; `points`: LABEL:SECONDS:LOSS;... of others."""
     figure, axes = canvas(1, 1, (8, 5))
     axis, rows = axes[0, 0], read_metrics(run)
@@ -123,27 +132,21 @@ def clock_figure(run, points):
             label=f"{Path(run).name}: {key}",
         )
         table += [(key, round(s, 1), step, v) for s, step, v in seen]
-    for n, (label, second, value) in enumerate(point.rsplit(":", 2) for point in points.split(";")):
-        axis.plot(
-            float(second),
-            float(value),
-            "*",
-            ms=11,
-            color=COLORS[(len(held) + 1 + n) % len(COLORS)],
-            label=f"{label}: {value} at {second} s",
-        )
-        table.append((label, float(second), "", float(value)))
+    for n, point in enumerate(points.split(";")):
+        label, *marks = point.rsplit(":", 2) if point.count(":") > 1 else (point, point, "")
+        second, value = (number(mark, "clock", "'LABEL:SECONDS:LOSS;LABEL:SECONDS:LOSS'") for mark in marks)
+        axis.plot(second, value, "*", ms=11, color=COLORS[(len(held) + 1 + n) % len(COLORS)], label=f"{label}: {value:g} at {second:g} s")
+        table.append((label, second, "", value))
     axis.set_ylim(
         top=1.3 * max([v for what, *_, v in table if what != "train/loss"], default=1.0)
     ) if held else None  # the first steps would fill the picture
     axis.set(xlabel="seconds since train.py set up its run, evaluations included", ylabel="nats per token")
     axis.grid(alpha=0.25)
     axis.legend(fontsize=8)
-    finish(figure, Path(run, "clock.png"), ("what", "seconds", "step", "loss"), table)
-    return Path(run, "clock.png")
+    return finish(figure, Path(out or run, "clock.png"), ("what", "seconds", "step", "loss"), table)
 
 
-def entropy_figure(run):
+def entropy_figure(run, out=""):
     """Routing entropies per layer, first against last evaluation, when the run logged them."""
     rows = read_metrics(run)
     kinds = ("routing_entropy", "dynamic_routing_entropy", "gate_entropy")
@@ -160,8 +163,7 @@ def entropy_figure(run):
         axis.set(xlabel="layer", ylabel="nats", title=kind.replace("_", " "), ylim=(0, 1.15 * max(v for _, _, _, v in table)))
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend(fontsize=8)
-    finish(figure, Path(run, "entropy.png"), ("kind", "step", "layer", "nats"), table)
-    return Path(run, "entropy.png")
+    return finish(figure, Path(out or run, "entropy.png"), ("kind", "step", "layer", "nats"), table)
 
 
 def routing_figure(report, path):
@@ -217,14 +219,19 @@ def routing_figure(report, path):
         f"{Path(report['ckpt']).name}, step {report['step']}, gate {report['gate']}, tau {report['tau']:.3g}\n" + titles["map"]
     )
     columns = ("activation", "H1", "H2", "H3", "context", "identity", "gap", "variance_from_alpha", "mi domain", "mi token class")
-    finish(figure, Path(path), ("layer", *columns), [(i, *(r[c] for c in columns)) for i, r in enumerate(layers)])
-    return Path(path)
+    return finish(figure, Path(path), ("layer", *columns), [(i, *(r[c] for c in columns)) for i, r in enumerate(layers)])
 
 
-def bars(files, out, name, read, label, chance=None):
-    """Groups of bars with intervals: `read` makes {group: (value, low, high)} of one result file."""
+def bars(option, files, out, name, read, label, chance=None):
+    """Groups of bars with intervals: `read` makes {group: (value, low, high)} of one result file of eval.`option`."""
+    results = {}
+    for path in map(Path, files.split(",")):
+        with suppress(ValueError, KeyError, TypeError, AttributeError):
+            results[path.stem] = read(json.loads(path.read_text(encoding="utf-8")))
+        if not results.get(path.stem):
+            die(f"--{option}={path}: is no result of eval.{option}, or an empty one")
     figure, axes = canvas(1, 1, (11, 4.5))
-    axis, results = axes[0, 0], {Path(p).stem: read(json.loads(Path(p).read_text())) for p in files.split(",")}
+    axis = axes[0, 0]
     groups = list(dict.fromkeys(g for r in results.values() for g in r))
     width, table = 0.8 / len(results), []
     for n, (run, values) in enumerate(results.items()):
@@ -238,24 +245,26 @@ def bars(files, out, name, read, label, chance=None):
     axis.set_xticks(range(len(groups)), groups, rotation=25, ha="right")
     axis.set_ylabel(label)
     axis.legend(fontsize=8)
-    finish(figure, Path(out, name), ("run", "group", "value", "low", "high"), table)
-    return Path(out, name)
+    return finish(figure, Path(out, name), ("run", "group", "value", "low", "high"), table)
 
 
 def main(argv):
     o = configurator.args(OPTIONS, argv, __doc__)
     made = []
+    if o.out:
+        Path(o.out).mkdir(parents=True, exist_ok=True)
     if o.run:
-        made += [loss_figure(o.run, o.against, o.events), entropy_figure(o.run), clock_figure(o.run, o.clock) if o.clock else None]
+        made += [loss_figure(o.run, o.against, o.events, o.out), entropy_figure(o.run, o.out)]
+        made += [clock_figure(o.run, o.clock, o.out)] if o.clock else []
         report = Path(o.run, "routing.json")
         if report.is_file():
-            made.append(routing_figure(json.loads(report.read_text()), Path(o.run, "routing.png")))
+            made.append(routing_figure(json.loads(report.read_text()), Path(o.out or o.run, "routing.png")))
     if o.harness:
         read = lambda r: {t["task"]: (t["value"], *(t["value"] + d * 1.96 * (t["stderr"] or 0) for d in (-1, 1))) for t in r["tasks"]}  # noqa: E731
-        made.append(bars(o.harness, o.out or ".", "tasks.png", read, "score", CHANCE))
+        made.append(bars("harness", o.harness, o.out or ".", "tasks.png", read, "score", CHANCE))
     if o.perplexity:
         read = lambda r: {k: (v["bpb"], v["bpb_low"], v["bpb_high"]) for k, v in r["results"].items() if "bpb" in v}  # noqa: E731
-        made.append(bars(o.perplexity, o.out or ".", "domains.png", read, "bits per byte"))
+        made.append(bars("perplexity", o.perplexity, o.out or ".", "domains.png", read, "bits per byte"))
     if not made:
         die("nothing to draw: give --run=out/RUN, --harness=FILES or --perplexity=FILES")
     print("\n".join(str(p) for p in made if p))

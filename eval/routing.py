@@ -2,19 +2,21 @@
 
     python -m eval.routing --ckpt=out/RUN [--data=DIR,..] [--windows=16] [--skip_ablations] [--skip_dynamic] [--prompts=FILE] [--out=DIR]
 
-Writes routing.json, routing.csv and routing.png. On held-out windows of each domain, without noise, at the saved temperature:
+Writes routing.json, .csv and .png (--out=FILE.json: FILE.*). On held-out windows of each domain, noise-free, at the saved temperature:
     H1  mean entropy of a gate (1: undecided, 0: one activation), H2 of a neuron's mean gate, H3 of the layer's mean gate; all / ln K.
         H1 is sharpness, H2 - H1 what context decides, H3 - H2 what the neuron's identity decides.
     map the activation that really acts, argmax of the mean gate; argmax alpha, which the published maps show, decides nothing when the
         shared logits s are larger, and is titled "static only".
 Ablations in held-out nats/token against the intact model, paired by window, 95 % intervals: (a) each layer frozen to its commonest
-activation, (b) each neuron to its own, (c) each gate to its neuron's mean, (d) s taken from another document, (e) noise, (f) one-hot gates.
+activation, (b) each neuron to its own, (c) each gate to its neuron's mean, (d) s taken from another document of the batch, where there is
+one (`shuffled`: the share of tokens), (e) noise, (f) one-hot gates.
 Near-zero entropy is no evidence of specialisation: growing s is the cheapest way to silence the noise. Read next: eval/plots.py.
 """
 
 import json
 import math
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -186,11 +188,27 @@ def ablations(model, sets, layers, device, draws):
     result = {}
     for name, batches in sets.items():
         intact, rows = measure(batches), {}
+        several = [batch for batch in batches if len(batch["cu"]) > 2]  # a document alone would be its own mate
+        shuffled = sum(len(batch["ids"]) for batch in several) / sum(len(batch["ids"]) for batch in batches)
         for what, go in plan.items():
-            more = (go(batches)[:, 0] - intact[:, 0]).numpy()
-            rows[what] = [more.sum() / float(intact[:, 1].sum()), *bootstrap(more, intact[:, 1].numpy())]
-        result[name] = {"intact": float(intact[:, 0].sum() / intact[:, 1].sum())} | rows
+            used = several if what[0] == "d" else batches
+            if not used:
+                continue
+            before = measure(used) if used is several and shuffled < 1 else intact
+            more = (go(used)[:, 0] - before[:, 0]).numpy()
+            rows[what] = [more.sum() / float(before[:, 1].sum()), *bootstrap(more, before[:, 1].numpy())]
+        result[name] = {"intact": float(intact[:, 0].sum() / intact[:, 1].sum()), "shuffled": shuffled} | rows
     return result
+
+
+def read_prompts(path):
+    found = None
+    with suppress(ValueError):
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    texts = list(found.values()) if isinstance(found, dict) else []
+    if not texts or not all(isinstance(some, list) and some and all(isinstance(text, str) for text in some) for some in texts):
+        die(f"--prompts={path}: is not one JSON object of {{category: [texts]}}, like PROMPTS in eval/routing.py")
+    return found
 
 
 def by_category(model, tok, prompts, device):
@@ -227,7 +245,7 @@ def main(argv):
         die(f"{o.ckpt}: ffn={model.cfg.ffn!r}, arch={model.cfg.arch!r}; only a decoder with ffn='polyglu' has routing to report")
     tok, cfg = load_tokenizer(o.ckpt), model.cfg
     seq_len = o.seq_len or min(state["config"].get("seq_len", cfg.max_len), cfg.max_len)
-    sets = window_batches(o.ckpt, o.data, sources(state), seq_len, o.windows, 4096)
+    sets = window_batches(o.ckpt, o.data, sources(state), seq_len, o.windows, max(4096, 2 * seq_len))  # two rows at least: (d) needs a mate
     layers = survey(model, sets, token_classes(tok, cfg.vocab_size), device)
     rows = [finish(acc, cfg.acts) for acc in layers]
     report = facts | {
@@ -247,7 +265,7 @@ def main(argv):
     unused = [a for a in cfg.acts if all(r["neurons"][cfg.acts.index(a)] == 0 for r in rows)]
     print(f"never the first choice of any neuron: {', '.join(unused) or 'none'}")
     if not o.skip_dynamic:
-        prompts = json.loads(Path(o.prompts).read_text()) if o.prompts else PROMPTS
+        prompts = read_prompts(o.prompts) if o.prompts else PROMPTS
         report["categories"] = by_category(model, tok, prompts, device)
         gates = torch.tensor(list(report["categories"].values()))  # (C, L, K)
         shift = (gates.amax(0) - gates.amin(0)).amax(-1)
@@ -256,20 +274,20 @@ def main(argv):
     if not o.skip_ablations:
         report["ablations"] = ablations(model, sets, layers, device, o.draws)
         for name, table in report["ablations"].items():
-            print(f"{name}: intact {table['intact']:.4f} nats/token; more by")
-            for what, (mean, low, high) in ((k, v) for k, v in table.items() if k != "intact"):
+            print(f"{name}: intact {table['intact']:.4f} nats/token, {table['shuffled']:.1%} of the tokens shuffled by d; more by")
+            for what, (mean, low, high) in ((k, v) for k, v in table.items() if k not in ("intact", "shuffled")):
                 print(f"    {what:<24} {mean:+.4f}  [{low:+.4f}, {high:+.4f}]")
         low, high = (max(table["a layer frozen"][end] for table in report["ablations"].values()) for end in (1, 2))
         costs = "freezing each layer to one activation costs"
         report["verdict"] = f"decorative: {costs} less than 0.005 nats/token" if high < 0.005 else f"{costs} at most {high:.4f} nats/token"
         report["verdict"] += ", and more than nothing in some domain" if low > 0 else ", and in no domain measurably more than nothing"
         print(f"verdict: {report['verdict']}")
-    folder = Path(o.out or o.ckpt)
-    write_json(str(folder / "routing.json"), report)
+    path = Path(o.out) if o.out.endswith(".json") else Path(o.out or o.ckpt, "routing.json")
+    write_json(str(path), report)
     from eval.plots import routing_figure
 
-    routing_figure(report, folder / "routing.png")
-    print(f"{folder}/routing.json, routing.csv, routing.png")
+    routing_figure(report, path.with_suffix(".png"))
+    print(f"{path}, and beside it {path.stem}.csv, {path.stem}.png")
 
 
 if __name__ == "__main__":

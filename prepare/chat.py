@@ -84,14 +84,14 @@ def encode(o, task, tok, out, count):
 
 
 def banner(out, manifest):
-    """How much of it is trained on."""
-    trained = total = 0
-    for shard in manifest["shards"]:
-        ids = np.memmap(os.path.join(out, shard["name"] + ".bin"), "<u4", "r")
-        trained, total = (
-            trained + sum(int((ids[i : i + (1 << 22)] < UNTRAINED).sum()) for i in range(0, len(ids), 1 << 22)),
-            total + len(ids),
-        )
+    """How much of it is trained on; the manifest keeps it, so that the run can say it."""
+    if "trained" not in manifest:
+        manifest["trained"] = 0
+        for shard in manifest["shards"]:
+            ids = np.memmap(os.path.join(out, shard["name"] + ".bin"), "<u4", "r")
+            manifest["trained"] += sum(int((ids[i : i + (1 << 22)] < UNTRAINED).sum()) for i in range(0, len(ids), 1 << 22))
+        shards.write_json(os.path.join(out, "manifest.json"), manifest)
+    trained, total = manifest["trained"], sum(shard["tokens"] for shard in manifest["shards"])
     print(f"trained: {trained:,} of {total:,} tokens ({trained / total:.1%}), the assistant's")
 
 

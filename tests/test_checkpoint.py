@@ -170,6 +170,10 @@ def test_find_resume(tmp_path, capsys):
     assert checkpoint.find_resume(run, "best").name == "step-000001"
     assert checkpoint.find_resume(tmp_path / "other", str(run / "step-000001")).name == "step-000001"
     assert checkpoint.find_resume(tmp_path / "other", str(run)).name == "step-000002"
+    save(tmp_path / "other", 9, trio)  # its checkpoints are later than those of `run`: rotation would delete them
+    for how in (run, run / "step-000001", run / "best"):
+        dies(capsys, lambda how=how: checkpoint.find_resume(tmp_path / "other", str(how)), f"--resume={how}", "another run", "--out")
+    assert checkpoint.find_resume(run, str(run / "best")).name == "best" and names(tmp_path / "other") == ["step-000009"]
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "optim.safetensors", "state.json"])
@@ -208,6 +212,27 @@ def test_another_architecture_is_one_line(tmp_path, capsys, change, words):
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     if "optimizer" not in change:
         dies(capsys, lambda: checkpoint.load_weights(tmp_path, model), *words)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"gate": "token"}, ["gate running -> token"]),
+        ({"rope_bf16": True, "norm_eps": 1e-5}, ["norm_eps 1e-06 -> 1e-05, rope_bf16 False -> True"]),
+        ({"rope_scaling": {"factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}},
+         ["rope_scaling None -> {'factor': 2.0"]),
+        ({"acts": ("relu", "tanh", "silu", "silu")}, ["acts ['relu', 'tanh', 'silu', 'gelu'] -> "]),
+    ],
+)  # fmt: skip
+def test_the_same_tensors_as_another_function_are_never_taken_silently(tmp_path, capsys, change, words):
+    trio = make()
+    save(tmp_path, 1, trio)
+    _, model, optimizer = make(**change, lr=3e-4, act="gelu", seed=2)  # what changes no function of this model is nobody's business
+    before = model.embed.weight.clone()
+    dies(capsys, lambda: checkpoint.load_training(tmp_path, model, optimizer), *words, "--init_from")
+    assert torch.equal(before, model.embed.weight)
+    assert words[0] in checkpoint.load_weights(tmp_path, model) and torch.equal(trio[1].embed.weight, model.embed.weight)
+    assert checkpoint.load_weights(tmp_path, make()[1]) == f"started from step 1 of {tmp_path}; differs: nothing"
 
 
 def test_init_from_takes_weights_only(tmp_path):

@@ -152,6 +152,8 @@ def test_a_file_cannot_change_a_default_in_place(tmp_path):
         ("lr = 1\nlr = 1 / 0", ["line 2", "ZeroDivisionError"]),
         ("lr = 1\n\nlr = lrr", ["line 3", "NameError"]),
         ("lr = = 1", ["line 1", "SyntaxError"]),
+        ("lr = 1\nimport no_such_thing", ["line 2", "ModuleNotFoundError", "no_such_thing"]),
+        ("assert n_layer == 7, 'seven'", ["line 1", "AssertionError", "seven"]),
     ],
 )
 def test_broken_files(tmp_path, capsys, text, words):
@@ -281,8 +283,9 @@ def test_a_closed_pipe_is_no_error():
 
 
 def test_a_wrong_path_and_an_interruption_need_no_traceback():
-    for code, said in ((2, "/no/such: No such file or directory; correct the path\n"), (130, "")):
-        what = "open('/no/such')" if said else "raise KeyboardInterrupt"
+    gone, there = "/no/such: No such file or directory; correct the path\n", "/dev/null: File exists; correct the path\n"
+    for code, said in ((2, gone), (2, there), (130, "")):
+        what = {gone: "open('/no/such')", there: "import os; os.makedirs('/dev/null', exist_ok=True)", "": "raise KeyboardInterrupt"}[said]
         done = subprocess.run([sys.executable, "-c", f"import prelude; {what}"], cwd=ROOT, capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (code, said)
 

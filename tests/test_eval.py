@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import checkpoint
+import configurator
 import data
 import hub
 import monitor
@@ -203,11 +204,19 @@ def test_routing_report_and_its_pictures(home, capsys):
     for row in report["layers"]:
         assert sum(row["shares"].values()) == pytest.approx(1, abs=1e-6) and 0 <= row["H1"] <= row["H2"] <= row["H3"] <= 1 + 1e-6
     table = report["ablations"]["words"]
-    assert 1 < table.pop("intact") < 6
+    assert 1 < table.pop("intact") < 6 and table.pop("shuffled") == 1
     assert {k[0] for k in table} == set("abcdef") and all(low <= mean <= high for mean, low, high in table.values())
     for name in ("routing.png", "routing.csv"):
         assert (home / "run" / name).stat().st_size > 100
     assert report["verdict"] in capsys.readouterr().out
+    argv = [f"--ckpt={home / 'run'}", "--windows=1", "--skip_ablations", "--data=words"]
+    routing.main([*argv, f"--out={home / 'r.json'}", "--skip_dynamic"])
+    assert json.loads((home / "r.json").read_text())["domains"] == ["words"] and (home / "r.png").exists() and (home / "r.csv").exists()
+    for text in ('{"text": "a"}\n{"text": "b"}\n', '{"text": "a"}', "[]", '{"a": []}'):
+        (home / "prompts.jsonl").write_text(text)
+        with pytest.raises(SystemExit):
+            routing.main([*argv, f"--prompts={home / 'prompts.jsonl'}"])
+        assert "is not one JSON object of {category: [texts]}" in capsys.readouterr().err
     plots.main([f"--run={home / 'run'}", "--events=10:ten", "--clock=they:9:2.5;others, slow:90:2"])
     clock = list(csv.reader((home / "run" / "clock.csv").read_text().splitlines()[1:]))
     assert clock[-2:] == [["they", "9.0", "", "2.5"], ["others, slow", "90.0", "", "2.0"]] and (home / "run" / "clock.png").exists()
@@ -257,6 +266,21 @@ def test_freezing_what_is_already_frozen_costs_nothing(home):
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items()) and model.noise is None
 
 
+def test_a_document_alone_is_not_its_own_mate(home, tmp_path):
+    """A batch of one document is left out of (d), and said: it dilutes nothing."""
+    model, state = checkpoint.load(home / "run")
+    sets = perplexity.window_batches(home / "run", "words", perplexity.sources(state), 64, 4, 256)
+    (batch,) = sets["words"]
+    ids, alone = batch["ids"][:64], torch.arange(64)
+    single = {"ids": ids, "targets": batch["targets"][:64], "pos": alone, "cu": torch.tensor([0, 64], dtype=torch.int32), "max_len": 64}
+    single |= {"rows": batch["rows"][:1], "source": batch["source"][:1], "tokens": 64, "bytes": 64}
+    layers = routing.survey(model, sets, routing.token_classes(tokenizer.load("bytes"), 257), torch.device("cpu"))
+    name, both = "d s of another document", {"one": [single], "mixed": [single, batch], "batch": [batch]}
+    found = routing.ablations(model, both, layers, torch.device("cpu"), 1)
+    assert found["one"]["shuffled"] == 0 and name not in found["one"] and found["mixed"]["shuffled"] == pytest.approx(256 / 320)
+    assert found["mixed"][name][0] == pytest.approx(found["batch"][name][0], rel=1e-6) and found["batch"][name][0] != 0
+
+
 def test_gate_hard_is_the_one_hot_argmax(home, capsys):
     options = SimpleNamespace(**OPEN | {"ckpt": str(home / "run"), "gate_hard": True})
     model, _, _, facts = open_run(options)
@@ -271,6 +295,32 @@ def test_gate_hard_is_the_one_hot_argmax(home, capsys):
     values = torch.stack([ACTIVATIONS[name](a) for name in model.cfg.acts], -1)
     torch.testing.assert_close(y, values.gather(-1, choice[..., None])[..., 0] * u)
     assert facts["gate_hard"] and len(choice.unique()) > 1
+
+
+def test_plots_go_where_they_are_sent_and_refuse_what_they_cannot_read(home, tmp_path, capsys):
+    plots.main([f"--run={home / 'run'}", f"--out={tmp_path / 'new'}", "--clock=they:9:2.5"])
+    assert {"loss.png", "loss.csv", "entropy.png", "clock.png"} <= {p.name for p in (tmp_path / "new").iterdir()}
+    (tmp_path / "other.json").write_text('{"results": {"a": 1}}')
+    (tmp_path / "list.json").write_text("[1]")
+    for arg, said in (
+        (f"--run={home / 'run'} --events=foo:bar", "'foo' is no number; it is written STEP:TEXT"),
+        (f"--run={home / 'run'} --clock=they:9", "--clock: 'they:9' is no number"),
+        (f"--harness={tmp_path / 'other.json'}", "is no result of eval.harness"),
+        (f"--harness={tmp_path / 'list.json'}", "is no result of eval.harness"),
+        (f"--perplexity={tmp_path / 'other.json'} --out={tmp_path / 'more'}", "is no result of eval.perplexity"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            plots.main([*arg.split(), *([] if "--out" in arg else [f"--out={tmp_path}"])])
+        assert end.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_a_temperature_that_means_nothing_is_refused(home, tmp_path, capsys):
+    model = build(ModelConfig(vocab_size=257, n_layer=1, n_head=2, d_model=16))
+    checkpoint.save(tmp_path / "plain", 0, model, None, {"config": configurator.to_dict(model.cfg)}, keep=1)
+    for ckpt, tau, said in ((home / "run", -1.0, "must be above 0"), (tmp_path / "plain", 0.5, "has ffn='swiglu' and so no gate")):
+        with pytest.raises(SystemExit):
+            open_run(SimpleNamespace(**OPEN | {"ckpt": str(ckpt), "tau": tau}))
+        assert f"--tau={tau}: " in (line := capsys.readouterr().err) and said in line
 
 
 def test_benchmark_bars(tmp_path):
@@ -300,6 +350,15 @@ def test_controls_train_resume_and_say_no_effect(home, capsys):
     controls.main(argv)
     assert (home / "controls" / "runs.jsonl").read_text() == lines and lines.count("\n") == 4
     assert "running against swiglu-iso" in capsys.readouterr().out
+    for change, said in (
+        ("--steps=4", "was measured with steps=3, not 4"),
+        ("--lr=1e-2", "was measured with lr=0.003, not 0.01"),
+        ("--arms=runing", "no arm 'runing'"),
+        ("--seeds=0", "--seeds=0"),
+    ):
+        with pytest.raises(SystemExit):
+            controls.main([arg for arg in argv if arg.partition("=")[0] != change.partition("=")[0]] + [change])
+        assert said in capsys.readouterr().err
     table = controls.arms(28, 1024)
     assert table["swiglu-iso"]["d_ff"] == 4112 and table["fixed"]["act"] == ("silu",) * 3 + ("gelu",) * 7 + ("silu",) * 6 + ("tanh",) * 12
     losses = {"swiglu": (2.0, 2.2), "swiglu-iso": (2.0, 2.2), "running": (1.0, 1.201), "token": (1.9, 2.4)}
@@ -490,6 +549,39 @@ def test_answers_are_kept_and_a_killed_run_goes_on(home, local_tasks, capsys):
         harness.main(argv + ["--tau=0.7"])  # other answers: not to be mixed
     with pytest.raises(SystemExit):
         harness.main([f"--ckpt={home / 'run'}", "--tasks=no_such", f"--include={local_tasks}"])
+    for arg in ("--batch_size=0", "--limit=-1", "--max_gen_toks=0"):
+        with pytest.raises(SystemExit):
+            harness.main([f"--ckpt={home / 'run'}", "--tasks=local_choice", f"--include={local_tasks}", arg])
+        assert arg in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_table_of_tasks_counts_groups_and_names_the_future(local_tasks, tmp_path, monkeypatch, capsys):
+    from eval import harness
+
+    (local_tasks / "group.yaml").write_text(
+        "group: local_group\ntask:\n  - local_choice\n  - local_gen\n"
+        "aggregate_metric_list:\n  - metric: acc\n    weight_by_size: true\n    filter_list: none\n"
+    )
+    model = build(
+        ModelConfig(vocab_size=257, n_layer=1, n_head=2, d_model=16, max_len=64, ffn="polyglu", gate="sequence", allow_noncausal=True)
+    )
+    checkpoint.save(tmp_path / "run", 0, model, None, {"config": configurator.to_dict(model.cfg)}, keep=1)
+    tokenizer.load("bytes").save(tmp_path / "run" / "tokenizer")
+    harness.main([f"--ckpt={tmp_path / 'run'}", "--tasks=local_group", f"--include={local_tasks}", f"--out={tmp_path / 'h.json'}"])
+    rows = {row["task"]: row for row in json.loads((tmp_path / "h.json").read_text())["tasks"]}
+    assert rows["local_group"]["n"] == 12 and rows["local_choice"]["n"] == 6
+    assert all(name.endswith("_noncausal") for row in rows.values() for name in (row["metric"], *row["all"]))
+    row = {"chance": 0.25, "stderr": 0.0, "value": 0.0, "n": 5}
+    assert harness.verdict(row) == "all 5 answers alike: no interval" and harness.verdict(row | {"stderr": None}) == ""
+    assert harness.verdict(row | {"chance": None}) == "" and "below chance" in harness.verdict(row | {"stderr": 0.01})
+
+    def unreachable(*args, **how):
+        raise ConnectionError("Couldn't reach 'Rowan/hellaswag' on the Hub")
+
+    monkeypatch.setattr("lm_eval.simple_evaluate", unreachable)
+    with pytest.raises(SystemExit):
+        harness.main([f"--ckpt={tmp_path / 'run'}", "--tasks=local_gen", f"--include={local_tasks}", f"--out={tmp_path / 'h.json'}"])
+    assert "Couldn't reach 'Rowan/hellaswag' on the Hub; run it once where there is a network" in capsys.readouterr().err
 
 
 def test_a_suite_scores_text_under_the_same_settings(home, tmp_path, monkeypatch, capsys):

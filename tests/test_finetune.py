@@ -64,10 +64,15 @@ def moved(before, after):
 
 
 @pytest.mark.parametrize("kind", ["lm", "chat"])
-def test_text_and_chats(home, kind, tmp_path):
+def test_text_and_chats(home, kind, tmp_path, capsys):
     keys = {"packing": "documents"} if kind == "chat" else {}
     before, after = tune(home, f"out_{kind}", data=str(home / ("chat" if kind == "chat" else "text")), **keys)
     assert min(moved(before, after).values()) > 0
+    rows, said = [json.loads(line) for line in (home / f"out_{kind}" / "metrics.jsonl").read_text().splitlines()], capsys.readouterr().out
+    targets = [row["train/targets"] for row in rows if "train/targets" in row]
+    assert len(targets) == 3 and all(0 < n < 256 if kind == "chat" else n >= 254 for n in targets)
+    assert f"started from step 0 of {home / 'run'}; differs: nothing" in said
+    assert ("conversations, dropped: none; trained:" in said) == (kind == "chat")
     hub.main(["export", f"--ckpt={home / f'out_{kind}'}", "--to=transformers", f"--out={tmp_path / 'hf'}"])
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     ours, _ = checkpoint.load(home / f"out_{kind}")

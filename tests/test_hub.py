@@ -483,6 +483,13 @@ def test_published_polyglu_as_a_causal_model_and_round_trip(tmp_path):
     model, _ = checkpoint.load(tmp_path / "causal")  # needs no permission
     ids = torch.randint(V, (1, 12))
     close(model.logits(ids)[0], slow(t, ids[0], 0.1, gate="running"), 1e-4)
+    run("export", f"--ckpt={tmp_path / 'causal'}", "--to=safetensors", f"--out={tmp_path / 'causal-out'}")
+    assert "its gate was changed at import, sequence -> running" in (tmp_path / "causal-out" / "README.md").read_text()
+    (tmp_path / "causal-out" / "other.safetensors").write_bytes(b"")
+    run("import", f"--from={tmp_path / 'causal-out' / 'model.safetensors'}", f"--out={tmp_path / 'again'}")  # as its config.json says
+    again, state = checkpoint.load(tmp_path / "again")
+    assert again.cfg.gate == "running" and again.cfg.rope_bf16 and torch.equal(again.logits(ids), model.logits(ids))
+    assert list(state["imported"]["source"]["sha256"]) == ["model.safetensors"]
 
     run("import", f"--from={tmp_path / 'base.safetensors'}", f"--out={tmp_path / 'run'}")
     for n in (1, 2):

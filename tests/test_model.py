@@ -248,6 +248,10 @@ def test_bf16_activations_stay_close():
         (dict(n_kv_head=3), "n_kv_head"),
         (dict(act="swish"), "swish"),
         (dict(ffn="polyglu", gate="sequence"), "allow_noncausal"),
+        (dict(ffn="polygu"), "ffn = 'polygu'"),
+        (dict(ffn="polyglu", gate="runing"), "gate = 'runing'"),
+        (dict(arch="decodr"), "arch = 'decodr'"),
+        (dict(n_layer=2.0), "n_layer = 2.0"),
     ],
 )
 def test_what_cannot_be_built_is_refused_in_one_line(kw, word, capsys):

@@ -172,6 +172,8 @@ def test_batch_is_split_exactly():
     ("change", "world", "words"),
     [
         ({"max_steps": 1}, 3, ["2048", "world 3", "--tokens_per_step="]),
+        ({"max_steps": 1, "tokens_per_step": 1000}, 1, ["tokens_per_step 1000", "try --tokens_per_step=1024"]),
+        ({"max_steps": 1, "tokens_per_step": 1000}, 2, ["tokens_per_step 1000", "world 2", "try --tokens_per_step=1024"]),
         ({"max_steps": 1, "micro_tokens": 1536}, 1, ["micro_tokens", "--micro_tokens=512", "--tokens_per_step=3072"]),
         ({"max_steps": 1, "seq_len": 768, "max_len": 2048, "tokens_per_step": 2048}, 1, ["seq_len 768"]),
         ({"max_steps": 1, "seq_len": 2048}, 1, ["max_len"]),
@@ -203,8 +205,9 @@ def test_a_step_outside_the_plan_dies(capsys):
 
 def test_table_shows_every_stage():
     stages = ({"tokens": 4096, "seq_len": 8, "mult": 0.3, "note": "phrases"}, {"tokens": 8192, "mix": {"a": 3, "b": 1}})
-    text = make_plan(Config(stages=stages, data={"a": "x", "b": "y"}), 1).table()
+    text = make_plan(Config(stages=stages, data={"a": "x", "b": "y"}, warmup=5), 1).table()
     assert "phrases" in text and "a=0.75 b=0.25" in text and "33.3%" in text and text.endswith("total 6 steps, 12,288 tokens")
+    assert make_plan(Config(max_steps=5, warmup=5), 1).table().endswith("; warmup=5 is not over before the end")
 
 
 # ---- the optimizer ------------------------------------------------------------------------------------------------------

@@ -450,6 +450,10 @@ def test_chat_trains_on_the_assistant_alone(tmp_path, capsys):
         dropped = json.loads((out / "manifest.json").read_text())["dropped"]
         assert sorted(n for n in dropped.values() if n) == [1, 1, 1, 1, 2] and dropped["over 200 tokens"] == 1
         assert "the assistant's" in capsys.readouterr().out
+        about, again = json.loads((out / "manifest.json").read_text()), [f"--out={out}", f"--tokenizer={name}", "--val=0", "--max_len=200"]
+        assert about["trained"] == sum(int((ids < 1 << 31).sum()) for ids in rows)
+        chat.main([f"--from={tmp_path}/a.jsonl", *again])
+        assert json.loads((out / "manifest.json").read_text()) == about and f"trained: {about['trained']} of" in capsys.readouterr().out
     chat.main([f"--from={tmp_path}/a.jsonl", f"--out={tmp_path}/two", "--tokenizer=bytes", "--val=0", "--max_examples=2"])
     assert data.Shards(tmp_path / "two", "train").n_documents == 2
 

@@ -188,6 +188,7 @@ def test_generate_stops_cuts_and_streams(monkeypatch):
     assert sample.generate(model, BYTES, "x", on_text=lambda row, piece: said.append(piece)) == "one two\n\nthree" == "".join(said)
     assert sample.generate(model, BYTES, "x", stop=["\n\n", "zzz"]) == "one two"
     assert sample.generate(model, BYTES, "x", stop=["three", "two"]) == "one "
+    assert sample.generate(model, BYTES, "x", stop="two") == "one " and sample.generate(model, BYTES, "x", stop=("",)) == "one two\n\nthree"
     Script(monkeypatch, row, BYTES.encode("é")[:1])
     assert sample.generate(model, BYTES, ["x", "y"]) == ["one two\n\nthree", "\ufffd"]
 
@@ -200,7 +201,15 @@ def test_limits(capsys):
     assert end.value.code == 2 and "96 tokens" in capsys.readouterr().err
     narrow = tiny(vocab_size=300)  # rows beyond the tokenizer are never drawn
     text = sample.generate(narrow, BYTES, "ab", max_new_tokens=40, temperature=3.0, num_samples=2)
-    assert len(text) == 2
+    assert len(text) == 2 and sample.generate(model, BYTES, []) == sample.generate(model, BYTES, [], chat=True) == []
+    bad = {"temperature": -1.0, "top_p": 0.0, "top_k": -1, "num_samples": 0, "max_new_tokens": 0, "beams": 0, "mode": "Q"}
+    for key, value in bad.items():
+        with pytest.raises(SystemExit):
+            sample.generate(model, BYTES, "ab", **{key: value})
+        assert capsys.readouterr().err.startswith(f"{key}={value}: out of range")
+    with pytest.raises(SystemExit):
+        sample.generate(model, BYTES, "ab", beams=2, num_samples=2)
+    assert capsys.readouterr().err.startswith("beams=2 looks for one likeliest text: add temperature=0")
 
 
 # ---- chat
@@ -380,10 +389,21 @@ def test_command_line(run, monkeypatch, capsys):
         (("--chat", "--prompt=x"), "chat template"),
         (("--device=tpu",), "tpu"),
         (("--mode=S",), "--mode=S would do nothing"),
+        (("--chat", "--num_samples=2"), "--num_samples=2 would do nothing here: it needs --prompt"),
+        (("--chat", "--lines"), "--lines=True would do nothing here"),
+        (("--system=x", "--prompt=y"), "it needs --chat"),
     ):
         code, out, err = call(monkeypatch, capsys, f"--ckpt={run}", *args)
         assert code == 2 and word in err and err.count("\n") == 1, args
     assert call(monkeypatch, capsys, "--ckpt=/nowhere", "--prompt=x")[0] == 2
+    assert "fit in" not in call(monkeypatch, capsys, *fixed, "--prompt=ab")[2]
+    code, out, err = call(monkeypatch, capsys, *fixed, f"--prompt={'a' * 90}")
+    assert code == 0 and "; no more than 6 tokens fit in max_len=96" in err
+    model = tiny(ffn="polyglu", gate="sequence", allow_noncausal=True)
+    checkpoint.save(run.parent / "future", 0, model, None, {"config": configurator.to_dict(model.cfg)}, keep=1)
+    BYTES.save(run.parent / "future" / "tokenizer")
+    code, out, err = call(monkeypatch, capsys, f"--ckpt={run.parent / 'future'}", "--prompt=a", "--beams=2", "--temperature=0")
+    assert code == 2 and not out and err.startswith("--beams=2 needs a cache")
 
 
 def test_chat_in_the_terminal(run, chatty, monkeypatch, capsys):

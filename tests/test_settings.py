@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -36,10 +38,10 @@ def test_every_setting_is_read_by_the_code_and_touched_by_a_test():
 
 def test_numbers_that_no_run_can_have_are_refused(capsys):
     impossible = {"micro_tokens": -64, "seq_len": 0, "n_layer": 0, "gate_block": 0, "lr": -1.0, "decay_share": 0.0, "betas": (1.5, 0.9)}
-    impossible |= {"chunk": -1, "remat": -1, "tau_min": 0.0, "fp8_history": 0}
+    impossible |= {"chunk": -1, "remat": -1, "tau_min": 0.0, "fp8_history": 0, "tau_max": 0.05, "mix_decay_start": 1.0}
     for key, value in (*impossible.items(), ("stages", ({"seq_len": 64}, {"rows": 0}))):
         with pytest.raises(SystemExit):
-            needs.possible(Config(**{key: value}))
+            needs.possible(Config(**{"mix": {"a": 1.0}, "mix_end": {"a": 1.0}} | {key: value}))
         assert key in capsys.readouterr().err
     for file in ROOT.glob("config/*.py"):
         if not re.search("^(fp8_table|sweep)", file.name):
@@ -78,6 +80,8 @@ def test_what_would_do_nothing_is_refused_when_typed_and_named_when_inherited(ca
         ({"objective": "latent", "ffn": "polyglu", "tau_max": 2.0}, "tau_max", "objective=lm|denoise|contrast"),
         ({"arch": "encoder", "ffn": "polyglu", "gate": "static"}, "gate", "arch=decoder|encdec"),
         ({"precision": "te", "fp8_stats_every": 9}, "fp8_stats_every", "precision=fp8"),
+        ({"packing": "documents", "chunk": 64}, "chunk", "packing=windows"),
+        ({"ffn": "polyglu", "allow_noncausal": True}, "allow_noncausal", "gate=sequence"),
     ):
         cfg = Config(**changes)
         assert key in needs.idle(cfg) and need in needs.idle(cfg)
@@ -85,6 +89,7 @@ def test_what_would_do_nothing_is_refused_when_typed_and_named_when_inherited(ca
             needs.idle(cfg, [f"--{key}=x"])
         line = capsys.readouterr().err
         assert end.value.code == 2 and line.startswith(f"--{key}=") and need in line and line.count("\n") == 1
+    assert needs.idle(Config(parallel="fsdp"), ["--parallel=fsdp"]) == "parallel (needs torchrun with several processes)"
     for changes in (
         {},
         {"objective": "latent", "latent_encoder": "byte", "n_layer": 3, "wire_bits": (8,), "wire_start": 0.5},
@@ -146,6 +151,16 @@ def test_wandb_and_tensorboard_get_what_the_log_gets(corpus, tmp_path, monkeypat
         time.sleep(0.2)
     else:
         raise AssertionError("wandb never got the metrics and the config")
+
+
+def test_wandb_without_a_key_is_one_line_and_writes_nothing(corpus, tmp_path):
+    pytest.importorskip("wandb", reason="pip install -e '.[log]'")
+    env = {k: v for k, v in os.environ.items() if k != "WANDB_API_KEY"} | {"WANDB_MODE": "online", "NETRC": str(tmp_path / "none")}
+    command = [sys.executable, "train.py", f"--data={corpus}", f"--out={tmp_path / 'run'}", "--wandb=True", *TINY]
+    done = subprocess.run(command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2 and last.startswith("wandb=True: ") and "WANDB_MODE=offline" in last and "Traceback" not in done.stderr
+    assert not list((tmp_path / "run").glob("*.json*"))
 
 
 def test_analyze_batch_prints_examples_and_ends(corpus, tmp_path, capsys):

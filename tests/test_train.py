@@ -4,6 +4,7 @@ import glob
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -102,12 +103,17 @@ def test_what_a_run_leaves_behind(corpus, tmp_path):
     assert (out / "tokenizer").is_dir()
 
 
-def test_init_from_takes_the_weights_and_starts_afresh(corpus, tmp_path):
+def test_init_from_takes_the_weights_and_starts_afresh(corpus, tmp_path, capsys):
     run(corpus, tmp_path / "first", steps=6)
     rows = run(corpus, tmp_path / "second", f"--init_from={tmp_path}/first", "--log_every=1", "--lr=1e-9", steps=2)
     assert rows[0]["step"] == 1
     a, b = weights(tmp_path / "first", 6), weights(tmp_path / "second", 2)
     assert all(torch.allclose(a[k], b[k], atol=1e-6) for k in a)
+    assert f"new run in {tmp_path}/second; started from step 6 of {tmp_path}/first; differs: nothing" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "first")  # what a resumed run started from is no longer asked for, wherever it goes on
+    for out in ("second", "third"):
+        how = [f"--init_from={tmp_path}/first", f"--resume={tmp_path}/second/step-000002"]
+        assert run(corpus, tmp_path / out, *how, "--lr=1e-9", steps=3)[-1]["step"] == 3 and (tmp_path / out / "tokenizer").is_dir()
 
 
 def test_weights_are_not_started_from_under_another_tokenizer(corpus, tmp_path, capsys):

@@ -33,15 +33,21 @@ def _swiglu(au):
     if not native.fits(au):
         a, u = au.chunk(2, -1)
         return F.silu(a) * u
-    rows, f = au.reshape(-1, au.shape[-1]), au.shape[-1] // 2
+    rows, f = _rows(au), au.shape[-1] // 2
     y = au.new_empty(*au.shape[:-1], f)
     native.call("swiglu_forward", au, len(rows), f, rows.stride(0), rows, y)
     return y
 
 
+def _rows(x):
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def _swiglu_back(dy, au):
     if au.device.type != "cpu":
         return silu_backward(dy, au)
+    au = _rows(au)
     both = torch.empty_like(au, memory_format=torch.contiguous_format)
     native.call("swiglu_backward", au, len(au), au.shape[1] // 2, au.stride(0), dy.contiguous(), au, both)
     return both

@@ -33,10 +33,11 @@ def laid_out(weight, rows, bias=None):
         packed = F.pad(weight, (0, 0, 0, -outs % 32)).view(-1, 32, ins // 2, 2).transpose(1, 2).contiguous()
 
         def few(x):
-            if len(x) > FEW:
+            n = x.numel() // ins
+            if n > FEW:
                 return many(x)
-            y = x.new_empty(len(x), outs)
-            native.call("linear_few", packed, len(x), ins, outs, x, packed, y)
+            x, y = x.float().contiguous(), x.new_empty(*x.shape[:-1], outs, dtype=torch.float32)
+            native.call("linear_few", packed, n, ins, outs, x, packed, y)
             return y if bias is None else y.add_(bias)
 
         return few

@@ -1,8 +1,8 @@
-"""cpu.c, compiled once for this machine and called on tensors: `native.call("swiglu_forward", half, ...)`.
+"""cpu.c, compiled once for this machine and called on tensors: native.call("swiglu_forward", au, ...).
 
-The library lies beside Python's own compiled files (__pycache__), under a name made of the source, the compiler's flags and the
-processor. Without a compiler, or with PRISM_NATIVE=0, `why()` says so and the plain formulas run: the same numbers, slower.
-Read next: cpu.c; ops.py and kernels.py, which call it.
+The library lies beside Python's own compiled files (__pycache__), under a name made of the source, the compiler and the processor.
+Without a compiler, or with PRISM_NATIVE=0, `library()` says why and the plain formulas run: the same numbers to rounding, slower.
+Read next: cpu.c; ops.py, kernels.py and lean.py, which call it.
 """
 
 import ctypes
@@ -10,6 +10,7 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -19,30 +20,34 @@ import torch
 
 SOURCE = Path(__file__).with_name("cpu.c")
 FLAGS = "-O3 -march=native -std=gnu11 -fno-math-errno -fno-trapping-math -fopenmp -shared -fPIC"
+KINDS = {"int": ctypes.c_int, "int64_t": ctypes.c_int64, "float": ctypes.c_float}
 
 
 @functools.cache
 def library() -> tuple[ctypes.CDLL | None, str]:
-    """(the library, None if there is none; why)"""
+    """-> the library, or None; and why."""
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if os.environ.get("PRISM_NATIVE") == "0":
         return None, "PRISM_NATIVE=0"
     if platform.system() != "Linux" or not compiler:
-        return None, "no C compiler found" if not compiler else f"never tried on {platform.system()}"
-    info = Path("/proc/cpuinfo").read_text()
-    processor = next((line for line in info.splitlines() if line.startswith(("flags", "Features"))), platform.processor())
-    name = hashlib.sha256(f"{SOURCE.read_text()} {compiler} {FLAGS} {processor}".encode()).hexdigest()[:16]
+        return None, "no C compiler (cc) found" if platform.system() == "Linux" else f"cpu.c is not built on {platform.system()}"
+    source, features = SOURCE.read_text(), re.findall(r"(?m)^(?:flags|Features)\s*: (.*)", Path("/proc/cpuinfo").read_text())[:1]
+    name = hashlib.sha256(f"{source} {compiler} {FLAGS} {features}".encode()).hexdigest()[:16]
     path = SOURCE.with_name("__pycache__") / f"cpu-{name}.so"
     if not path.exists():
-        home = path.parent if os.access(SOURCE.parent, os.W_OK) else Path(tempfile.mkdtemp())
-        home.mkdir(exist_ok=True)
-        path = home / path.name
-        part = path.with_suffix(f".{os.getpid()}")  # several processes may begin at once
+        if not os.access(SOURCE.parent, os.W_OK):
+            path = Path(tempfile.mkdtemp()) / path.name
+        path.parent.mkdir(exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}")  # processes that begin together each write their own
         done = subprocess.run([compiler, *FLAGS.split(), SOURCE, "-o", part, "-lm"], capture_output=True, text=True)
         if done.returncode:
-            return None, f"{compiler} failed: {' '.join(done.stderr.split())[:200]}"
-        part.rename(path)
-    return ctypes.CDLL(str(path)), f"compiled by {Path(compiler).name}"
+            return None, f"{compiler} cannot compile cpu.c: {' '.join(done.stderr.split())[:200]}"
+        part.replace(path)
+    built = ctypes.CDLL(str(path))
+    for name, arguments in re.findall(r"(?m)^void (\w+)\(([^)]*)\)", source):
+        kinds = [ctypes.c_void_p if "*" in argument else KINDS[argument.split()[0]] for argument in re.split(r",\s+", arguments)]
+        getattr(built, name).argtypes, getattr(built, name).restype = kinds, None
+    return built, f"compiled by {Path(compiler).name} for this processor"
 
 
 def fits(x, table=None) -> bool:
@@ -52,14 +57,7 @@ def fits(x, table=None) -> bool:
     return library()[0] is not None and (table is None or table.dtype == torch.float32)
 
 
-def call(name, like, *args):
-    """A function of cpu.c in the dtype of `like`: tensors go as pointers, None as no array, ints and floats as they are."""
-    getattr(library()[0], name)(like.dtype == torch.bfloat16, torch.get_num_threads(), *map(argument, args))
-
-
-def argument(value):
-    if isinstance(value, int):
-        return ctypes.c_int64(value)
-    if isinstance(value, float):
-        return ctypes.c_float(value)
-    return ctypes.c_void_p(None if value is None else value.data_ptr())
+def call(name, like, *arguments):
+    """The function `name` of cpu.c, in the dtype of `like`, on as many threads as torch uses."""
+    arguments = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]
+    getattr(library()[0], name)(like.dtype == torch.bfloat16, torch.get_num_threads(), *arguments)

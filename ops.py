@@ -59,7 +59,7 @@ class _NormRotate(torch.autograd.Function):
 
 
 def _laid_out(x, weight):
-    """x as (N, H, E), weight in fp32 as (H or 1, E), and N, H, E."""
+    """As cpu.c wants them: x (N, H, E), weight in fp32 (H or 1, E); and the shape of x."""
     x = x if x.stride(-1) == 1 else x.contiguous()
     x = x.flatten(0, -3) if x.dim() > 2 else x.unsqueeze(-2)
     return x, None if weight is None else weight.detach().float().contiguous().view(-1, x.shape[-1]), x.shape
@@ -75,6 +75,7 @@ def _native(x, weight, eps, cos, sin):
 def _norm_rotate(x, weight, eps, cos, sin):
     if not native.fits(x, cos):
         return _plain(x, weight, eps, cos, sin)
+    cos, sin = (t if t is None else t.contiguous() for t in (cos, sin))
     return (_NormRotate.apply if torch.is_grad_enabled() else _native)(x, weight, eps, cos, sin)
 
 

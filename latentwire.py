@@ -194,8 +194,7 @@ class Interlingua(nn.Module):
         self.adapters = nn.ModuleList(Adapter(cfg, lm) for lm in self.lms)
         self.sides, self.reader = layouts(cfg)
         if cfg.latent_from:
-            theirs, part = latent_weights(cfg.latent_from), "encoder."
-            theirs = {k.removeprefix(part): v for k, v in theirs.items() if k.startswith(part)}
+            theirs = {k[8:]: v for k, v in latent_weights(cfg.latent_from).items() if k.startswith("encoder.")}
             checkpoint.put_weights(self.encoder, theirs, cfg.latent_from)  # names the first shape that differs
             self.encoder.requires_grad_(False)
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+import native
 from configurator import die
 
 
@@ -49,7 +50,9 @@ def find(device: str = "auto", dtype: str = "auto") -> Machine:
         torch.cuda.set_device(where)
         name, fast = torch.cuda.get_device_name(where), torch.cuda.get_device_capability(where) >= (8, 0)
     elif kind == "cpu":
-        where, name, fast = torch.device("cpu"), f"CPU, {torch.get_num_threads()} threads", cpu_has_bf16()
+        library, how = native.library()
+        name = f"CPU, {torch.get_num_threads()} threads, {'cpu.c ' if library else 'plain formulas: '}{how}"
+        where, fast = torch.device("cpu"), cpu_has_bf16()
         keep_freed_memory()
     else:
         die(f"device={device} is not known; use auto, cpu or cuda")

@@ -1,7 +1,8 @@
-"""Operators that plain autograd does wastefully, in plain torch: RMSNorm, the gate's projection and pool, cross entropy without the logits.
+"""Operators that plain autograd does wastefully: RMSNorm and rotation, the gate's projection and pool, cross entropy without the logits.
 
-Each keeps only its inputs for the backward pass and writes its gradient once. They matter where nothing fuses for us (a CPU, or a GPU
-without torch.compile); values and gradients are those of the plain formulas. Read next: model.py, which calls them; kernels.py.
+Norms and rotations keep only their input and are one pass of cpu.c where it is built, the plain formula elsewhere, for torch.compile to
+fuse. The loss computes its gradients on the way forward, a chunk of logits at a time. Values and gradients are those of the formulas.
+Read next: model.py, which calls them; kernels.py, the feed-forwards; native.py and cpu.c.
 """
 
 import functools
@@ -196,25 +197,17 @@ def matmul32(a, b):
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda and a.dtype == torch.bfloat16 else (a @ b)
 
 
-def _gradient_blocks(logits, target, scale):
-    """(d nll / d logits, nll) where no row is ignored: a few at a time stay in the cache, and the gradient takes the logits' place."""
-    wide, size = torch.promote_types(logits.dtype, torch.float32), max(1, (1 << 20) // logits.shape[1])
-    nll = []
-    for lo in range(0, len(logits), size):
-        block, t = logits[lo : lo + size], target[lo : lo + size]
-        chosen = block.gather(1, t).to(wide)
-        p = torch.softmax(block, 1, dtype=wide)
-        likely = p.gather(1, t)
-        far = likely < 1e-30  # so unlikely that its probability underflows: its distance from the top says it
-        nll.append(-likely.log())
-        if far.any():
-            nll[-1] = torch.where(far, block.amax(1, keepdim=True) - chosen - p.amax(1, keepdim=True).log(), nll[-1])
-        likely = likely - 1
-        if scale is not None:
-            p.mul_(scale[lo : lo + size])
-            likely = likely * scale[lo : lo + size]
-        block.copy_(p).scatter_(1, t, likely.to(block.dtype))
-    return logits, torch.cat(nll).squeeze(1)
+def _nll_and_gradient(logits, target, scale, vocab):
+    """nll (n,) of targets (n,), none ignored; its gradient, times scale, takes the place of the logits (n, Vpad)."""
+    if native.fits(logits):
+        nll = logits.new_empty(len(logits), dtype=torch.float32)
+        native.call("cross_entropy", logits, len(logits), vocab, logits.shape[1], target, scale, logits, nll)
+        return nll
+    wide = full(logits[:, :vocab])
+    nll, p = wide.logsumexp(1) - wide.gather(1, target[:, None])[:, 0], wide.softmax(1)
+    p[torch.arange(len(p)), target] -= 1
+    logits[:, :vocab], logits[:, vocab:] = p if scale is None else p * scale[:, None], 0
+    return nll
 
 
 def _chunks(h, w, targets, vocab, token_weight, grads, chunk):
@@ -227,12 +220,11 @@ def _chunks(h, w, targets, vocab, token_weight, grads, chunk):
     for rows in index.split(chunk) if len(index) else ():
         x = h[rows]
         logits = x @ w.t()  # (chunk, Vpad)
-        logits[:, vocab:] = -math.inf
-        scale = None if token_weight is None else token_weight[rows].to(acc)[:, None]
-        dx, nll[rows] = _gradient_blocks(logits, targets[rows][:, None], scale)
+        scale = None if token_weight is None else token_weight[rows].to(acc)
+        nll[rows] = _nll_and_gradient(logits, targets[rows], scale, vocab)
         if grads:
-            dh[rows] = dx @ w
-            dw = dw.addmm_(dx.t(), x) if dw.dtype == h.dtype else dw.add_(dx.t() @ x)
+            dh[rows] = logits @ w
+            dw = dw.addmm_(logits.t(), x) if dw.dtype == h.dtype else dw.add_(logits.t() @ x)
     return nll, dh, dw
 
 

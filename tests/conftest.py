@@ -9,6 +9,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+import native
+
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
@@ -44,3 +46,13 @@ def corpus(tmp_path_factory):
     (where / "stories.txt").write_text("\n\n".join(story(i) for i in range(300)))
     text.main([f"--from={where}/stories.txt", f"--out={where}/shards", "--separator=\\n\\n", "--val=0.1", "--workers=1"])
     return str(where / "shards")
+
+
+@pytest.fixture(params=["cpu.c", "formula"])
+def way(request, monkeypatch):
+    """Both ways on a CPU: compiled, and as where no compiler is."""
+    if native.library()[0] is None:
+        pytest.skip(native.library()[1])
+    if request.param == "formula":
+        monkeypatch.setattr(native, "library", lambda: (None, "a test"))
+    return request.param

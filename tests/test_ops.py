@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ops import linear_cross_entropy, rotate
+from ops import linear_cross_entropy, norm_rotate, rotate
 
 
 def plain(x, cos, sin):
@@ -12,7 +12,7 @@ def plain(x, cos, sin):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_rotation_and_its_gradient(dtype):
+def test_rotation_and_its_gradient(dtype, way):
     torch.manual_seed(0)
     x = torch.randn(7, 9, 8, dtype=dtype)[:, 2:5].requires_grad_()  # a slice, as queries are one of qkv
     angle = 6 * torch.rand(7, 1, 4, dtype=torch.promote_types(dtype, torch.float32))
@@ -33,7 +33,7 @@ def test_rotation_and_its_gradient(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_hopeless_target_has_a_finite_loss(dtype):
+def test_a_hopeless_target_has_a_finite_loss(dtype, way):
     """Logit distances of 400 nats: exp underflows, the loss is 400 all the same, its gradient one-hot against one-hot."""
     h = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=dtype, requires_grad=True)
     weight = torch.zeros(128, 2)
@@ -42,4 +42,27 @@ def test_a_hopeless_target_has_a_finite_loss(dtype):
     total, each = linear_cross_entropy(h, weight, torch.tensor([7, 5]), 100)
     assert each.tolist() == pytest.approx([400.0, 0.0])
     total.backward()
-    assert weight.grad[3].tolist() == [1.0, 0.0] and weight.grad[7].tolist() == [-1.0, 0.0] and weight.grad.abs().sum() == 2
+    want = torch.zeros(128, 2)
+    want[3, 0], want[7, 0] = 1.0, -1.0
+    torch.testing.assert_close(weight.grad, want, rtol=0, atol=1e-37)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_heads_normed_and_turned_against_float64(dtype, way):
+    """Each head with a weight of its own, more rows than one task of cpu.c holds."""
+    torch.manual_seed(0)
+    qkv = torch.randn(70, 9, 16, dtype=dtype)
+    x, weight = qkv[:, :5].requires_grad_(), torch.rand(5, 16).add_(0.5).requires_grad_()
+    angle = 6 * torch.rand(70, 1, 8)
+    tables = torch.cat((angle.cos(), angle.cos()), -1), torch.cat((-angle.sin(), angle.sin()), -1)
+    grad = torch.randn(70, 5, 16, dtype=dtype)
+    y = norm_rotate(x, weight, 1e-6, tables, dtype)
+    got = y, *torch.autograd.grad(y, (x, weight), grad)
+    wide, w = x.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    normed = wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w
+    out = plain(normed, angle.double().cos(), angle.double().sin())
+    for a, b in zip(got, (out, *torch.autograd.grad(out, (wide, w), grad.double())), strict=True):
+        bound = 1e-5 if a.dtype == torch.float32 else 2**-8
+        assert ((a.double() - b).abs() <= bound * (b.abs() + 1)).all()
+    with torch.no_grad():
+        assert torch.equal(norm_rotate(x, weight, 1e-6, tables, dtype), y)

@@ -122,9 +122,9 @@ def test_products_of_a_few_rows_against_float64(rows, ins, outs):
 def test_attention_of_one_query_against_float64():
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(size, generator=g) for size in ((2, 3, 5, 24), (2, 3, 40, 24), (2, 3, 40, 24)))
-    k, v = (3 * k)[:, :, :37], v[:, :, :37]  # a view of a longer cache
+    k, v = (30 * k)[:, :, :37], v[:, :, :37]  # a view of a longer cache, scores that overflow
     want = (q.double() @ k.double().mT / 24**0.5).softmax(-1) @ v.double()
-    torch.testing.assert_close(lean.attend_one(q, k, v).double(), want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(lean.attend_one(q, k, v).double(), want, rtol=1e-4, atol=1e-4)
 
 
 def test_a_row_depends_on_its_seed_and_sample_only():

@@ -123,23 +123,20 @@ def clock_figure(run, points, out=""):
     held = sorted({k for r in rows for k in r if k.startswith("val/") and k.endswith("/loss") and "/mean/" not in k})
     for n, key in enumerate(["train/loss", *held]):
         seen = [(r["time"] - began, r["step"], r[key]) for r in rows if key in r]
-        axis.plot(
-            [s for s, _, _ in seen],
-            [v for _, _, v in seen],
-            "-" if n == 0 else "o-",
-            ms=4,
-            color=COLORS[n],
-            label=f"{Path(run).name}: {key}",
-        )
+        style = {"ms": 4, "color": COLORS[n], "label": f"{Path(run).name}: {key}"}
+        axis.plot([s for s, _, _ in seen], [v for _, _, v in seen], "-" if n == 0 else "o-", **style)
         table += [(key, round(s, 1), step, v) for s, step, v in seen]
-    for n, point in enumerate(points.split(";")):
+    others: dict = {}  # points of one label are one line
+    for point in points.split(";"):
         label, *marks = point.rsplit(":", 2) if point.count(":") > 1 else (point, point, "")
         second, value = (number(mark, "clock", "'LABEL:SECONDS:LOSS;LABEL:SECONDS:LOSS'") for mark in marks)
-        axis.plot(second, value, "*", ms=11, color=COLORS[(len(held) + 1 + n) % len(COLORS)], label=f"{label}: {value:g} at {second:g} s")
+        others.setdefault(label, []).append((second, value))
         table.append((label, second, "", value))
-    axis.set_ylim(
-        top=1.3 * max([v for what, *_, v in table if what != "train/loss"], default=1.0)
-    ) if held else None  # the first steps would fill the picture
+    for n, (label, marks) in enumerate(others.items()):
+        said = f"{label}: {marks[-1][1]:g} at {marks[-1][0]:g} s"
+        axis.plot(*zip(*marks, strict=True), "*--", ms=9, color=COLORS[(len(held) + 1 + n) % len(COLORS)], label=said)
+    if held:  # the first steps would fill the picture
+        axis.set_ylim(top=1.3 * max(v for what, *_, v in table if what != "train/loss"))
     axis.set(xlabel="seconds since train.py set up its run, evaluations included", ylabel="nats per token")
     axis.grid(alpha=0.25)
     axis.legend(fontsize=8)

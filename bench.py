@@ -68,6 +68,7 @@ SHAPES = {
         "encdec": ({"vocab_size": 4096, "n_layer": 4, "n_head": 4, "d_model": 256, "d_ff": 768}, 16),
         "polyglu": ({"vocab_size": 4096, "n_layer": 4, "n_head": 4, "d_model": 256, "d_ff": 1024}, 8, 256),
         "decode": ({"vocab_size": 4096, "n_layer": 6, "n_head": 6, "d_model": 384, "d_ff": 1024}, 64, 128),
+        "smollm": ({"vocab_size": 49_152, "n_layer": 30, "n_head": 9, "n_kv_head": 3, "d_model": 576, "d_ff": 1536}, 32, 64),
         "embed": ({"vocab_size": 4096, "n_layer": 6, "n_head": 6, "n_kv_head": 2, "d_model": 384, "d_ff": 1024}, 192),
     },
     "gpu": {
@@ -152,9 +153,9 @@ def polyglu(opt, where):
         yield report(name, what, race(sides, opt, here), "tokens/s", length[0] * length[1], higher=False)
 
 
-def decode(opt, where, batch):
+def decode(opt, where, batch, shape="decode"):
     """Greedy, no end token, after a prompt; both sides hold their weights in the activation dtype."""
-    keys, prompt, new = SHAPES[opt.suite]["decode"]
+    keys, prompt, new = SHAPES[opt.suite][shape]
     model = fresh(Config(**{"max_len": 1024} | keys, max_steps=1), where).eval().lean(batch)
     peer = qwen3(keys, where).to(where.dtype).eval()
     ids = torch.randint(keys["vocab_size"], (batch, prompt), generator=torch.Generator().manual_seed(1))
@@ -170,7 +171,7 @@ def decode(opt, where, batch):
     step = max(model.num_params() * where.dtype.itemsize / rate, 2 * model.num_params() * batch / flops)  # every weight is read once
     floor = new * step + 2 * model.num_params() * batch * prompt / flops
     brief = SimpleNamespace(**vars(opt) | {"rounds": min(opt.rounds, 4) if opt.suite == "gpu" else opt.rounds})
-    row = report(f"decode{batch}", what, race(sides, brief, where, warm=1), "tokens/s", batch * new, floor=floor)
+    row = report(f"{shape}{batch}", what, race(sides, brief, where, warm=1), "tokens/s", batch * new, floor=floor)
     row["GB/s"] = new * model.num_params() * where.dtype.itemsize * row["prism"] / (batch * new) / 1e9
     print(f"  weights read at {row['GB/s']:,.0f} GB/s, {row['GB/s'] * 1e9 / rate:.0%} of the {rate / 1e9:,.0f} measured")
     return [row]
@@ -245,6 +246,7 @@ DECODE = {"decode1": lambda *a: decode(*a, 1), "decode8": lambda *a: decode(*a, 
 GPU = gpu.ROWS | operators.ROWS | DECODE | {"embed": embed}
 ORDER = "polyglu,small,curriculum,profile,head,attention,operator,fp8,decode1,decode8,optimizer,encdec,embed"  # the weightiest first
 ROWS = {"cpu": {"train": train, "vocab": vocab, "encdec": encdec, "polyglu": polyglu} | DECODE}
+ROWS["cpu"] |= {"smollm1": lambda *a: decode(*a, 1, "smollm"), "smollm8": lambda *a: decode(*a, 8, "smollm")}
 ROWS["cpu"] |= {"embed": embed, "prepare": prepare, "startup": startup}
 ROWS["gpu"] = ROWS["tiny"] = {name: GPU[name] for name in ORDER.split(",")}
 
@@ -299,8 +301,8 @@ def measure(chosen, opt, where, rows, keep):
 
 
 def main(argv):
-    if "--fp8_table" in argv and "--help" not in argv:
-        return print(fp8_table.write_table(device=machine.find("cuda").device, argv=[arg for arg in argv if arg != "--fp8_table"]))
+    if "--help" not in argv and (rest := [arg for arg in argv if arg not in ("--fp8_table", "--fp8_table=True")]) != argv:
+        return print(fp8_table.write_table(device=machine.find("cuda").device, argv=rest))
     keys = {"suite": "cpu", "only": "", "out": "", "rounds": 20, "clock": "wall", "threads": 0, "compile": "auto", "budget": 0.0}
     opt = configurator.args(keys | {"info": False, "fp8_table": False, "profile": False, "append": False}, argv, __doc__)
     if opt.info:

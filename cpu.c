@@ -1,5 +1,5 @@
-/* What eager PyTorch does wastefully on a CPU, in one pass each: PolyGLU, SwiGLU, RMSNorm with rotary positions, and a decoded token's
-   products and attention. An eager operator reads and writes all of its tensor and waits for its slowest thread; a feed-forward of
+/* What eager PyTorch does wastefully on a CPU, in one pass each: PolyGLU, SwiGLU, RMSNorm with rotary positions, the loss, and a decoded
+   token's products and attention. An eager operator reads and writes all of its tensor and waits for its slowest thread; a feed-forward of
    PolyGLU is seventy of them forward and back (LOG.md).
 
    native.py compiles this file once and calls it; where it cannot, the plain formulas of ops.py and kernels.py do the same. Conventions:
@@ -46,8 +46,8 @@ static void store(void *to, int64_t at, const float *from, int n, int half) {
     }
 }
 
-/* exp to 2 ulp: 2^n times the Taylor series of what is left, |r| <= ln 2 / 2. From -87 down it stays at 1.6e-38, the least normal number:
-   smaller ones take a processor a hundred times as long; from 88 up at 1.7e38. NaN stays NaN. */
+/* exp to 1 ulp: 2^n times the Taylor series of what is left, |r| <= ln 2 / 2. From -87 down it stays at 1.6e-38, for
+   numbers below the normal ones take a processor a hundred times as long; from 88 up at 1.7e38. NaN stays NaN. */
 static inline float exp_(float x) {
     x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
     float n = rintf(x * 1.44269504f), r = x - n * 0.693359375f + n * 2.12194440e-4f; /* ln 2 in two parts, the first exact */
@@ -260,14 +260,14 @@ void norm_backward(int half, int threads, int64_t n, int64_t heads, int64_t e, i
 
 /* ---- the loss -------------------------------------------------------------------------------------------------------- */
 
-/* nll (n) of target (n) under logits (n, padded), of which `vocab` count; their place takes its gradient, times scale (n), or none */
-void cross_entropy(int half, int threads, int64_t n, int64_t vocab, int64_t padded, const int64_t *target, const float *scale,
-                   void *logits, float *nll) {
+/* nll (n) of target (n) under logits (n, padded), of which `vocab` count; with `grads` their place takes its gradient, times scale (n) */
+void cross_entropy(int half, int threads, int64_t n, int64_t vocab, int64_t padded, int64_t grads, const int64_t *target,
+                   const float *scale, void *logits, float *nll) {
     PARALLEL(n *vocab)
     for (int64_t i = 0; i < n; i++) {
         float x[TILE], wanted, top = -INFINITY, sum = 0;
         load(&wanted, logits, i * padded + target[i], 1, half);
-        for (int pass = 0; pass < 3; pass++) /* the largest, the sum of exponentials, the gradient */
+        for (int pass = 0; pass < 2 + grads; pass++) /* the largest, the sum of exponentials, the gradient */
             for (int64_t j = 0; j < padded; j += TILE) {
                 int m = MIN(TILE, padded - j), real = MAX(0, MIN(m, vocab - j));
                 load(x, logits, i * padded + j, m, half);
@@ -285,7 +285,7 @@ void cross_entropy(int half, int threads, int64_t n, int64_t vocab, int64_t padd
                     store(logits, i * padded + j, x, m, half);
                 }
             }
-        nll[i] = logf(sum) + top - wanted;
+        nll[i] = logf(sum) + (top - wanted);
     }
 }
 
@@ -305,8 +305,8 @@ static INLINE Lanes multiply(Lanes sum, const float *x, uint32_t rounded, Pairs 
 }
 
 /* 32 outputs of `rows` rows, a constant wherever this is inlined, so that the sums stay in registers */
-static INLINE void product(const int rows, int64_t in, const float *x, const uint32_t *rounded,
-                                                          const Pairs *w, float *y, int64_t out, int64_t first) {
+static INLINE void product(const int rows, int64_t in, const float *x, const uint32_t *rounded, const Pairs *w, float *y, int64_t out,
+                           int64_t first) {
     Lanes sum[8][2] = {0};
     for (int64_t i = 0; i < in; i += 2, w += 2)
 #pragma GCC unroll 8
@@ -315,20 +315,19 @@ static INLINE void product(const int rows, int64_t in, const float *x, const uin
     for (int r = 0; r < rows; r++) memcpy(y + r * out + first, sum[r], MIN(32, out - first) * sizeof(float));
 }
 
-/* y (rows, out) = x (rows, in) w^T in fp32, `in` even; w in bf16, in blocks of 32 outputs: (out / 32, in / 2, 32, 2), at multiples of 64
-   bytes */
+/* y (rows, out) = x (rows, in) w^T in fp32, at most 8 rows, `in` even; w in bf16, in blocks of 32 outputs: (out / 32, in / 2, 32, 2), at
+   a multiple of 64 bytes */
 void linear_few(int half, int threads, int64_t rows, int64_t in, int64_t out, const float *x, const void *w, float *y) {
     uint32_t rounded[rows * in / 2];
     store(rounded, 0, x, rows * in, 1);
     PARALLEL(in *out)
-    for (int64_t first = 0; first < out; first += 32)
-        for (int64_t r = 0; r < rows; r += 8) {
-            const Pairs *block = (const Pairs *)w + first / 32 * in;
-            switch (MIN(8, rows - r)) {
-#define CASE(n) case n: product(n, in, x + r * in, rounded + r * in / 2, block, y + r * out, out, first); break;
-                CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
-            }
+    for (int64_t first = 0; first < out; first += 32) {
+        const Pairs *block = (const Pairs *)w + first / 32 * in;
+        switch (rows) {
+#define CASE(n) case n: product(n, in, x, rounded, block, y, out, first); break;
+            CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
         }
+    }
 }
 
 /* One query of each of `share` heads (B, G, share, E) over the keys and values of its group, k and v (B, G, keys, E) in fp32, their
@@ -336,22 +335,20 @@ void linear_few(int half, int threads, int64_t rows, int64_t in, int64_t out, co
 void attend_one(int half, int threads, int64_t B, int64_t G, int64_t share, int64_t keys, int64_t E, int64_t batch, int64_t head,
                 const float *q, const float *k, const float *v, float *y) {
     PARALLEL(B *G *share *keys *E)
-    for (int64_t n = 0; n < B * G; n++) {
-        const float *key = k + n / G * batch + n % G * head, *value = v + n / G * batch + n % G * head;
-        for (int64_t h = n * share; h < (n + 1) * share; h++) {
-            float score[keys], out[E], top = -INFINITY, sum = 0;
-            for (int64_t i = 0; i < keys; i++) {
-                float s = 0;
+    for (int64_t h = 0; h < B * G * share; h++) {
+        const float *key = k + h / share / G * batch + h / share % G * head, *value = v + (key - k);
+        float score[keys], out[E], top = -INFINITY, sum = 0;
+        for (int64_t i = 0; i < keys; i++) {
+            float s = 0;
 #pragma omp simd reduction(+ : s)
-                for (int64_t e = 0; e < E; e++) s += q[h * E + e] * key[i * E + e];
-                score[i] = s / sqrtf(E), top = MAX(top, score[i]);
-            }
-#pragma omp simd reduction(+ : sum)
-            for (int64_t i = 0; i < keys; i++) sum += score[i] = exp_(score[i] - top);
-            memset(out, 0, E * sizeof(float));
-            for (int64_t i = 0; i < keys; i++)
-                for (int64_t e = 0; e < E; e++) out[e] += score[i] * value[i * E + e];
-            for (int64_t e = 0; e < E; e++) y[h * E + e] = out[e] / sum;
+            for (int64_t e = 0; e < E; e++) s += q[h * E + e] * key[i * E + e];
+            score[i] = s / sqrtf(E), top = MAX(top, score[i]);
         }
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = 0; i < keys; i++) sum += score[i] = exp_(score[i] - top);
+        memset(out, 0, E * sizeof(float));
+        for (int64_t i = 0; i < keys; i++)
+            for (int64_t e = 0; e < E; e++) out[e] += score[i] * value[i * E + e];
+        for (int64_t e = 0; e < E; e++) y[h * E + e] = out[e] / sum;
     }
 }

@@ -57,7 +57,6 @@ def _rows(x):
 def _swiglu_back(dy, au):
     if au.device.type != "cpu":
         return silu_backward(dy, au)
-    au = _rows(au)
     both = torch.empty_like(au, memory_format=torch.contiguous_format)
     native.call("swiglu_backward", au, len(au), au.shape[1] // 2, au.stride(0), dy.contiguous(), au, both)
     return both
@@ -74,12 +73,15 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         (au,) = ctx.saved_tensors
-        back = _swiglu_back if au.device.type == "cpu" else torch.ops.prism.swiglu_backward
-        return back(dy.reshape(-1, dy.shape[-1]), au.reshape(-1, au.shape[-1])).view(au.shape)
+        if au.device.type != "cpu":
+            return torch.ops.prism.swiglu_backward(_rows(dy), _rows(au)).view(au.shape)
+        if dy.requires_grad:
+            raise RuntimeError("glu on a CPU is differentiated once")
+        return _swiglu_back(_rows(dy), _rows(au)).view(au.shape)
 
 
-_op = library.custom_op("prism::swiglu_backward", _swiglu_back, mutates_args=(), schema="(Tensor dy, Tensor au) -> Tensor")
-_op.register_fake(lambda dy, au: au.new_empty(au.shape))
+_silu = library.custom_op("prism::swiglu_backward", _swiglu_back, mutates_args=(), schema="(Tensor dy, Tensor au) -> Tensor")
+_silu.register_fake(lambda dy, au: au.new_empty(au.shape))
 
 
 def glu(au, act="silu"):
@@ -205,9 +207,9 @@ def _backward(ctx, dy, run=None):
 
 
 _ARGS = "Tensor au, Tensor al, Tensor? s, str acts"
-_op = library.custom_op("prism::polyglu", _run, mutates_args=(), schema=f"({_ARGS}) -> Tensor")
-_op.register_fake(lambda au, al, s, acts: au.new_empty(au.shape[0], au.shape[1] // 2))
-_op.register_autograd(_backward, setup_context=_save)
+_mix = library.custom_op("prism::polyglu", _run, mutates_args=(), schema=f"({_ARGS}) -> Tensor")
+_mix.register_fake(lambda au, al, s, acts: au.new_empty(au.shape[0], au.shape[1] // 2))
+_mix.register_autograd(_backward, setup_context=_save)
 _back = library.custom_op(
     "prism::polyglu_backward", _run_backward, mutates_args=(), schema=f"(Tensor dy, {_ARGS}) -> (Tensor, Tensor, Tensor)"
 )

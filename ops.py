@@ -50,33 +50,33 @@ class _NormRotate(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         x, weight, cos, sin = ctx.saved_tensors
-        x3, w, shape = _laid_out(x, weight)
+        x3, w, weights, layout = _laid_out(x, weight)
         size, dx = 32, torch.empty_like(x, memory_format=torch.contiguous_format)  # rows of a task
-        dw = None if w is None else w.new_zeros(-(-shape[0] // size), *w.shape)
-        strides = *shape, *x3.stride()[:2], size
-        weights = 1 if w is None else len(w)
-        native.call("norm_backward", x, *strides, dy.contiguous(), x3, w, weights, ctx.eps, cos, sin, dx, dw)
+        dw = None if w is None else w.new_zeros(-(-len(x3) // size), *w.shape)
+        native.call("norm_backward", x, *layout, size, dy.contiguous(), x3, w, weights, ctx.eps, cos, sin, dx, dw)
         return dx, None if dw is None else dw.sum(0).view(weight.shape).to(weight.dtype), None, None, None
 
 
 def _laid_out(x, weight):
-    """As cpu.c wants them: x (N, H, E), weight in fp32 (H or 1, E); and the shape of x."""
+    """As cpu.c wants them: x (N, H, E), weight in fp32 (H or 1, E), the number of its rows; N, H, E and the strides of x."""
     x = x if x.stride(-1) == 1 else x.contiguous()
-    x = x.flatten(0, -3) if x.dim() > 2 else x.unsqueeze(-2)
-    return x, None if weight is None else weight.detach().float().contiguous().view(-1, x.shape[-1]), x.shape
+    x = x.flatten(0, -3) if x.dim() > 2 else x.view(-1, 1, x.shape[-1]) if x.dim() == 1 else x.unsqueeze(-2)
+    w = None if weight is None else weight.detach().float().contiguous().view(-1, x.shape[-1])
+    return x, w, 1 if w is None else len(w), (*x.shape, *x.stride()[:2])
 
 
 def _native(x, weight, eps, cos, sin):
-    x3, w, shape = _laid_out(x, weight)
+    x3, w, weights, layout = _laid_out(x, weight)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    native.call("norm_forward", x, *shape, *x3.stride()[:2], x3, w, 1 if w is None else len(w), eps, cos, sin, y)
+    native.call("norm_forward", x, *layout, x3, w, weights, eps, cos, sin, y)
     return y
 
 
 def _norm_rotate(x, weight, eps, cos, sin):
     if not native.fits(x, cos):
         return _plain(x, weight, eps, cos, sin)
-    cos, sin = (t if t is None else t.contiguous() for t in (cos, sin))
+    if cos is not None:
+        cos, sin = (t.expand(len(x), -1, -1).contiguous() for t in (cos, sin))
     return (_NormRotate.apply if torch.is_grad_enabled() else _native)(x, weight, eps, cos, sin)
 
 
@@ -91,7 +91,7 @@ def rotate(x, rope):
 
 
 def norm_rotate(x, weight, eps, rope, dtype):
-    """rotate(rms_norm(x)) in `dtype`, without rounding in between. weight None: no norm."""
+    """rotate(rms_norm(x)), without rounding in between, in `dtype`. weight None: no norm."""
     return _norm_rotate(x, weight, eps, *rope).to(dtype)
 
 
@@ -197,16 +197,20 @@ def matmul32(a, b):
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda and a.dtype == torch.bfloat16 else (a @ b)
 
 
-def _nll_and_gradient(logits, target, scale, vocab):
-    """nll (n,) of targets (n,), none ignored; its gradient, times scale, takes the place of the logits (n, Vpad)."""
+def _nll_and_gradient(logits, target, scale, vocab, grads):
+    """nll (n,) of targets (n,), none ignored; with `grads` its gradient, times scale, takes the place of the logits (n, Vpad)."""
     if native.fits(logits):
+        low, high = target.aminmax()
+        assert 0 <= low and high < vocab, f"targets from {low} to {high} are not all among {vocab} ids"
         nll = logits.new_empty(len(logits), dtype=torch.float32)
-        native.call("cross_entropy", logits, len(logits), vocab, logits.shape[1], target, scale, logits, nll)
+        native.call("cross_entropy", logits, len(logits), vocab, logits.shape[1], int(grads), target.long(), scale, logits, nll)
         return nll
     wide = full(logits[:, :vocab])
-    nll, p = wide.logsumexp(1) - wide.gather(1, target[:, None])[:, 0], wide.softmax(1)
-    p[torch.arange(len(p)), target] -= 1
-    logits[:, :vocab], logits[:, vocab:] = p if scale is None else p * scale[:, None], 0
+    nll = wide.logsumexp(1) - wide.gather(1, target[:, None])[:, 0]
+    if grads:
+        p = wide.softmax(1)
+        p[torch.arange(len(p)), target] -= 1
+        logits[:, :vocab], logits[:, vocab:] = p if scale is None else p * scale[:, None], 0
     return nll
 
 
@@ -221,7 +225,7 @@ def _chunks(h, w, targets, vocab, token_weight, grads, chunk):
         x = h[rows]
         logits = x @ w.t()  # (chunk, Vpad)
         scale = None if token_weight is None else token_weight[rows].to(acc)
-        nll[rows] = _nll_and_gradient(logits, targets[rows], scale, vocab)
+        nll[rows] = _nll_and_gradient(logits, targets[rows], scale, vocab, grads)
         if grads:
             dh[rows] = logits @ w
             dw = dw.addmm_(logits.t(), x) if dw.dtype == h.dtype else dw.add_(logits.t() @ x)

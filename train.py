@@ -360,8 +360,9 @@ def main(argv):
             log.say(precision)
         if machine.device.type == "cuda":
             log.say(f"attention: {flash()}")
-        if cfg.ffn == "polyglu":
-            log.say("polyglu: {}, {}".format(*polyglu_backend(machine.device, cfg.acts, machine.dtype)))
+        way = polyglu_backend(machine.device, cfg.acts, machine.dtype)
+        if cfg.ffn == "polyglu" and way[0] != "cpu.c":  # of which the line on the machine speaks
+            log.say("polyglu: {}, {}".format(*way))
         for name, path in sources(cfg).items() if cfg.packing == "documents" and cfg.objective == "lm" else ():
             log.say(monitor.conversations(name, data.read_manifest(Path(path))))
         log.say(f"resumed from {resume_from}" if resume_from else f"new run in {out}{start}")

@@ -309,6 +309,41 @@ def test_swiglu_on_a_cpu_against_float64(dtype, way):
     close((y.detach(), ours.grad), (want.detach(), truth.grad), 2e-7 if way == "cpu.c" else 2e-7 + rounding / 4, rounding)
 
 
+def test_what_c_is_given_lives_until_it_returns(way):
+    """A sum's gradient is one number seen through strides of 0, and what is made contiguous of it a temporary."""
+    au = torch.randn(4000, 2048, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    glu(au).sum().backward()
+    a, u = au.detach().double().chunk(2, -1)
+    sig = a.sigmoid()
+    want = torch.cat((u * sig * (1 + a * (1 - sig)), a * sig), -1)
+    assert (au.grad - want).abs().max() < 1e-5
+
+
+def test_without_cpu_c_a_run_says_so(monkeypatch, tmp_path):
+    for key, value, said in (
+        ("PRISM_NATIVE", "0", "PRISM_NATIVE=0"),
+        ("CC", "no-such-cc", "no C compiler (no-such-cc)"),
+        ("CC", "false", "cannot"),
+    ):
+        native.library.cache_clear()
+        with monkeypatch.context() as here:
+            here.setenv(key, value)
+            here.setattr(native, "FLAGS", native.FLAGS + " -DTEST")  # a name of its own: nothing is there yet
+            library, why = native.library()
+            assert library is None and said in why and not native.fits(torch.zeros(2))
+    native.library.cache_clear()
+
+
+@pytest.mark.skipif(native.library()[0] is None, reason="no cpu.c here")
+def test_c_is_not_handed_what_it_would_misread():
+    with pytest.raises(RuntimeError, match="without memory"):
+        native.call("swiglu_forward", torch.zeros(2, 4), 2, 2, 4, torch.empty(2, 4, device="meta"), torch.zeros(2, 2))
+    h, w = torch.zeros(2, 4, requires_grad=True), torch.zeros(128, 4)
+    for wrong in (100, -1):
+        with pytest.raises(AssertionError, match="not all among 100 ids"):
+            linear_cross_entropy(h, w, torch.tensor([0, wrong]), 100)
+
+
 @pytest.mark.parametrize("act", ACTIVATIONS)
 def test_glu_value_and_gradient(act):
     au = torch.randn(9, 2, 14, dtype=torch.float64, requires_grad=True)[:, 1]  # a strided view

@@ -104,35 +104,37 @@ def polyglu_reference(au, al, s=None, acts=DEFAULT_ACTS):
 # ---- the formula where nothing is fused: other activations, fp64, a CPU without cpu.c ----------------------------------
 
 
-def _pieces(au, al, s):
-    """(row of al, tokens, the arguments of the formula there, in at least fp32), so that no [tokens, f, K] is larger than 16 MB."""
-    row, size = len(au) // len(al), max(1, (1 << 22) // (al.shape[1] * al.shape[2]))
+def _pieces(au, al, s, acts):
+    """Per few tokens of a row of al: row, tokens, a and u (n, f) in at least fp32, gates (K, n or 1, f), values (K, n, f) and their mix."""
+    row, size = len(au) // len(al), max(1, (1 << 18) // al.shape[1])  # so few that what is made of them stays in the cache
     for r in range(len(al)):
         for lo in range(r * row, (r + 1) * row, size):
             tokens = slice(lo, min(lo + size, (r + 1) * row))
-            yield r, tokens, [full(au[tokens]), al[r : r + 1]] + ([] if s is None else [s[tokens]])
+            a, u = full(au[tokens]).chunk(2, -1)
+            z = al[r].t()[:, None] if s is None else al[r].t()[:, None] + s[tokens].t()[..., None]
+            g = (z - z.amax(0)).exp_()
+            g /= g.sum(0)
+            values = torch.stack([ACTIVATIONS[name](a) for name in acts])
+            yield r, tokens, a, u, g, values, (g * values).sum(0)
 
 
 def _forward_plain(au, al, s, acts):
     y = au.new_empty(au.shape[0], au.shape[1] // 2)
-    for _, tokens, args in _pieces(au, al, s):
-        y[tokens] = polyglu_reference(*args, acts=acts)
+    for _, tokens, _, u, _, _, mean in _pieces(au, al, s, acts):
+        y[tokens] = mean * u
     return y
 
 
 def _backward_plain(dy, au, al, s, acts):
     """Written out, for inside of an operator there is no autograd."""
     dau, dal, ds = au.new_empty(au.shape), torch.zeros_like(al), al.new_empty(0 if s is None else s.shape)
-    for r, tokens, args in _pieces(au, al, s):
-        a, u = args[0].chunk(2, -1)  # (n, f)
-        g = torch.softmax(args[1] if s is None else args[1] + args[2][:, None], -1)  # (n or 1, f, K)
-        values, slopes = (torch.stack([of[name](a) for name in acts], -1) for of in (ACTIVATIONS, SLOPES))  # (n, f, K)
-        mean, d = (g * values).sum(-1), dy[tokens].to(a.dtype)
-        dau[tokens] = torch.cat((d * u * (g * slopes).sum(-1), d * mean), -1)
-        dz = g * (values - mean[..., None]) * (d * u)[..., None]
-        dal[r] += dz.sum(0)
+    for r, tokens, a, u, g, values, mean in _pieces(au, al, s, acts):
+        d = dy[tokens].to(a.dtype)
+        dau[tokens] = torch.cat((d * u * sum(g[k] * SLOPES[name](a) for k, name in enumerate(acts)), d * mean), -1)
+        dz = (values - mean) * g * (d * u)
+        dal[r] += dz.sum(1).t()
         if s is not None:
-            ds[tokens] = dz.sum(1)
+            ds[tokens] = dz.sum(2).t()
     return dau, dal, ds
 
 

@@ -327,6 +327,7 @@ def test_without_cpu_c_a_run_says_so(monkeypatch, tmp_path):
     ):
         native.library.cache_clear()
         with monkeypatch.context() as here:
+            here.delenv("PRISM_NATIVE", raising=False)
             here.setenv(key, value)
             here.setattr(native, "FLAGS", native.FLAGS + " -DTEST")  # a name of its own: nothing is there yet
             library, why = native.library()

@@ -268,7 +268,8 @@ def load_weights(path, model):
     """`init_from`: the weights of another run, and nothing else of it. -> a line that says which, and what will be done otherwise."""
     state = read_state(folder := resolve(path))
     put_weights(model, read_tensors(folder, FILES[0], state), folder / FILES[0])
-    return f"started from step {state['step']} of {folder.parent}; differs: {differing(state, model.cfg) or 'nothing'}"
+    other = differing(state, model.cfg)
+    return f"started from step {state['step']} of {folder.parent}" + (f"; differs: {other}" if other else "")
 
 
 def put_weights(model, weights, where):

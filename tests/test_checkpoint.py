@@ -232,7 +232,7 @@ def test_the_same_tensors_as_another_function_are_never_taken_silently(tmp_path,
     dies(capsys, lambda: checkpoint.load_training(tmp_path, model, optimizer), *words, "--init_from")
     assert torch.equal(before, model.embed.weight)
     assert words[0] in checkpoint.load_weights(tmp_path, model) and torch.equal(trio[1].embed.weight, model.embed.weight)
-    assert checkpoint.load_weights(tmp_path, make()[1]) == f"started from step 1 of {tmp_path}; differs: nothing"
+    assert checkpoint.load_weights(tmp_path, make()[1]) == f"started from step 1 of {tmp_path}"
 
 
 def test_init_from_takes_weights_only(tmp_path):

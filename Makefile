@@ -11,7 +11,7 @@ quickstart: .venv/.train ## train a small model on Python's own source, measure 
 	$(PY) -m eval.plots --run=out/quickstart
 	$(PY) -m eval.perplexity --ckpt=out/quickstart --data=data/stdlib
 	$(PY) -m eval.routing --ckpt=out/quickstart --windows=8 --draws=1
-	$(PY) sample.py --ckpt=out/quickstart --prompt="class Reader(object):" --max_new_tokens=200 --temperature=0.6 --seed=2
+	$(PY) sample.py --ckpt=out/quickstart --prompt="$$(printf 'class Reader:\n    def __init__(self')" --max_new_tokens=200 --temperature=0.6 --seed=6
 
 test: .venv/.test ## every test; two at a time, one thread each
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist=worksteal

@@ -1,6 +1,6 @@
-"""Tiny Shakespeare, a byte at a time: 1.592 nats per held-out character after 59 seconds on two CPU cores, everything included.
+"""Tiny Shakespeare, a byte at a time: 1.589 nats per held-out character after 30 seconds on two CPU cores, everything included.
 
-nanoGPT's CPU recipe (4 layers, 128 wide, 2,000 iterations of 12 x 64; published 1.88) took 89 s here and reached 1.91 (LOG.md).
+nanoGPT's CPU recipe (4 layers, 128 wide, 2,000 iterations of 12 x 64; published 1.88) took 63 s there and reached 1.91 (LOG.md).
 With the text (1,115,394 characters) cut into train.txt, its first 90 %, and val.txt, the rest:
 
     python -m prepare.text --from=train.txt --val_from=val.txt --out=data/shakespeare

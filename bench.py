@@ -83,14 +83,14 @@ SHAPES = {
 
 
 def report(name, what, seconds, unit, amount, higher=True, floor=0.0):
-    """First side is ours, second the peer. Quartiles of the round-by-round ratio are its spread; floor: seconds nobody can beat."""
+    """First side is ours, second the peer. The ratio is taken round by round, median and quartiles; floor: seconds nobody can beat."""
     (us, ours), (peer, theirs) = seconds.items()
     ratios = sorted(b / a if higher else a / b for a, b in zip(ours, theirs, strict=True))
-    low, high = middle(ratios)[1:]
+    ratio, low, high = middle(ratios)
     a, b = middle(ours)[0], middle(theirs)[0]
     rates = [amount / t if amount else t for t in (a, b)]
     row = {"name": name, "what": what, us: rates[0], peer: rates[1], "unit": unit}
-    row |= {"ratio": b / a if higher else a / b, "low": low, "high": high, "rounds": len(ratios), "floor_s": floor, "of_floor": floor / a}
+    row |= {"ratio": ratio, "low": low, "high": high, "rounds": len(ratios), "floor_s": floor, "of_floor": floor / a}
     spread = f"ratio {row['ratio']:.2f} ({low:.2f} to {high:.2f}, {len(ratios)} rounds)"
     line = f"{us} {rates[0]:,.4g} {unit}, {peer} {rates[1]:,.4g}: {spread}"
     print(f"{name:<10} {line}{f', {floor / a:.0%} of the floor' if floor else ''}  {what}", flush=True)

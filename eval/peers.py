@@ -99,7 +99,7 @@ def warm_sides(makers, where):
 
 def compare(name, what, makers, opt, where, amount=0, unit="tokens/s", flops=0, nbytes=0, against="", repeat=1):
     """A row of any number of sides, ours first, from {name: () -> callable}. amount, flops, nbytes of one call: a number, or one per side.
-    ratio: how often ours is done while `against` (else the fastest of the others) is done once, with quartiles over the rounds."""
+    ratio: how often ours is done while `against` (else the fastest of the others) is done once, median and quartiles over the rounds."""
     of = lambda value, side: value.get(side, 0) if isinstance(value, dict) else value  # noqa: E731
     calls, peaks, failed = warm_sides(makers, where)
     seconds, sides, first = race(calls, opt, where, warm=0, repeat=repeat), {}, next(iter(makers))
@@ -124,7 +124,7 @@ def compare(name, what, makers, opt, where, amount=0, unit="tokens/s", flops=0, 
     if first in seconds and others:
         out["against"] = min(others, key=lambda side: sides[side]["ms"])
         ratios = [b / a for a, b in zip(seconds[first], seconds[out["against"]], strict=True)]
-        out |= {"ratio": sides[out["against"]]["ms"] / sides[first]["ms"], "low": middle(ratios)[1], "high": middle(ratios)[2]}
+        out |= dict(zip(("ratio", "low", "high"), middle(ratios), strict=True))
     return out
 
 

@@ -180,14 +180,16 @@ def test_the_profile_adds_up():
     assert {name: gpu.class_of(name) for name in kinds} == kinds
 
 
-def test_the_race_names_who_is_missing_and_who_is_faster(capsys):
-    where, nap = machine.find("cpu"), lambda seconds: lambda: lambda: time.sleep(seconds)
+def test_the_race_names_who_is_missing_and_who_is_faster(capsys, monkeypatch):
+    now = [0.0]  # a clock that only naps move
+    monkeypatch.setattr(peers.time, "perf_counter", lambda: now[0])
+    where, nap = machine.find("cpu"), lambda seconds: lambda: lambda: now.append(now.pop() + seconds)
     makers = {"ours": nap(0.004), "slow": nap(0.02), "quick": nap(0.002), "absent": lambda: bench.die("not installed")}
     row = peers.compare("x", "what", makers, SimpleNamespace(clock="wall", rounds=5), where, amount=10, flops={"ours": 1e6}, nbytes=1e6)
-    assert row["against"] == "quick" and 0.3 < row["ratio"] < 0.9 and row["low"] <= row["ratio"] <= row["high"]
+    assert row["against"] == "quick" and row["ratio"] == pytest.approx(0.5) and row["low"] == pytest.approx(0.5)
     assert row["missing"] == {"absent": "SystemExit: not installed"} and "failed" not in row and "not installed" in capsys.readouterr().out
     ours, slow = row["sides"]["ours"], row["sides"]["slow"]
-    assert 0.1 < slow["speed"] < 0.4 and ours["tokens/s"] == pytest.approx(1e4 / ours["ms"]) and "TFLOP/s" not in slow
+    assert slow["speed"] == pytest.approx(0.2) and ours["tokens/s"] == pytest.approx(1e4 / ours["ms"]) and "TFLOP/s" not in slow
     sick = peers.compare("x", "what", {"ours": makers["absent"], "slow": nap(0.001)}, SimpleNamespace(clock="wall", rounds=1), where)
     assert sick["failed"] == "SystemExit: not installed" and "ratio" not in sick
 

@@ -193,6 +193,34 @@ void swiglu_backward(int half, int threads, int64_t n, int64_t f, int64_t stride
     }
 }
 
+/* ---- the gate of PolyGLU: its noise, its pool ------------------------------------------------------------------------ */
+
+static INLINE uint32_t hash(uint32_t x) {
+    x = (x ^ x >> 16) * 0x21F0AAAD;
+    x = (x ^ x >> 15) * 0x735A2D97;
+    return x ^ x >> 15;
+}
+
+/* u (rows, size) between 0 and 1, of two keys a row: the plain formula's, in numbers of 32 bits */
+void uniform(int half, int threads, int64_t rows, int64_t size, const int64_t *keys, const int64_t *others, float *u) {
+    PARALLEL(rows *size)
+    for (int64_t r = 0; r < rows; r++) {
+        uint32_t key = keys[r], other = others[r];
+        for (uint32_t i = 0; i < size; i++) u[r * size + i] = (2 * (int32_t)(hash(hash(i + key) ^ other) >> 9) + 1) * 0x1p-24f;
+    }
+}
+
+/* y (n, c): the sum of x from start to end, of each token its own; x counts `in` times, y `out` times, where these are given. total: room
+   for (n + 1, c), in fp64, so that a difference of sums forgets what lay before. One thread: it is a few numbers a token. */
+void window_sum(int half, int threads, int64_t n, int64_t c, const float *x, const double *in, const int64_t *start, const int64_t *end,
+                const double *out, double *total, float *y) {
+    memset(total, 0, c * sizeof(double));
+    for (int64_t i = 0; i < n; i++)
+        for (int64_t j = 0; j < c; j++) total[(i + 1) * c + j] = total[i * c + j] + x[i * c + j] * (in ? in[i] : 1);
+    for (int64_t i = 0; i < n; i++)
+        for (int64_t j = 0; j < c; j++) y[i * c + j] = (total[end[i] * c + j] - total[start[i] * c + j]) * (out ? out[i] : 1);
+}
+
 /* ---- RMSNorm, and rotary positions ----------------------------------------------------------------------------------- */
 
 /* The turn of `swap` in the plain formula: x[j] cos[j] + x[j + e/2] sin[j], where sin = [-sin, sin]; sign -1 turns back. */

@@ -258,6 +258,10 @@ def gumbel(seed, rows, layer, f, K=4):
     key = _mix32((rows & 0xFFFFFFFF) ^ (((seed * 0x9E3779B1 & 0xFFFFFFFF) + layer * 0x85EBCA77) & 0xFFFFFFFF))
     key = _mix32(key ^ ((rows >> 32) + (seed >> 32) + 0x27D4EB2F & 0xFFFFFFFF))[:, None]
     other = _mix32(key ^ (layer + 0x165667B1))  # two keys per row, or rows would be shifted copies of one another
-    n = _mix32(_mix32(torch.arange(f * K, device=rows.device) + key & 0xFFFFFFFF) ^ other) >> 9  # 23 bits
-    u = (2 * n + 1).float() * 2.0**-24  # exact; never 0, never 1
-    return -torch.log(-torch.log(u)).view(-1, f, K)
+    u = torch.empty(len(rows), f * K, device=rows.device)  # exact; never 0, never 1
+    if native.fits(u):
+        native.call("uniform", u, *u.shape, key, other, u)
+    else:
+        n = _mix32(_mix32(torch.arange(f * K, device=rows.device) + key & 0xFFFFFFFF) ^ other) >> 9  # 23 bits
+        u = (2 * n + 1).float() * 2.0**-24
+    return u.log_().neg_().log_().neg_().view(-1, f, K)

@@ -141,20 +141,15 @@ class Thin(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight):
         ctx.save_for_backward(x, weight)
-        w = full(weight)
-        return torch.mm(x, w.to(x.dtype).t(), out_dtype=torch.float32) if Thin.fused(x) else full(x) @ w.t()
+        if x.is_cuda and x.dtype == torch.bfloat16:
+            return matmul32(x, weight.to(x.dtype).t())
+        return full(x) @ full(weight).t()
 
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        small = grad.to(x.dtype) if Thin.fused(x) else grad
-        dw = torch.mm(small.t(), x, out_dtype=torch.float32) if Thin.fused(x) else grad.t() @ full(x)
-        return (small @ weight.to(small.dtype)).to(x.dtype), dw.to(weight.dtype)
-
-    @staticmethod
-    def fused(x):
-        """GPUs multiply bf16 into fp32 directly."""
-        return x.is_cuda and x.dtype == torch.bfloat16
+        grad = grad.to(x.dtype)
+        return grad @ weight.to(x.dtype), matmul32(grad.t(), x).to(weight.dtype)
 
 
 def _running_sum(x):
@@ -175,18 +170,29 @@ class WindowMean(torch.autograd.Function):
     @staticmethod
     def forward(ctx, p, start, end, first, last):
         ctx.save_for_backward(start, end, first, last)
-        return (WindowMean.sums(p, start, end) / (end - start).clamp(min=1)[:, None]).to(p.dtype)
+        return WindowMean.sums(p, None, start, end, WindowMean.share(start, end))
 
     @staticmethod
     def backward(ctx, grad):
         start, end, first, last = ctx.saved_tensors
         first, last = (start, end) if first is None else (first, last)
-        return WindowMean.sums(grad.double() / (end - start).clamp(min=1)[:, None], first, last).to(grad.dtype), None, None, None, None
+        return WindowMean.sums(grad, WindowMean.share(start, end), first, last, None), None, None, None, None
 
     @staticmethod
-    def sums(x, start, end):
-        total = F.pad(_running_sum(x.double()), (0, 0, 1, 0))  # (N + 1, C)
-        return total[end] - total[start]
+    def share(start, end):
+        return (end - start).clamp(min=1).double().reciprocal()
+
+    @staticmethod
+    def sums(x, before, start, end, after):
+        """The sum of x over start:end of each token; x is multiplied by `before` (N,), the sum by `after`."""
+        if native.fits(x, x):
+            total, y = x.new_empty(len(x) + 1, x.shape[1], dtype=torch.float64), torch.empty_like(x, memory_format=torch.contiguous_format)
+            native.call("window_sum", x, *x.shape, x.contiguous(), before, start, end, after, total, y)
+            return y
+        wide = x.double() if before is None else x.double() * before[:, None]
+        total = F.pad(_running_sum(wide), (0, 0, 1, 0))  # (N + 1, C)
+        sums = total[end] - total[start]
+        return (sums if after is None else sums * after[:, None]).to(x.dtype)
 
 
 # ---- the head -----------------------------------------------------------------------------------------------------------

@@ -122,7 +122,19 @@ def test_pool_is_the_mean_it_says_and_its_gradient(gate):
     assert torch.autograd.gradcheck(lambda x: pool(gate, x, pos, cu), p)
 
 
-def test_pool_survives_a_loud_neighbour():
+@pytest.mark.parametrize("gate", ["running", "lagged", "sequence"])
+def test_pool_in_fp32_is_that_in_fp64(gate, way):
+    cu = torch.tensor([0, 5, 6, 300, 700], dtype=torch.int32)
+    pos = torch.cat([torch.arange(n) for n in cu.diff()])
+    p, dy = torch.randn(32, 700).t().requires_grad_(), torch.randn(700, 32)  # not contiguous
+    mean, exact = pool(gate, p, pos, cu), pool(gate, p.double(), pos, cu)
+    assert mean.dtype == torch.float32
+    torch.testing.assert_close(mean.double(), exact, rtol=1e-6, atol=1e-7)
+    (got,), (want,) = torch.autograd.grad(mean, p, dy), torch.autograd.grad(exact, p, dy.double())
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+
+
+def test_pool_survives_a_loud_neighbour(way):
     p = torch.randn(2 * 4096, 32)
     p[:4096] = (p[:4096] + 1) * 1000
     here = torch.arange(8192)

@@ -48,7 +48,6 @@ class Cache:
         at = self.pos.flatten()
         self.rope = model.rope(at + self.offset(model)) if self.enc is not None else [table[at] for table in self.tables]
         self.tau, self.noise = model.tau, None
-        self.depth = {id(b.attn): i for i, b in enumerate(model.decoder.blocks)}
         self.seen = [store[:, :, :, :keys].unbind() for store in (self.k, self.v)]  # per layer (B, G, K, E)
         self.new = [store[:, :, :, keys - width : keys].unbind() for store in (self.k, self.v)]
         self.mask = None  # a single query of an even batch sees everything
@@ -65,7 +64,7 @@ class Cache:
         return self.enc_mask.sum((1, 2, 3)).repeat_interleave(self.pos.shape[1])
 
     def attend(self, attn, q, k, v):
-        layer, (rows, width), groups = self.depth[id(attn)], self.pos.shape, k.shape[1]
+        layer, (rows, width), groups = attn.layer, self.pos.shape, k.shape[1]
         if width == 1:  # the queries of one key head as its rows: no key is read twice
             q, k, v = q.view(rows, groups, -1, q.shape[-1]), k.unsqueeze(2), v.unsqueeze(2)
         else:

@@ -24,6 +24,7 @@ import data
 import model as M
 import tokenizer
 from configurator import die
+from machine import to_device
 from prepare import sources
 
 
@@ -39,8 +40,6 @@ class ContrastConfig:
 
 def build(cfg):
     model = M.build(cfg)
-    if model.encoder is None:
-        die(f"objective=contrast trains an encoder; arch={cfg.arch} has none, use encoder or encdec")
     model.contrast = cfg
     if cfg.compile:
         die("compile wants batches of one shape, and pairs have every length: objective=contrast runs with --compile=False")
@@ -174,7 +173,7 @@ def prepare(call, raw, batches):
     if len(batches) == 1 and not dist.is_initialized():
         return  # everything is in one micro-batch: nothing to remember
     with torch.no_grad():
-        found = [vectors(call, {k: v.to(device) if torch.is_tensor(v) else v for k, v in b.items()}, cfg.contrast_pooling) for b in batches]
+        found = [vectors(call, to_device(b, device), cfg.contrast_pooling) for b in batches]
     n = [b["queries"] for b in batches]
     split = lambda xs, side: torch.cat([x[:k] if side == 0 else x[k:] for x, k in zip(xs, n, strict=True)])  # noqa: E731
     q, c = (split(found, side).requires_grad_() for side in (0, 1))

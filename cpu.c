@@ -288,9 +288,9 @@ void norm_backward(int half, int threads, int64_t n, int64_t heads, int64_t e, i
 
 /* ---- the loss -------------------------------------------------------------------------------------------------------- */
 
-/* nll (n) of target (n) under logits (n, padded), of which `vocab` count; with `grads` their place takes its gradient, times scale (n) */
+/* nll (n) of target (n) under logits (n, padded), of which `vocab` count; with `grads` their place takes its gradient */
 void cross_entropy(int half, int threads, int64_t n, int64_t vocab, int64_t padded, int64_t grads, const int64_t *target,
-                   const float *scale, void *logits, float *nll) {
+                   void *logits, float *nll) {
     PARALLEL(n *vocab)
     for (int64_t i = 0; i < n; i++) {
         float x[TILE], wanted, top = -INFINITY, sum = 0;
@@ -306,10 +306,9 @@ void cross_entropy(int half, int threads, int64_t n, int64_t vocab, int64_t padd
 #pragma omp simd reduction(+ : sum)
                     for (int k = 0; k < real; k++) sum += exp_(x[k] - top);
                 } else {
-                    float share = (scale ? scale[i] : 1) / sum;
-                    for (int k = 0; k < real; k++) x[k] = exp_(x[k] - top) * share;
+                    for (int k = 0; k < real; k++) x[k] = exp_(x[k] - top) / sum;
                     for (int k = real; k < m; k++) x[k] = 0;
-                    if (target[i] >= j && target[i] < j + m) x[target[i] - j] -= scale ? scale[i] : 1;
+                    if (target[i] >= j && target[i] < j + m) x[target[i] - j] -= 1;
                     store(logits, i * padded + j, x, m, half);
                 }
             }

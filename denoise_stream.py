@@ -59,10 +59,11 @@ class DenoiseStream:
         if least < 2 * denoise.MIN_DOC:
             die(f"max_enc={cfg.max_enc}, max_dec={cfg.max_dec}: some denoiser could take only {least} tokens of text; raise them")
         settings = [f"{key}={getattr(cfg, key)}" for key in (*denoise.DenoiseConfig.__dataclass_fields__, "seed")]
+        settings.append(f"fixed={fixed_shapes(cfg)}")
         self.order = " ".join([*settings, *(f"{src.name}={src.shards.id}" for src in self.sources)])  # all that decides it
         self.names = denoise.names(self.mix.denoisers)
-        self.need, self.text = [], []  # of examples of these very documents, at both ends of the curriculum: mean encoder and decoder
-        # tokens, and tokens of text per token of these
+        # of examples of these very documents, at both ends of the curriculum: mean encoder and decoder tokens; text per each
+        self.need, self.text = [], []
         for row in (plan(0), plan(plan.steps)):
             self.begin()
             length, *_, enc, dec = np.mean([self.draw(row)[3:] for _ in range(4096)][2048:], axis=0)  # long documents stay open longer

@@ -79,7 +79,7 @@ class Matmul(torch.autograd.Function):
 
 def matmul(state, one, x, weight, bias):
     """What Linear.forward calls in place of model.py's default, which is `state.plain`."""
-    if not (state.on and state.live) or weight.shape != one.wq.shape:  # a row slice of a fused weight has no FP8 copy
+    if not (state.on and state.live):
         return state.plain(x, weight, bias)
     flat = x.reshape(-1, x.shape[-1])
     odd = -flat.shape[0] % 16  # wgrad contracts over tokens, in sixteens; zero rows add nothing
@@ -140,6 +140,8 @@ def apply(model, cfg, device, stages=(), hw=None):
     if used != "bf16" and not state.uses:
         used, why = "bf16", [*why, f"fp8_filter={cfg.fp8_filter} leaves 0 % of matmul FLOPs in FP8 at width {model.cfg.d_model}"]
     state.used = used
+    if used == "bf16":  # nothing of it is left to switch, to report or to keep
+        model.fp8 = None
     if state.ones and torch.device(device).type != "meta":
         expect_sound_casts([(torch.float32, E4M3), (model.dtype, E4M3), (model.dtype, state.grad_kind)], device)
     refresh(model, step=False)
@@ -222,7 +224,7 @@ def scope(model):
 def memory(model):
     """Delayed scaling's histories, plain fp32 tensors by name; {} for every stateless choice."""
     state = getattr(model, "fp8", None)
-    if not state or not state.delayed or state.used == "bf16":
+    if not state or not state.delayed:
         return {}
     return te_tensors(state) if state.used == "te" else {key: getattr(state, key).clone() for key in ("history", "scale", "saturated")}
 

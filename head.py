@@ -60,8 +60,8 @@ if HAS_TRITON:
 
     @triton.jit
     def _dh_kernel(
-        h_ptr, w_ptr, target_ptr, hit_ptr, weight_ptr, nll_ptr, lse_ptr, own_ptr, dh_ptr, vocab,
-        D: tl.constexpr, GRADS: tl.constexpr, WEIGHTED: tl.constexpr, BM: tl.constexpr, BV: tl.constexpr,
+        h_ptr, w_ptr, target_ptr, hit_ptr, nll_ptr, lse_ptr, own_ptr, dh_ptr, vocab,
+        D: tl.constexpr, GRADS: tl.constexpr, BM: tl.constexpr, BV: tl.constexpr,
     ):  # fmt: skip
         """BM tokens: nll and dh; for _dw_kernel log2 of the total (inf: ignored) and p - 1 of the target."""
         toks, k = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, D)
@@ -81,14 +81,12 @@ if HAS_TRITON:
             tl.store(lse_ptr + toks, tl.where(target >= 0, lse, float("inf")))
             tl.store(own_ptr + toks, own)
             dh = acc * scale[:, None] + own[:, None] * w
-            if WEIGHTED:
-                dh *= tl.load(weight_ptr + toks)[:, None]
             tl.store(dh_ptr + at, tl.where(target[:, None] >= 0, dh, 0.0).to(dh_ptr.dtype.element_ty))
 
     @triton.jit(do_not_specialize=["blocks"])
     def _dw_kernel(
-        h_ptr, w_ptr, target_ptr, hit_ptr, weight_ptr, lse_ptr, own_ptr, dw_ptr, blocks, vocab,
-        D: tl.constexpr, WEIGHTED: tl.constexpr, BM: tl.constexpr, BV: tl.constexpr,
+        h_ptr, w_ptr, target_ptr, hit_ptr, lse_ptr, own_ptr, dw_ptr, blocks, vocab,
+        D: tl.constexpr, BM: tl.constexpr, BV: tl.constexpr,
     ):  # fmt: skip
         """BV rows of dW = (p - onehot)^T h, zeros from `vocab` on; the tile of logits lies transposed, as its product with h wants it."""
         cols, k = tl.program_id(0) * BV + tl.arange(0, BV), tl.arange(0, D)
@@ -100,16 +98,12 @@ if HAS_TRITON:
             p = exp2(_dot(w, h.T) * LOG2E - tl.load(lse_ptr + toks)[None, :])
             if hit:
                 p = tl.where(cols[:, None] == tl.load(target_ptr + toks)[None, :], tl.load(own_ptr + toks)[None, :], p)
-            if WEIGHTED:
-                p *= tl.load(weight_ptr + toks)[None, :]
             acc = _dot(p.to(h.dtype), h, acc)
         tl.store(dw_ptr + at, tl.where((cols < vocab)[:, None], acc, 0.0))
 
     @triton.jit
-    def _row_kernel(
-        x_ptr, target_ptr, weight_ptr, nll_ptr, dx_ptr, vocab, width, GRADS: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr
-    ):
-        """One row of logits: nll, and (p - onehot) * weight. Loads are masked at the even `width`, not at `vocab`, or they were scalar."""
+    def _row_kernel(x_ptr, target_ptr, nll_ptr, dx_ptr, vocab, width, GRADS: tl.constexpr, BLOCK: tl.constexpr):
+        """One row of logits: nll, and p - onehot. Loads are masked at the even `width`, not at `vocab`, or they were scalar."""
         row, cols, blocks = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK), tl.cdiv(width, BLOCK)
         x_ptr, dx_ptr, target = x_ptr + row * width, dx_ptr + row * width, tl.load(target_ptr + row)
         if target < 0:
@@ -129,11 +123,10 @@ if HAS_TRITON:
             nll, lse, own, _ = _finish(top, others, tl.load(x_ptr + target))
             tl.store(nll_ptr + row, nll)
             if GRADS:
-                weight = tl.load(weight_ptr + row) if WEIGHTED else 1.0
                 for i in range(blocks):  # backwards: what was read last may still lie in the L2
                     at = (blocks - 1 - i) * BLOCK + cols
                     x = tl.load(x_ptr + at, mask=at < width, other=0.0)
-                    p = tl.where(at < vocab, tl.where(at == target, own, exp2(x * LOG2E - lse)) * weight, 0.0)
+                    p = tl.where(at < vocab, tl.where(at == target, own, exp2(x * LOG2E - lse)), 0.0)
                     tl.store(dx_ptr + at, p.to(dx_ptr.dtype.element_ty), mask=at < width, eviction_policy="evict_first")
 
 
@@ -144,31 +137,29 @@ def _hits(target, bm, bv, tiles):
     return hits.view(-1).index_fill_(0, block * tiles + target.clamp(min=0) // bv, 1).view_as(hits)
 
 
-def narrow(h, w, targets, vocab, token_weight=None, grads=True):
-    """(nll per token, dh, dW in fp32) of bf16 h (n, d <= NARROW) and w; the gradients are those of the sum weighted by token_weight."""
+def narrow(h, w, targets, vocab, grads=True):
+    """(nll per token, dh, dW in fp32) of bf16 h (n, d <= NARROW) and w."""
     (n, d), rows, D = h.shape, len(w), max(16, 1 << (h.shape[1] - 1).bit_length())
     more = -n % max(DH_TILE["BM"], DW_TILE["BM"])  # padded by copies of a few megabytes, so that no load in a loop needs a mask
     h, w = F.pad(h, (0, D - d, 0, more)), F.pad(w, (0, D - d, 0, -rows % max(DH_TILE["BV"], DW_TILE["BV"])))
     target = F.pad(targets.int(), (0, more), value=-1)
-    weight = target if token_weight is None else F.pad(token_weight.float(), (0, more))  # None: a pointer never used
-    (nll, lse, own), flags = torch.empty(3, len(h), dtype=torch.float32, device=h.device), {"D": D, "WEIGHTED": token_weight is not None}
+    nll, lse, own = torch.empty(3, len(h), dtype=torch.float32, device=h.device)
     dh, dw = (torch.empty_like(h), torch.empty_like(w, dtype=torch.float32)) if grads else (h, None)
     hits = _hits(target, DH_TILE["BM"], DH_TILE["BV"], -(-vocab // DH_TILE["BV"]))
-    _dh_kernel[(len(hits),)](h, w, target, hits, weight, nll, lse, own, dh, vocab, GRADS=grads, **flags, **DH_TILE)
+    _dh_kernel[(len(hits),)](h, w, target, hits, nll, lse, own, dh, vocab, D=D, GRADS=grads, **DH_TILE)
     if not grads:
         return nll[:n], None, None
     hits = _hits(target, DW_TILE["BM"], DW_TILE["BV"], len(w) // DW_TILE["BV"]).t().contiguous()
-    _dw_kernel[(len(hits),)](h, w, target, hits, weight, lse, own, dw, hits.shape[1], vocab, **flags, **DW_TILE)
+    _dw_kernel[(len(hits),)](h, w, target, hits, lse, own, dw, hits.shape[1], vocab, D=D, **DW_TILE)
     return nll[:n], dh[:n, :d], dw[:rows, :d]
 
 
-def loss_rows(logits, targets, vocab, token_weight, nll, dx):
+def loss_rows(logits, targets, vocab, nll, dx):
     """Writes nll of rows of logits, and their gradients into dx, unless that is None."""
-    args = logits, targets, nll if token_weight is None else token_weight, nll, nll if dx is None else dx, vocab, logits.shape[1]
-    _row_kernel[(len(logits),)](*args, GRADS=dx is not None, WEIGHTED=token_weight is not None, **ROW)
+    _row_kernel[(len(logits),)](logits, targets, nll, nll if dx is None else dx, vocab, logits.shape[1], GRADS=dx is not None, **ROW)
 
 
-def wide(h, w, targets, vocab, token_weight=None, grads=True):
+def wide(h, w, targets, vocab, grads=True):
     """The same for any width and dtype up to fp32, a chunk of logits at a time."""
     n, rows, like = len(h), len(w), {"dtype": torch.float32, "device": h.device}
     precise = {} if h.dtype == torch.float32 else {"out_dtype": torch.float32}
@@ -179,7 +170,7 @@ def wide(h, w, targets, vocab, token_weight=None, grads=True):
         part = slice(lo, min(lo + size, n))
         z, g = logits[: part.stop - lo], dx[: part.stop - lo] if grads else None
         torch.mm(h[part], w.t(), out=z, **precise)
-        loss_rows(z, targets[part], vocab, None if token_weight is None else token_weight[part].float().contiguous(), nll[part], g)
+        loss_rows(z, targets[part], vocab, nll[part], g)
         if grads:
             torch.mm(g, w, out=dh[part])
             torch.addmm(dw, g.t(), h[part], beta=float(lo > 0), out=dw, **precise)

@@ -235,6 +235,8 @@ def polyglu_mix(au, al, s=None, acts=DEFAULT_ACTS):
     au (N, 2f) = [a | u]; al (R, f, K) fp32 = (alpha + noise) / tau of R rows of N/R tokens; s (N, K) fp32 / tau, or None.
     """
     assert au.shape[0] % al.shape[0] == 0, f"{au.shape[0]} tokens are no whole rows of {al.shape[0]}"
+    if au.is_cuda and polyglu_backend(au.device, acts, au.dtype)[0] == "torch":  # for a compiler to fuse
+        return polyglu_reference(full(au), al, s, acts).to(au.dtype)
     au = au if au.stride(-1) == 1 else au.contiguous()
     args = au, al.contiguous(), s if s is None else s.contiguous(), ",".join(acts)
     if au.device.type != "cpu" or torch.compiler.is_compiling():

@@ -263,7 +263,6 @@ class Reader:
             "z_max": int(m.max()),
             "slot": torch.from_numpy(j),  # (sum M,)
             "query_at": torch.from_numpy(np.repeat(base, m) + j),  # (sum M,), where `byte` puts its queries
-            "text_at": torch.from_numpy(data.ramp(base + front, lengths)),  # (tokens,)
             "text_of": torch.from_numpy(np.repeat(np.arange(len(m)), lengths)),  # (tokens,) the source of each
             "pool": torch.from_numpy(data.ramp(first + start, size)),  # (P,) tokens ...
             "pool_to": torch.from_numpy(np.repeat(np.arange(len(j)), size)),  # (P,) ... and the slot that pools them

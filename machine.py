@@ -37,7 +37,7 @@ PEAKS |= {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "RTX 
 
 
 def find(device: str = "auto", dtype: str = "auto") -> Machine:
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+    if dtype not in ("auto", "float32", "bfloat16"):
         die(f"dtype={dtype} is not known; use auto, float32 or bfloat16")
     rank, world, local = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -100,9 +100,7 @@ def wrap(model, parallel: str, machine: Machine):
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(machine.device.type, (machine.world,))
-    # polyglu's routing parameters must stay fp32, so there the all-gather does too; Linear casts either way
-    half = machine.dtype if model.cfg.ffn == "swiglu" and machine.dtype == torch.bfloat16 else None
-    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)  # gathered in fp32: norms and routing are not to be rounded, Linear casts
     for stack in (model.encoder, model.decoder):
         for block in stack.blocks if stack is not None else ():
             fully_shard(block, mesh=mesh, mp_policy=policy)

@@ -103,6 +103,8 @@ def check(cfg: ModelConfig) -> None:
         die(f"head_dim={cfg.width_head} is odd; rotary positions need it even")
     if isinstance(cfg.act, tuple) and len(cfg.act) != cfg.n_layer:
         die(f"act names {len(cfg.act)} activations for n_layer={cfg.n_layer} layers; give one name or one per layer")
+    if not cfg.acts:
+        die("acts is empty: a polyglu neuron needs at least one activation, as acts=('silu',)")
     for name in (*((cfg.act,) if isinstance(cfg.act, str) else cfg.act), *cfg.acts):
         if name not in ACTIVATIONS:
             die(f"unknown activation {name!r}; known: {', '.join(ACTIVATIONS)}")
@@ -168,7 +170,7 @@ class Segments:
 
     def attend(self, q, k, v):
         """q (Nq, H, E), k and v (Nk, G, E) -> (Nq, H, E)"""
-        fits = q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+        fits = q.dtype == torch.bfloat16 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
         if q.device.type != "cpu" and fits:  # `meta` too: tests trace it as a GPU would run it
             return varlen(q, k, v, self.cu_q, self.cu_k, self.sizes, self.causal)
         return self.attend_padded(q, k, v)
@@ -227,8 +229,9 @@ class Linear(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, cfg: ModelConfig):
+    def __init__(self, cfg: ModelConfig, layer: int):
         super().__init__()
+        self.layer = layer
         self.n_head, self.n_kv, self.width, self.normed, self.eps = cfg.n_head, cfg.kv_heads, cfg.width_head, cfg.qk_norm, cfg.norm_eps
         self.qkv = Linear(cfg.d_model, (self.n_head + 2 * self.n_kv) * self.width, "qkv", cfg.qkv_bias)
         self.out = Linear(self.n_head * self.width, cfg.d_model, "o")
@@ -316,7 +319,7 @@ class Block(nn.Module):
     def __init__(self, cfg: ModelConfig, layer: int, gate: str):
         super().__init__()
         self.norm1 = RMSNorm(cfg.d_model, cfg.norm_eps)
-        self.attn = Attention(cfg)
+        self.attn = Attention(cfg, layer)
         self.norm2 = RMSNorm(cfg.d_model, cfg.norm_eps)
         self.ffn = PolyGLU(cfg, gate, layer) if cfg.ffn == "polyglu" else SwiGLU(cfg, layer)
 
@@ -349,6 +352,8 @@ class Packed:
     """What the blocks share during one forward over flat documents: positions, attention, the gate's pool and noise."""
 
     def __init__(self, model, pos, cu, max_len, causal, rows=None, merge=None, count=None, window=0):
+        if max_len > model.cfg.max_len:
+            die(f"a document of {max_len} tokens is longer than max_len={model.cfg.max_len}; raise it or cut the text")
         self.pos, self.cu, self.tau, self.merge = pos, cu, model.tau, merge
         self.rope, self.dtype = model.rope(pos), model.dtype
         self.borders = borders(pos, cu) if model.cfg.ffn == "polyglu" else None
@@ -451,8 +456,6 @@ class Transformer(nn.Module):
         return self.read(self.encoder, batch, causal=False)
 
     def read(self, stack, batch, causal):
-        if batch["max_len"] > self.cfg.max_len:
-            die(f"a document of {batch['max_len']} tokens is longer than max_len={self.cfg.max_len}; raise it or cut the text")
         x = batch["embeds"].to(self.dtype) if "embeds" in batch else self.embed_tokens(batch["ids"])
         more = {"count": batch.get("docs"), "window": batch.get("window", 0)}
         return stack(x, Packed(self, batch["pos"], batch["cu"], batch["max_len"], causal, batch.get("rows"), **more))
@@ -471,9 +474,9 @@ class Transformer(nn.Module):
     def head_weight(self):
         return self.embed.weight if self.head is None else self.head.weight
 
-    def nll(self, hidden, targets, weight=None):
-        """Summed negative log-likelihood (weighted), and each token's without gradient; logits exist a chunk at a time."""
-        return linear_cross_entropy(self.head_input(hidden), self.head_weight, targets, self.cfg.vocab_size, weight)
+    def nll(self, hidden, targets):
+        """Summed negative log-likelihood, and each token's without gradient; logits exist a chunk at a time."""
+        return linear_cross_entropy(self.head_input(hidden), self.head_weight, targets, self.cfg.vocab_size)
 
     def predict(self, hidden):
         """Logits (..., V) in fp32, padding rows left out; without gradients a GPU never rounds them to bf16."""

@@ -11,6 +11,7 @@ from dataclasses import fields
 from configurator import die
 from latent_data import LatentConfig
 
+ARCH = {"lm": ("decoder",), "denoise": ("encdec",), "contrast": ("encoder", "encdec")}  # whom an objective can train
 SHAPE = """n_layer n_head n_kv_head d_model head_dim d_ff norm_eps qk_norm qkv_bias rope_theta rope_scaling rope_bf16 embed_rank ffn act
     acts gate gate_enc gate_block init_std remat"""
 FP8 = "precision_required fp8_format fp8_recipe fp8_mode fp8_filter fp8_start_step fp8_history fp8_algo fp8_margin"
@@ -59,8 +60,10 @@ POSITIVE = """vocab_size n_layer n_head d_model max_len gate_block seq_len token
 def possible(cfg):
     """Refuse numbers that no run can have."""
     for key, value in vars(cfg).items():
-        if type(value) in (int, float) and key not in ("seed", "fp8_margin") and (value < 0 or (value == 0 and key in POSITIVE)):
+        if type(value) in (int, float) and key != "fp8_margin" and (value < 0 or (value == 0 and key in POSITIVE)):
             die(f"{key}={value} must be {'above 0' if key in POSITIVE else '0 or more'}")
+    if cfg.arch not in (fit := ARCH.get(cfg.objective, (cfg.arch,))):
+        die(f"objective={cfg.objective} trains no arch={cfg.arch}: set --arch={' or --arch='.join(fit)}")
     for n, row in enumerate(cfg.stages):
         for key in row.keys() & {"seq_len", "rows", "accum"}:
             if row[key] < 1:
@@ -87,7 +90,13 @@ def idle(cfg, argv=()):
         for key in keys.split() if not any(met(cfg, part) for part in need.split(" or ")) else ():
             if getattr(cfg, key) != getattr(type(cfg), key):
                 found.setdefault(key, need)
-    for given, keys in (("rows", "tokens_per_step micro_tokens"), ("clip", "clip"), ("mix", "mix")):
+    for given, keys in (
+        ("rows", "tokens_per_step micro_tokens"),
+        ("accum", "micro_tokens"),
+        ("seq_len", "seq_len"),
+        ("clip", "clip"),
+        ("mix", "mix"),
+    ):
         asked = given == "mix" and cfg.auto_mix  # it starts from `mix`, whatever the stages say
         for key in keys.split() if cfg.stages and all(given in row for row in cfg.stages) and not asked else ():
             if getattr(cfg, key) != getattr(type(cfg), key):

@@ -203,24 +203,24 @@ def matmul32(a, b):
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda and a.dtype == torch.bfloat16 else (a @ b)
 
 
-def _nll_and_gradient(logits, target, scale, vocab, grads):
-    """nll (n,) of targets (n,), none ignored; with `grads` its gradient, times scale, takes the place of the logits (n, Vpad)."""
+def _nll_and_gradient(logits, target, vocab, grads):
+    """nll (n,) of targets (n,), none ignored; with `grads` its gradient takes the place of the logits (n, Vpad)."""
     if native.fits(logits):
         low, high = target.aminmax()
         assert 0 <= low and high < vocab, f"targets from {low} to {high} are not all among {vocab} ids"
         nll = logits.new_empty(len(logits), dtype=torch.float32)
-        native.call("cross_entropy", logits, len(logits), vocab, logits.shape[1], int(grads), target.long(), scale, logits, nll)
+        native.call("cross_entropy", logits, len(logits), vocab, logits.shape[1], int(grads), target.long(), logits, nll)
         return nll
     wide = full(logits[:, :vocab])
     nll = wide.logsumexp(1) - wide.gather(1, target[:, None])[:, 0]
     if grads:
         p = wide.softmax(1)
         p[torch.arange(len(p)), target] -= 1
-        logits[:, :vocab], logits[:, vocab:] = p if scale is None else p * scale[:, None], 0
+        logits[:, :vocab], logits[:, vocab:] = p, 0
     return nll
 
 
-def _chunks(h, w, targets, vocab, token_weight, grads, chunk):
+def _chunks(h, w, targets, vocab, grads, chunk):
     """(nll, dh, dW in at least fp32), a chunk of logits at a time: a CPU's way, and that of float64. Ignored tokens are left out."""
     acc = torch.promote_types(h.dtype, torch.float32)  # of logits, sums and dW
     index = (targets != -100).nonzero().squeeze(1)
@@ -230,8 +230,7 @@ def _chunks(h, w, targets, vocab, token_weight, grads, chunk):
     for rows in index.split(chunk) if len(index) else ():
         x = h[rows]
         logits = x @ w.t()  # (chunk, Vpad)
-        scale = None if token_weight is None else token_weight[rows].to(acc)
-        nll[rows] = _nll_and_gradient(logits, targets[rows], scale, vocab, grads)
+        nll[rows] = _nll_and_gradient(logits, targets[rows], vocab, grads)
         if grads:
             dh[rows] = logits @ w
             dw = dw.addmm_(logits.t(), x) if dw.dtype == h.dtype else dw.add_(logits.t() @ x)
@@ -240,31 +239,30 @@ def _chunks(h, w, targets, vocab, token_weight, grads, chunk):
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h, weight, targets, vocab, token_weight, chunk, grads):
+    def forward(ctx, h, weight, targets, vocab, chunk, grads):
         w = weight.to(h.dtype)
         way = functools.partial(_chunks, chunk=chunk)
         if h.is_cuda and h.dtype != torch.float64 and len(h):
             way = head.narrow if h.dtype == torch.bfloat16 and h.shape[1] <= head.NARROW else head.wide
-        nll, *ctx.grads = way(h, w, targets, vocab, token_weight, grads)
+        nll, *ctx.grads = way(h, w, targets, vocab, grads)
         ctx.like = weight.shape, weight.dtype
-        total = nll.sum() if token_weight is None else (nll * token_weight).sum()
         ctx.mark_non_differentiable(nll)
-        return total, nll
+        return nll.sum(), nll
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, _):
         (dh, dw), (shape, dtype), ctx.grads = ctx.grads, ctx.like, None  # scaled in place: a second backward must fail
         dw = grad.new_zeros(shape, dtype=dtype) if dw is None else dw.mul_(grad).to(dtype)
-        return dh.mul_(grad), dw, None, None, None, None, None
+        return dh.mul_(grad), dw, None, None, None, None
 
 
-def linear_cross_entropy(h, weight, targets, vocab, token_weight=None, chunk=1024):
+def linear_cross_entropy(h, weight, targets, vocab, chunk=1024):
     """(sum of nll, nll per token detached) of softmax(h @ weight[:vocab].T) against targets (-100: ignored, nll 0).
 
     The gradients are computed here, so that logits of [chunk, V] are all that ever exists; a GPU goes the ways of head.py.
-    h (N, d) in the activation dtype, weight (Vpad, d); token_weight (N,) scales the sum, not the nll that is returned. Call it outside
-    torch.compile, as train.py does: a loop over chunks holds nothing for a compiler (to say so in a decorator costs 1.2 s of imports).
+    h (N, d) in the activation dtype, weight (Vpad, d). Call it outside of torch.compile, as train.py does: a loop
+    over chunks holds nothing for a compiler.
     """
     grads = torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)
-    return _LinearCrossEntropy.apply(h, weight, targets, vocab, token_weight, chunk, grads)
+    return _LinearCrossEntropy.apply(h, weight, targets, vocab, chunk, grads)

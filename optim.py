@@ -1,8 +1,9 @@
 """What each step does, and what applies it: the plan (length, batch, lr, clip, mix, tau) and the optimizer.
 
-    plan = make_plan(cfg, world)       # plan(step) -> Row, plan.steps, plan.table(): a pure function of the step, so that
-    optimizer = build_optimizer(model, cfg)                    # resuming, prefetching and logging cannot disagree with it
+    plan = Plan(cfg, world)                     # plan(step) -> Row; plan.steps, plan.table()
+    optimizer = build_optimizer(model, cfg)
 
+A row is a function of the step alone, so that resuming, prefetching and logging cannot disagree about it.
 A run without `stages` is a table of one row. Every knob of lr is one product: peak x warm-up x decay x the row's mult.
 Read next: train.py, which walks the plan; data.py, which cuts batches by it; checkpoint.py, which names the state.
 """
@@ -167,9 +168,6 @@ class Plan:
             line = f"{i:5} {s.seq_len:6,} {rows:7,} {s.accum:5} {s.mult:5.2f} {s.clip:5.2f} {s.first:10,} {steps:9,}"
             lines.append(f"{line} {steps * s.tokens:15,} {steps * s.tokens / self.total:6.1%}  {mix} {s.note}".rstrip())
         return "\n".join([*lines, f"total {self.steps:,} steps, {self.total:,} tokens{self.note}"])
-
-
-make_plan = Plan
 
 
 # ---- the optimizer ------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ An error that no line of ours caused keeps its traceback. Read next: configurato
 """
 
 import atexit
+import errno
 import os
 import re
 import select
@@ -66,6 +67,8 @@ def last_words(kind, error, trace):
         raise SystemExit(1)
     if issubclass(kind, KeyboardInterrupt):
         raise SystemExit(130)
+    if issubclass(kind, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        die(f"{error.filename or 'a file that was written'}: {error.strerror}; free the disk or choose another --out; --resume goes on")
     if issubclass(kind, (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)) and error.filename:
         die(f"{error.filename}: {error.strerror}; correct the path")
     top = (getattr(error, "name", None) or "").partition(".")[0]

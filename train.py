@@ -13,7 +13,6 @@ Read next: model.py (what is trained), data.py (the batches), optim.py (the plan
 
 import prelude  # isort: skip  # noqa: F401
 
-import errno
 import functools
 import math
 import os
@@ -125,12 +124,12 @@ class Config(ModelConfig, DenoiseConfig, ContrastConfig, PrecisionConfig, Latent
 def token_counts(batch) -> dict[str, float]:
     """How much each loss term of this micro-batch weighs; known on the host before the forward."""
     real = batch["targets"] != -100
-    return {"loss": float((batch["weight"] * real).sum() if "weight" in batch else real.sum())}
+    return {"loss": float(real.sum())}
 
 
 def token_sums(model, raw, batch):
     """Next-token loss, denoising, fine-tuning: they differ in the stream alone. -> {term: sum}, (nll, group) of each target."""
-    sum_, each = raw.nll(model(batch), batch["targets"], batch.get("weight"))
+    sum_, each = raw.nll(model(batch), batch["targets"])
     return {"loss": sum_}, each
 
 
@@ -303,7 +302,7 @@ def main(argv):
     idle = needs.idle(cfg, argv)
     machine = hardware.find(cfg.device, cfg.dtype)
     hardware.join(machine)
-    if machine.device.type == "cuda" and machine.dtype == torch.float32:  # TF32, for a run in fp32 alone: routing in bf16 is exact
+    if machine.device.type == "cuda" and machine.dtype == torch.float32:  # TF32, for a run in fp32 alone: beside bf16, fp32 means fp32
         torch.set_float32_matmul_precision("high")
     lead, objective = machine.rank == 0, find_objective(cfg)
     if cfg.stats_every and (cfg.objective == "latent" or (cfg.parallel == "fsdp" and machine.world > 1)):
@@ -322,7 +321,7 @@ def main(argv):
         die(f"parameters={cfg.parameters:,}, but this model has {raw.num_params():,}: set --parameters={raw.num_params()}, or 0")
     start = "; " + checkpoint.load_weights(cfg.init_from, raw) if cfg.init_from and not resume_from else ""
     raw.set_dtype(machine.dtype).to(machine.device).train()
-    plan = optim.make_plan(cfg, machine.world, data.epoch_tokens(cfg) if cfg.epochs else 0)
+    plan = optim.Plan(cfg, machine.world, data.epoch_tokens(cfg) if cfg.epochs else 0)
     plan = mix.MixedPlan(plan, cfg) if cfg.auto_mix else plan
     call = hardware.wrap(compile_blocks(raw) if cfg.compile else raw, cfg.parallel, machine)
     optimizer = optim.build_optimizer(raw, cfg)
@@ -367,8 +366,14 @@ def main(argv):
             log.say(monitor.conversations(name, data.read_manifest(Path(path))))
         log.say(f"resumed from {resume_from}" if resume_from else f"new run in {out}{start}")
     asked, parent = [], os.getppid()  # signals: noticed between steps, agreed on by all ranks in the reduction of every step
+
+    def on_signal(number, frame):
+        asked.append(number)
+        if number == signal.SIGINT:  # a second Ctrl-C ends it where it stands; whole checkpoints survive that
+            signal.signal(number, signal.default_int_handler)
+
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-        signal.signal(getattr(signal, name), lambda number, frame: asked.append(number))
+        signal.signal(getattr(signal, name), on_signal)
 
     def save(step, metrics):
         score = metrics.get(cfg.best_metric)
@@ -524,15 +529,5 @@ def main(argv):
     del lock
 
 
-def command(argv):
-    """main, where a disk that is full, read-only or forbidden is answered in one line."""
-    try:
-        main(argv)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR):
-            raise
-        die(f"{error.filename or 'a file of the run'}: {error.strerror}; free it or choose another --out; --resume goes on")
-
-
 if __name__ == "__main__":
-    command(sys.argv[1:])
+    main(sys.argv[1:])

@@ -19,7 +19,7 @@ from config import fp8_table
 from fp8 import E4M3, E5M2, gemm, operand
 from machine import wait
 from model import build
-from optim import make_plan
+from optim import Plan
 from precision import ROLES, linears
 from train import Config
 
@@ -27,7 +27,7 @@ from train import Config
 def shapes_of(argv):
     """[(role, M, K, N)] of a run, `argv` as train.py takes it; M is its smallest micro-batch, which decides the filter."""
     cfg = configurator.load(Config, argv)[0]
-    tokens = -(-min(stage.micro_tokens for stage in make_plan(cfg, 1, epoch_tokens=1 << 40).stages) // 16) * 16
+    tokens = -(-min(stage.micro_tokens for stage in Plan(cfg, 1, epoch_tokens=1 << 40).stages) // 16) * 16
     every = [(one.role, tokens, *reversed(one.weight.shape)) for one in linears(build(cfg, "meta")).values() if one.role in ROLES]
     return [shape for shape in dict.fromkeys(every) if not any(n % 16 for n in shape[1:])]
 

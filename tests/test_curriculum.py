@@ -187,7 +187,7 @@ TABLES = {
 @functools.cache
 def plan_of(name, *more):
     cfg = load(BASE, *TABLES[name][0], f"config/curriculum_{name}.py", *more)
-    return cfg, optim.make_plan(cfg, 1)
+    return cfg, optim.Plan(cfg, 1)
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -251,7 +251,7 @@ def test_published_accumulation_is_one_line_away(tmp_path):
     text = open("config/curriculum_ultra_steps.py").read()
     path = tmp_path / "with_accumulation.py"
     path.write_text(text.replace("_accumulate = False", "_accumulate = True"))
-    plan = optim.make_plan(load(BASE, str(path)), 1)
+    plan = optim.Plan(load(BASE, str(path)), 1)
     assert plan.total == 8_593_408_000 and plan(199_999).accum == 4 and plan(110_000).tokens == 73_728
 
 
@@ -268,13 +268,13 @@ def test_progressive_mix_and_the_h100_rows(tmp_path):
     big = load(BASE, "config/superbpe_270m.py", str(path))
     assert big.lr == 8e-4 and [row["rows"] for row in big.stages] == [8192, 4096, 2048, 1024, 512, 256, 128, 96, 48, 40]
     for c in (cfg, big):
-        assert c.warmup == round(optim.make_plan(c, 1).steps / 100)
+        assert c.warmup == round(optim.Plan(c, 1).steps / 100)
 
 
 @pytest.mark.parametrize("micro, world", [(98304, 1), (49152, 1), (49152, 2), (12288, 8), (12288, 1)])
 def test_micro_batches_divide_exactly(micro, world):
     cfg = load(BASE, "config/curriculum_ultra.py", f"--micro_tokens={micro}")
-    plan = optim.make_plan(cfg, world)
+    plan = optim.Plan(cfg, world)
     for stage in plan.stages:
         assert stage.tokens == 98304 and stage.accum * stage.micro_tokens * world == 98304 and stage.micro_tokens % stage.seq_len == 0
 
@@ -290,7 +290,7 @@ def test_micro_batches_divide_exactly(micro, world):
 )
 def test_mistakes_stop_with_one_line(argv, words, capsys):
     with pytest.raises(SystemExit) as stop:
-        optim.make_plan(load(BASE, *argv), 1)
+        optim.Plan(load(BASE, *argv), 1)
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1 and all(word in err for word in words)
 
@@ -357,7 +357,7 @@ def test_resume_around_a_switch_is_bitwise(shards, tmp_path, capsys):
     used = [json.loads((tmp_path / "whole" / f"step-00000{n}" / "state.json").read_text())["precision"] for n in (2, 3)]
     assert used == ["fp8 requested, fp8 used (not before fp8_start_step)", "fp8 requested, fp8 used"]
     whole = rows_of(tmp_path / "whole")
-    plan = optim.make_plan(load(*argv), 1)
+    plan = optim.Plan(load(*argv), 1)
     logged = {row["step"]: row["train/lr"] for row in whole if "train/lr" in row}
     assert logged == {step + 1: plan(step).lr for step in range(12)}
     for stop in (7, 8, 9):  # the switch is at step 8
@@ -663,7 +663,7 @@ def test_arms_of_the_ablation_see_the_same_bytes(two_corpora, size, factors):
     for arm in ("", *factors, factors):
         cfg = load(*ablation.arguments(arm, size, two_corpora, total, 1.0))
         needs.idle(cfg, ablation.arguments(arm, size, two_corpora, total, 1.0))  # stops at a setting that would do nothing
-        plan = optim.make_plan(cfg, 1)
+        plan = optim.Plan(cfg, 1)
         per_token = 4 if "T" in arm else 3
         seen[arm] = (plan.steps, plan.total * per_token)
         assert cfg.precision == ("fp8" if "F" in arm else "bf16") and (len(plan.stages) > 1) == ("C" in arm)

@@ -321,7 +321,7 @@ def test_flops_are_those_of_the_paper_arithmetic(monkeypatch):
     texts = {"cu": torch.tensor([0, 40, 100])}  # contrast: neither decoder nor head
     assert monitor.flops(model, texts) == 6 * 100 * 440_401_920 + 12 * 2048 * 28 * (40**2 + 60**2)
     where = train.hardware.find("cpu")._replace(peak=1e15)
-    meter, row = monitor.Meter(cfg, model, [], where), train.optim.make_plan(cfg, 1)(0)
+    meter, row = monitor.Meter(cfg, model, [], where), train.optim.Plan(cfg, 1)(0)
     meter.expect([pack, pack])
     monkeypatch.setattr(monitor.time, "perf_counter", lambda: meter.clock + 2.0)
     record, line = meter.read(row, ["loss"], torch.zeros(1), {"loss": 1.0}, {})

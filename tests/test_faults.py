@@ -82,7 +82,10 @@ def child(argv, log, fault):
     os.dup2(handle, 2)
     if fault:
         fault[0](*fault[1:])
-    train.command(argv)
+    try:
+        train.main(argv)
+    except Exception:
+        sys.excepthook(*sys.exc_info())  # as at the end of a program
 
 
 def start(argv, log, *fault):
@@ -609,9 +612,7 @@ def test_two_ranks_equal_one_process_though_their_tokens_are_unequal(uneven, tmp
     assert close(tmp_path / "two", tmp_path / "one", 2e-5)
     if (parallel, ffn) == ("ddp", "swiglu"):
         cfg, _ = configurator.load(train.Config, settings("unused", uneven, **keys))
-        steps = [
-            [int((b["targets"] >= 0).sum()) for b in micros] for micros in data.open_stream(cfg, optim.make_plan(cfg), log=lambda _: 0)
-        ]
+        steps = [[int((b["targets"] >= 0).sum()) for b in micros] for micros in data.open_stream(cfg, optim.Plan(cfg), log=lambda _: 0)]
         per_rank = [(sum(counts[0::2]), sum(counts[1::2])) for counts in steps]
         assert any(a == 0 != b for a, b in per_rank) and any(a != 0 == b for a, b in per_rank) and any(a != b for a, b in per_rank)
 
@@ -761,7 +762,7 @@ def test_shards_of_any_content_are_read_or_refused(shards, tmp_path, capsys, fil
     dir, rng, kept = shutil.copytree(shards, tmp_path / "d"), random.Random(file), 0
     base = configurator.load(train.Config, settings("unused", shards, packing=packing, seq_len=128, max_len=128, tokens_per_step=2048))[0]
     cfg = lambda dir: dataclasses.replace(base, data=str(dir))  # noqa: E731
-    plan, good = optim.make_plan(base), (dir / file).read_bytes()
+    plan, good = optim.Plan(base), (dir / file).read_bytes()
     for _ in range(rounds):
         (dir / file).write_bytes(mutate(good, rng))
         kept += bool(refused(capsys, lambda: read_everything(dir, cfg, plan)))

@@ -251,7 +251,7 @@ def test_what_falls_back_says_so(capsys):
 
 def test_out_of_memory_is_one_line_with_a_remedy(capsys):
     cfg = Config(max_steps=1, seq_len=64, tokens_per_step=1024)
-    with pytest.raises(SystemExit) as stop, machine.enough_memory(cfg, optim.make_plan(cfg)(0)):
+    with pytest.raises(SystemExit) as stop, machine.enough_memory(cfg, optim.Plan(cfg)(0)):
         torch.empty(10 << 40, dtype=torch.uint8, device=DEVICE)
     line = capsys.readouterr().err.strip()
     assert stop.value.code == 2 and "\n" not in line and line.endswith("try --micro_tokens=512"), line

@@ -128,7 +128,7 @@ def test_one_compilation_serves_all_layers_lengths_and_steps(how, corpus):
     lengths = (64, 64, 64) if how == "polyglu" else (64, 256, 16)  # noise has a shape of its own for every number of rows
     stages = tuple({"start": 2 * i, "seq_len": n} for i, n in enumerate(lengths))
     cfg = Config(**keys, stages=stages, max_steps=6, warmup=1)
-    net, plan = M.build(cfg).set_dtype(BF16).to(DEVICE).train(), optim.make_plan(cfg)
+    net, plan = M.build(cfg).set_dtype(BF16).to(DEVICE).train(), optim.Plan(cfg)
     optimizer, stream = optim.build_optimizer(net, cfg), data.open_stream(cfg, plan, log=lambda text: None)
     fp8.apply(net, cfg, torch.device(DEVICE), [(s.seq_len, s.micro_tokens) for s in plan.stages])
     M.compile_blocks(net)

@@ -28,21 +28,21 @@ def case(n, d, vocab, rows, dtype=torch.bfloat16, ignore=0.2, scale=1.0, device=
     w = torch.randn(rows, d, generator=g).to(dtype)
     targets = torch.randint(0, vocab, (n,), generator=g)
     targets[torch.rand(n, generator=g) < ignore] = -100
-    return [t.to(device) for t in (h, w, targets, torch.rand(n, generator=g))]
+    return [t.to(device) for t in (h, w, targets)]
 
 
-def truth(h, w, targets, vocab, weight):
+def truth(h, w, targets, vocab):
     """nll, dh, dW, and how large the terms of dh and dW are; a thousand tokens at a time."""
     h, w, dh, nll, sizes = h.double(), w.double(), [], [], []
-    dw, large, factors = torch.zeros_like(w), torch.zeros_like(w), (targets != -100) * (1.0 if weight is None else weight.double())
-    for x, t, factor in zip(h.split(1024), targets.split(1024), factors.split(1024), strict=True):
+    dw, large = torch.zeros_like(w), torch.zeros_like(w)
+    for x, t in zip(h.split(1024), targets.split(1024), strict=True):
         z = x @ w[:vocab].t()
         chosen = z.gather(1, t.clamp(min=0)[:, None])
         others = z.scatter(1, t.clamp(min=0)[:, None], -torch.inf)
         nll.append(torch.where(t == -100, 0, (torch.logsumexp(z, 1, keepdim=True) - chosen).squeeze(1)))
         grad = torch.softmax(z, 1)
         own = -(others.logsumexp(1, keepdim=True) - z.logsumexp(1, keepdim=True)).exp()
-        grad = grad.scatter_(1, t.clamp(min=0)[:, None], own).mul_(factor[:, None])
+        grad = grad.scatter_(1, t.clamp(min=0)[:, None], own).mul_((t != -100)[:, None])
         dh.append(grad @ w[:vocab])
         sizes.append(grad.abs() @ w[:vocab].abs())
         dw[:vocab] += grad.t() @ x
@@ -50,8 +50,8 @@ def truth(h, w, targets, vocab, weight):
     return torch.cat(nll), torch.cat(dh), dw, torch.cat(sizes), large
 
 
-def compare(got, h, w, targets, vocab, weight, rounding):
-    nll, dh, dw, sizes, large = truth(h, w, targets, vocab, weight)
+def compare(got, h, w, targets, vocab, rounding):
+    nll, dh, dw, sizes, large = truth(h, w, targets, vocab)
     assert got[0].dtype == got[2].dtype == torch.float32 and got[1].dtype == h.dtype
     assert ((got[0] - nll).abs() <= FP32 * (1 + nll)).all()
     assert ((got[1] - dh).abs() <= rounding * 1.01 * (sizes + dh.abs()) + FP32 * sizes + 1e-30).all()
@@ -59,12 +59,12 @@ def compare(got, h, w, targets, vocab, weight, rounding):
     assert got[0][targets == -100].abs().sum() == got[1][targets == -100].abs().sum() == got[2][vocab:].abs().sum() == 0
 
 
-def by_rows(h, w, targets, vocab, weight, grads=True):
+def by_rows(h, w, targets, vocab, grads=True):
     """`wide` with the products in float64: a CPU has none of bf16 into fp32."""
     logits, nll = (h.double() @ w.double().t()).float(), torch.empty(len(h), device=h.device)
     logits[:, vocab:] = torch.nan  # never read
     dx = h.new_empty(logits.shape).fill_(torch.nan) if grads else None
-    head.loss_rows(logits, targets.int(), vocab, weight, nll, dx)
+    head.loss_rows(logits, targets.int(), vocab, nll, dx)
     return (nll, (dx.double() @ w.double()).to(h.dtype), (dx.double().t() @ h.double()).float()) if grads else (nll, None, None)
 
 
@@ -74,11 +74,10 @@ SHAPES = [(140, 128, 500, 512), (130, 64, 257, 260), (37, 48, 101, 300), (12, 20
 
 @triton_path
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize(("n", "d", "vocab", "rows"), SHAPES)
-def test_kernels_equal_float64(way, weighted, n, d, vocab, rows):
-    h, w, targets, weight = case(n, d, vocab, rows, ignore=0.2 if n > 1 else 0)
-    args = h, w, targets, vocab, weight if weighted else None
+def test_kernels_equal_float64(way, n, d, vocab, rows):
+    h, w, targets = case(n, d, vocab, rows, ignore=0.2 if n > 1 else 0)
+    args = h, w, targets, vocab
     got = way(*args)
     compare(got, *args, BF16)
     assert all(map(torch.equal, got, way(*args)))  # bitwise
@@ -90,7 +89,7 @@ def test_kernels_equal_float64(way, weighted, n, d, vocab, rows):
 @pytest.mark.parametrize("way", WAYS)
 def test_a_certain_token_and_a_hopeless_one(way):
     """12 nats ahead of all others together, every gradient near 1e-5 of the others'; 400 behind; 400 ahead."""
-    h, w, _, _ = case(200, 64, 300, 384, scale=0.05)
+    h, w, _ = case(200, 64, 300, 384, scale=0.05)
     w[:, 0] = torch.tensor([0.0, 18.0, 400.0], device=DEVICE)[torch.tensor([0] * 290 + [1] * 9 + [2] + [0] * 84)]
     w[:, 1] = w[:, 0].roll(1)  # so that both h of a kind have their own row
     h[:, :2] = 0
@@ -98,7 +97,7 @@ def test_a_certain_token_and_a_hopeless_one(way):
     targets = torch.where(torch.arange(200, device=DEVICE) % 4 == 0, 299, 7)  # 400 ahead, hopeless, and plain
     w[299, 0], w[290:299, 0] = 400.0, 0.0
     h[1::4, 1], w[:, 1], w[7, 1] = 1.0, 0.0, 18.0
-    args = h, w, targets, 300, None
+    args = h, w, targets, 300
     got = way(*args)
     assert all(torch.isfinite(x).all() for x in got)
     nll, dh, _, _, _ = truth(*args)
@@ -111,16 +110,15 @@ def test_a_certain_token_and_a_hopeless_one(way):
 @triton_path
 @pytest.mark.parametrize("way", WAYS)
 def test_everything_ignored(way):
-    h, w, targets, _ = case(40, 32, 100, 128, ignore=2.0)
-    assert all(t.abs().sum() == 0 for t in way(h, w, targets, 100, None))
+    h, w, targets = case(40, 32, 100, 128, ignore=2.0)
+    assert all(t.abs().sum() == 0 for t in way(h, w, targets, 100))
 
 
 @triton_path
-@pytest.mark.parametrize("weighted", [False, True])
-def test_wide_heads_go_by_chunks(weighted, monkeypatch):
-    h, w, targets, weight = case(50, 200, 301, 320, torch.float32)
+def test_wide_heads_go_by_chunks(monkeypatch):
+    h, w, targets = case(50, 200, 301, 320, torch.float32)
     monkeypatch.setattr(head, "CHUNK", (1.0, 20))
-    args = h, w, targets, 301, weight if weighted else None
+    args = h, w, targets, 301
     compare(head.wide(*args), *args, 1e-5)
 
 
@@ -136,16 +134,16 @@ def test_wide_heads_go_by_chunks(weighted, monkeypatch):
     ],
 )
 def test_gpu_loss_equals_float64(n, d, vocab, rows, dtype):
-    h, w, targets, weight = case(n, d, vocab, rows, dtype, scale=0.3)
+    h, w, targets = case(n, d, vocab, rows, dtype, scale=0.3)
     leaves = h.clone().requires_grad_(), w.float().requires_grad_()  # fp32 master weights
     leaves = leaves if dtype != torch.float64 else (leaves[0], w.clone().requires_grad_())
-    total, nll = linear_cross_entropy(*leaves, targets, vocab, weight)
+    total, nll = linear_cross_entropy(*leaves, targets, vocab)
     total.backward()
     rounding = {torch.bfloat16: BF16, torch.float32: 1e-5, torch.float64: 1e-12}[dtype]
     got = nll, leaves[0].grad, leaves[1].grad
-    assert abs(total - (nll * weight).sum()) <= 1e-5 * total
-    compare([t if dtype != torch.float64 or i == 1 else t.float() for i, t in enumerate(got)], h, w, targets, vocab, weight, rounding)
+    assert abs(total - nll.sum()) <= 1e-5 * total
+    compare([t if dtype != torch.float64 or i == 1 else t.float() for i, t in enumerate(got)], h, w, targets, vocab, rounding)
     with torch.no_grad():
-        again = linear_cross_entropy(*leaves, targets, vocab, weight)[1]
+        again = linear_cross_entropy(*leaves, targets, vocab)[1]
     torch.testing.assert_close(again, nll, rtol=1e-6, atol=1e-5)  # a kernel without gradients is another program
     assert not nll.requires_grad

@@ -334,7 +334,7 @@ def test_wire_start_and_latent_questions_hold_back(models):
     keys = dict(data={"qa": str(models / "qa.jsonl")}, seq_len=48, tokens_per_step=96, max_steps=8, objective="latent", wire_bits=(4,))
     for wire_start, first in ((0.0, 0), (0.5, 4)):
         cfg = config(models, wire_start=wire_start, **keys)
-        stream = latent_data.Stream(cfg, optim.make_plan(cfg, 1), 0, 1, sides, reader, print)
+        stream = latent_data.Stream(cfg, optim.Plan(cfg, 1), 0, 1, sides, reader, print)
         assert [step[0]["bits"] for step in stream] == [0] * first + [4] * (8 - first)
     for latent_questions, asked in ((1, 1), (2, 2), (0, 5)):
         stream.cfg = config(models, latent_questions=latent_questions)
@@ -441,18 +441,18 @@ def test_stream_is_the_same_for_any_world(models, capsys):
     sides, reader = lw.layouts(cfg)
     ids = {}
     for world in (1, 2):
-        streams = [latent_data.Stream(cfg, optim.make_plan(cfg, world), r, world, sides, reader, print) for r in range(world)]
+        streams = [latent_data.Stream(cfg, optim.Plan(cfg, world), r, world, sides, reader, print) for r in range(world)]
         steps = [[next(s) for s in streams] for _ in range(4)]
         ids[world] = [[m["ids"].tolist() for i in range(4 // world) for m in (rank[i] for rank in step)] for step in steps]
     assert ids[1] == ids[2]
     reader.cut, said = 0, []
-    list(latent_data.Stream(cfg, optim.make_plan(cfg, 1), 0, 1, sides, reader, said.append))
+    list(latent_data.Stream(cfg, optim.Plan(cfg, 1), 0, 1, sides, reader, said.append))
     assert reader.cut > 1 and sum("longer than seq_len=48" in line for line in said) == 1
-    stream = latent_data.Stream(cfg, optim.make_plan(cfg, 1), 0, 1, sides, reader, print)
+    stream = latent_data.Stream(cfg, optim.Plan(cfg, 1), 0, 1, sides, reader, print)
     next(stream), next(stream)
     state = json.loads(json.dumps(stream.state))
     want = [m["0.ids"].tolist() for m in next(stream)]
-    stream = latent_data.Stream(cfg, optim.make_plan(cfg, 1), 0, 1, sides, reader, print)
+    stream = latent_data.Stream(cfg, optim.Plan(cfg, 1), 0, 1, sides, reader, print)
     stream.load(state)
     assert [m["0.ids"].tolist() for m in next(stream)] == want
     rows = json.loads("[" + ",".join((models / "text.jsonl").read_text().splitlines()) + "]")

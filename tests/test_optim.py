@@ -9,7 +9,7 @@ import torch
 
 import optim
 from model import ModelConfig, build
-from optim import build_optimizer, make_plan
+from optim import Plan, build_optimizer
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def dies(capsys, call, *words):
 
 
 def test_encdec_schedule_worked_values():
-    plan = make_plan(Config(lr=2e-4, warmup=1000, warmup_from=0.01, max_steps=100_000), 1)
+    plan = Plan(Config(lr=2e-4, warmup=1000, warmup_from=0.01, max_steps=100_000), 1)
     for step, lr in ((0, 2e-6), (500, 1.01e-4), (1000, 2e-4), (50_500, 1.1e-4), (100_000, 2e-5)):
         assert plan(step).lr == pytest.approx(lr, rel=1e-12)
 
@@ -73,7 +73,7 @@ def test_polyglu_recipe():
         mix={"math": 70, "stem": 25, "code": 5},
         mix_end={"math": 0.85, "stem": 0.10, "code": 0.05},
     )  # fmt: skip
-    plan = make_plan(cfg, 1)
+    plan = Plan(cfg, 1)
     assert plan(0).accum == 16 and plan.total == 10_239_868_928
     assert plan(0).lr == pytest.approx(1e-4 / 2000) and plan(1999).lr == plan(2000).lr == pytest.approx(1e-4)
     assert plan(19_531).lr == pytest.approx(0, abs=1e-15)
@@ -86,7 +86,7 @@ def test_polyglu_recipe():
 
 def test_ultra_curriculum_by_tokens_begins_every_stage_at_the_published_step():
     stages = tuple({"tokens": t, "seq_len": n} for t, n in zip(ULTRA_TOKENS, LENGTHS, strict=True))
-    plan = make_plan(Config(stages=stages, tokens_per_step=98_304, max_len=2048), 1)
+    plan = Plan(Config(stages=stages, tokens_per_step=98_304, max_len=2048), 1)
     assert [s.first for s in plan.stages] == [0, 84, 209, 417, 834, 1459, 2292, 3334, 7084, 10_834] and plan.steps == 20_834
     rows = [plan(s.first).tokens // plan(s.first).seq_len for s in plan.stages]
     assert rows == [12_288, 6_144, 3_072, 1_536, 768, 384, 192, 128, 64, 48]
@@ -99,28 +99,28 @@ def test_ultra_curriculum_by_steps():
     mults = (0.3, 0.4, 0.5, 0.6, 0.75, 0.85, 0.95, 1.0, 1.0, 1.0)
     table = list(zip(starts, LENGTHS, rows, accums, mults, strict=True))
     stages = tuple({"start": s, "seq_len": n, "rows": r, "accum": a, "mult": m, "clip": 0.5} for s, n, r, a, m in table)
-    plan = make_plan(Config(stages=stages, max_len=2048, max_steps=200_000, warmup=2000), 1)
+    plan = Plan(Config(stages=stages, max_len=2048, max_steps=200_000, warmup=2000), 1)
     assert plan.total == 8_593_408_000
     assert plan(0).tokens == 32_768 and plan(0).micro_tokens == 4096 and plan(0).accum == 8 and plan(0).clip == 0.5
-    flat = make_plan(Config(max_steps=200_000, warmup=2000), 1)
+    flat = Plan(Config(max_steps=200_000, warmup=2000), 1)
     for step in (0, 1999, 2000, 57_123, 199_999):  # lr is the schedule times the row's mult, nothing else
         mult = mults[max(i for i, s in enumerate(starts) if s <= step)]
         assert plan(step).lr == pytest.approx(flat(step).lr * mult, rel=1e-12)
-    halves = make_plan(Config(stages=stages, max_len=2048, max_steps=200_000), 2)  # the world only splits the rows
+    halves = Plan(Config(stages=stages, max_len=2048, max_steps=200_000), 2)  # the world only splits the rows
     assert halves.total == plan.total and halves(0).micro_tokens == 2048 and halves(0).accum == 8
 
 
 def test_rows_are_those_of_a_micro_batch_and_divide_over_the_processes(capsys):
     cfg = Config(stages=({"start": 0, "rows": 6, "accum": 4},), max_steps=9)
-    assert make_plan(cfg, 2).table().splitlines()[1].split()[:4] == ["0", "256", "6", "4"]
+    assert Plan(cfg, 2).table().splitlines()[1].split()[:4] == ["0", "256", "6", "4"]
     with pytest.raises(SystemExit):
-        make_plan(cfg, 4)  # no micro_tokens could mend it: `rows` says what they are
+        Plan(cfg, 4)  # no micro_tokens could mend it: `rows` says what they are
     assert "rows=6 do not divide over 4 processes" in capsys.readouterr().err
 
 
 def test_mult_moves_linearly_over_a_stage_warmup():
     stages = ({"start": 0, "mult": 2.0, "warmup": 4}, {"start": 10, "mult": 1.0, "warmup": 5}, {"start": 20, "mult": 3.0})
-    plan = make_plan(Config(stages=stages, warmup=0, schedule="constant", lr=1.0, max_steps=30), 1)
+    plan = Plan(Config(stages=stages, warmup=0, schedule="constant", lr=1.0, max_steps=30), 1)
     assert [plan(s).lr for s in (0, 1, 3, 9)] == pytest.approx([0.5, 1.0, 2.0, 2.0])
     assert [plan(s).lr for s in (10, 11, 14, 19, 20)] == pytest.approx([1.8, 1.6, 1.0, 1.0, 3.0])
 
@@ -135,26 +135,26 @@ def test_mult_moves_linearly_over_a_stage_warmup():
     ],
 )
 def test_decay_shapes(schedule, values):
-    plan = make_plan(Config(schedule=schedule, lr=1.0, warmup=10, max_steps=110), 1)
+    plan = Plan(Config(schedule=schedule, lr=1.0, warmup=10, max_steps=110), 1)
     for step, lr in values.items():
         assert plan(step).lr == pytest.approx(lr), step
 
 
 def test_length_of_the_run():
-    assert make_plan(Config(max_tokens=10_000), 1).steps == 5
-    assert make_plan(Config(max_tokens=10_240), 1).steps == 5
-    assert make_plan(Config(epochs=1.5), 1, epoch_tokens=10_000).steps == 8
+    assert Plan(Config(max_tokens=10_000), 1).steps == 5
+    assert Plan(Config(max_tokens=10_240), 1).steps == 5
+    assert Plan(Config(epochs=1.5), 1, epoch_tokens=10_000).steps == 8
     open_end = ({"tokens": 4000}, {"seq_len": 128})
-    plan = make_plan(Config(stages=open_end, max_tokens=20_480), 1)
+    plan = Plan(Config(stages=open_end, max_tokens=20_480), 1)
     assert [s.first for s in plan.stages] == [0, 2] and plan.steps == 10
-    assert make_plan(Config(stages=open_end, max_steps=7), 1).steps == 7
+    assert Plan(Config(stages=open_end, max_steps=7), 1).steps == 7
     rows = ({"start": 0, "rows": 4}, {"start": 3, "rows": 8})  # 1024 then 2048 tokens a step
-    assert make_plan(Config(stages=rows, max_tokens=3 * 1024 + 4097), 1).steps == 6
+    assert Plan(Config(stages=rows, max_tokens=3 * 1024 + 4097), 1).steps == 6
 
 
 def test_a_plan_is_pure_and_picklable_free_of_state():
     cfg = Config(max_steps=50, stages=({"start": 0, "seq_len": 64}, {"start": 20}))
-    plan, again = make_plan(cfg, 1), make_plan(cfg, 1)
+    plan, again = Plan(cfg, 1), Plan(cfg, 1)
     order = list(range(50))
     assert [plan(s) for s in reversed(order)] == [again(s) for s in order][::-1]
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -163,9 +163,9 @@ def test_a_plan_is_pure_and_picklable_free_of_state():
 
 
 def test_batch_is_split_exactly():
-    plan = make_plan(Config(tokens_per_step=98_304, micro_tokens=12_288, max_steps=1), 2)
+    plan = Plan(Config(tokens_per_step=98_304, micro_tokens=12_288, max_steps=1), 2)
     assert (plan(0).accum, plan(0).micro_tokens) == (4, 12_288)
-    assert make_plan(Config(stages=({"start": 0, "accum": 4},), max_steps=1), 2)(0).micro_tokens == 256
+    assert Plan(Config(stages=({"start": 0, "accum": 4},), max_steps=1), 2)(0).micro_tokens == 256
 
 
 @pytest.mark.parametrize(
@@ -196,18 +196,18 @@ def test_batch_is_split_exactly():
     ],
 )
 def test_refusals(capsys, change, world, words):
-    dies(capsys, lambda: make_plan(Config(**change), world), *words)
+    dies(capsys, lambda: Plan(Config(**change), world), *words)
 
 
 def test_a_step_outside_the_plan_dies(capsys):
-    dies(capsys, lambda: make_plan(Config(max_steps=5), 1)(6), "step 6", "5 steps")
+    dies(capsys, lambda: Plan(Config(max_steps=5), 1)(6), "step 6", "5 steps")
 
 
 def test_table_shows_every_stage():
     stages = ({"tokens": 4096, "seq_len": 8, "mult": 0.3, "note": "phrases"}, {"tokens": 8192, "mix": {"a": 3, "b": 1}})
-    text = make_plan(Config(stages=stages, data={"a": "x", "b": "y"}, warmup=5), 1).table()
+    text = Plan(Config(stages=stages, data={"a": "x", "b": "y"}, warmup=5), 1).table()
     assert "phrases" in text and "a=0.75 b=0.25" in text and "33.3%" in text and text.endswith("total 6 steps, 12,288 tokens")
-    assert make_plan(Config(max_steps=5, warmup=5), 1).table().endswith("; warmup=5 is not over before the end")
+    assert Plan(Config(max_steps=5, warmup=5), 1).table().endswith("; warmup=5 is not over before the end")
 
 
 # ---- the optimizer ------------------------------------------------------------------------------------------------------

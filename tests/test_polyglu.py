@@ -290,9 +290,9 @@ def test_noise_never_reaches_evaluation_and_can_be_injected():
 
 def test_tau_of_the_plan():
     cfg = Config(ffn="polyglu", max_steps=1000, tau_max=1.0, tau_min=0.1)
-    plan = optim.make_plan(cfg, 1)
+    plan = optim.Plan(cfg, 1)
     assert [round(plan(s).tau, 6) for s in (0, 1, 500, 1000)] == [1.0, 0.9991, 0.55, 0.1]
-    flat = optim.make_plan(Config(ffn="polyglu", max_steps=10, tau_max=0.1, tau_min=0.1), 1)
+    flat = optim.Plan(Config(ffn="polyglu", max_steps=10, tau_max=0.1, tau_min=0.1), 1)
     assert {flat(s).tau for s in range(11)} == {0.1}
     model, ids = make(), draw(1, 9)
     warm = model.logits(ids)
@@ -351,7 +351,7 @@ def test_every_config_builds_and_plans(name):
     cfg, _ = configurator.load(Config, [f"config/{name}.py"])
     model = build(cfg, device="meta")
     if name in ("polyglu_a100", "polyglu_h100", "polyglu_h200"):
-        plan = optim.make_plan(cfg, 1)
+        plan = optim.Plan(cfg, 1)
         assert (plan.steps, plan.total, model.num_params()) == (19_531, 10_239_868_928, 597_153_888)
         assert (
             plan(0).lr == pytest.approx(1e-4 / 2000)
@@ -365,7 +365,7 @@ def test_every_config_builds_and_plans(name):
     elif name == "swiglu_baseline":
         assert model.num_params() == 595_772_928 and cfg.ffn == "swiglu"
     elif name == "polyglu_sft":
-        assert optim.make_plan(cfg, 1, 1_000_000)(0).tau == 0.1 and model.num_params() == 597_153_888
+        assert optim.Plan(cfg, 1, 1_000_000)(0).tau == 0.1 and model.num_params() == 597_153_888
 
 
 def test_sft_and_pretraining_shapes_train_a_step_at_reduced_depth():

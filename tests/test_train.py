@@ -198,7 +198,7 @@ def test_the_launch_line_of_every_config_is_a_whole_recipe(path):
     words = re.search(r"train\.py ((?:config/\w+\.py ?|--\w+=[\w./]+ ?)+)", Path(path).read_text())[1].split()
     assert path in words
     cfg, files = configurator.load(train.Config, words)
-    assert optim.make_plan(cfg, 1, epoch_tokens=10**7).steps > 0
+    assert optim.Plan(cfg, 1, epoch_tokens=10**7).steps > 0
     if cfg.objective != "latent":
         assert build(cfg, "meta").num_params() > 0
 

@@ -40,6 +40,8 @@ class ContrastConfig:
 
 def build(cfg):
     model = M.build(cfg)
+    if model.encoder is None:
+        die(f"objective=contrast trains an encoder; arch={cfg.arch} has none, use encoder or encdec")
     model.contrast = cfg
     if cfg.compile:
         die("compile wants batches of one shape, and pairs have every length: objective=contrast runs with --compile=False")

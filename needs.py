@@ -11,7 +11,7 @@ from dataclasses import fields
 from configurator import die
 from latent_data import LatentConfig
 
-ARCH = {"lm": ("decoder",), "denoise": ("encdec",), "contrast": ("encoder", "encdec")}  # whom an objective can train
+ARCH = {"lm": "decoder", "denoise": "encdec"}  # what an objective can train, where that is one thing
 SHAPE = """n_layer n_head n_kv_head d_model head_dim d_ff norm_eps qk_norm qkv_bias rope_theta rope_scaling rope_bf16 embed_rank ffn act
     acts gate gate_enc gate_block init_std remat"""
 FP8 = "precision_required fp8_format fp8_recipe fp8_mode fp8_filter fp8_start_step fp8_history fp8_algo fp8_margin"
@@ -62,8 +62,8 @@ def possible(cfg):
     for key, value in vars(cfg).items():
         if type(value) in (int, float) and key != "fp8_margin" and (value < 0 or (value == 0 and key in POSITIVE)):
             die(f"{key}={value} must be {'above 0' if key in POSITIVE else '0 or more'}")
-    if cfg.arch not in (fit := ARCH.get(cfg.objective, (cfg.arch,))):
-        die(f"objective={cfg.objective} trains no arch={cfg.arch}: set --arch={' or --arch='.join(fit)}")
+    if cfg.arch != (fit := ARCH.get(cfg.objective, cfg.arch)):
+        die(f"objective={cfg.objective} trains no arch={cfg.arch}: set --arch={fit}")
     for n, row in enumerate(cfg.stages):
         for key in row.keys() & {"seq_len", "rows", "accum"}:
             if row[key] < 1:

@@ -116,7 +116,7 @@ def choose(cfg, role, m, k, n, device):
 def report(model, cfg, hw, stages, plain):
     """What runs in what, and the share of matmul FLOPs in each precision, per stage."""
     m = model.cfg
-    if model.fp8.used == "bf16":
+    if not model.fp8:
         return []
     lines = [
         f"  {cfg.fp8_format}, {cfg.fp8_recipe} scaling, {cfg.fp8_mode}, from step {cfg.fp8_start_step}" + ("" if hw.cuda else ", emulated")

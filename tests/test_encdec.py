@@ -491,3 +491,11 @@ def test_trace_keeps_every_state_and_map():
     v = torch.cat((v_enc, v_own)).repeat_interleave(2, 1).transpose(0, 1)  # (H, S + T, E)
     h = x[:5] + block.attn.out((found["decoder"]["maps"][0][0] @ v).transpose(0, 1).flatten(1))
     torch.testing.assert_close(h + block.ffn(block.norm2(h), None), found["decoder"]["states"][1][:5])
+
+
+def test_neither_side_may_be_longer_than_max_len(capsys):
+    model = build(ModelConfig(arch="encdec", vocab_size=50, n_layer=1, n_head=2, d_model=16, max_len=16, n_sentinels=4))
+    for enc, dec in ((17, 4), (4, 17)):
+        with pytest.raises(SystemExit):
+            model.logits(torch.zeros(1, dec, dtype=torch.long), torch.zeros(1, enc, dtype=torch.long))
+        assert "17 tokens is longer than max_len=16" in capsys.readouterr().err

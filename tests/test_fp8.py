@@ -434,7 +434,7 @@ def test_the_smallest_micro_batch_of_the_table_decides():
     for tokens, picked in ((98304, 1), (4096, 0)):
         model = build(cfg)
         fp8.apply(model, cfg, "cpu", [(8, tokens), (2048, 98304)])
-        assert len(model.fp8.ones) == picked
+        assert len(model.fp8.ones if model.fp8 else ()) == picked
 
 
 def test_the_table_that_is_written_is_the_table_that_is_read(tmp_path):

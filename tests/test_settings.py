@@ -196,3 +196,16 @@ def test_adapter_hidden_is_a_width():
     lm = build(Config(n_layer=1, n_head=2, d_model=16))
     for adapter_hidden, width in ((0, 32), (24, 24)):
         assert latentwire.Adapter(Config(latent_dim=8, adapter_hidden=adapter_hidden), lm).net[0].out_features == width
+
+
+def test_an_objective_trains_the_architecture_that_it_is_made_for(capsys):
+    for objective, arch, fit in (("lm", "encoder", "decoder"), ("lm", "encdec", "decoder"), ("denoise", "decoder", "encdec")):
+        with pytest.raises(SystemExit):
+            needs.possible(Config(objective=objective, arch=arch, max_steps=1))
+        assert f"objective={objective} trains no arch={arch}: set --arch={fit}" in capsys.readouterr().err
+
+
+def test_what_every_stage_sets_itself_is_named():
+    stages = ({"start": 0, "seq_len": 64, "accum": 2}, {"start": 9, "seq_len": 128, "accum": 1})
+    found = needs.idle(Config(stages=stages, seq_len=512, micro_tokens=64))
+    assert "seq_len (needs a stage without `seq_len`)" in found and "micro_tokens (needs a stage without `accum`)" in found

@@ -270,17 +270,29 @@ class Reader:
         }
 
 
+def references(row):
+    """A list of strings or numbers, of {text}, SQuAD's {text: [...]}, or a single one -> strings; [""]: a question without an answer."""
+    a = row["answers"]["text"] if isinstance(row["answers"], dict) else row["answers"]
+    a = a if isinstance(a, list) else [] if a is None else [a]
+    return [str(x["text"] if isinstance(x, dict) else x) for x in a] or [""]
+
+
 def read_rows(path):
     """{context, question, answers, id} and {text} rows of a jsonl, json or parquet file, or of a folder's train.jsonl."""
     path = Path(path)
     path = path / "train.jsonl" if path.is_dir() else path
     if not path.is_file():
         die(f"{path} does not exist; write it with `python -m prepare.factqa` or `python -m prepare.squad`")
-    for row in (rows := sources.read(path)):
+    for n, row in enumerate(rows := sources.read(path), 1):
+        if not isinstance(row, dict):
+            die(f"{path}: row {n} is {str(row)[:40]!r}, no object: write {{context, question, answers}} or {{text}}")
         if {"context", "question", "answers"} <= set(row):
-            row["answers"] = list(row["answers"]) or [""]  # a question without an answer
+            try:
+                row["answers"] = references(row)
+            except KeyError:
+                die(f"{path}: row {n}: answers={str(row['answers'])[:40]} holds no text: give a list of strings")
         elif "text" not in row:
-            die(f"{path}: a row is {{context, question, answers}} or {{text}}, not {sorted(row)}")
+            die(f"{path}: row {n}: a row is {{context, question, answers}} or {{text}}, not {sorted(row)}")
     return rows
 
 

@@ -167,16 +167,21 @@ class Side:
             out += [part] if isinstance(part, int) else self.ids(part.replace(CONTEXT, context).replace(QUESTION, question))
         return out
 
-    def gold(self, answer):
-        return (list(self.ids(self.join + answer)) if answer else []) + [self.end]
+    def gold(self, question, answer):
+        """As it follows the anchor: alone, a tokenizer may put a mark of its own in front of it (Llama 2's does)."""
+        before, whole = self.around(question, answer)
+        own = whole[len(before) :] if whole[: len(before)] == before else self.ids(self.join + answer)
+        return [*own, self.end] if answer else [self.end]
 
     def aligned(self, question, answer):
-        """Is the answer's first token the same whether or not it follows the anchor? Hard check of the target at t = 0."""
+        """Does the anchor keep its tokens when the answer follows? Hard check of the target at t = 0."""
+        before, whole = self.around(question, answer)
+        return not answer or whole[: len(before)] == before
+
+    def around(self, question, answer):
         last = self.tail[-1] if self.tail else self.text[-1]
-        if isinstance(last, int) or not answer:
-            return True
-        last = last.replace(QUESTION, question)
-        return tuple(self.tok.encode(last + self.join + answer)) == self.ids(last) + self.ids(self.join + answer)
+        last = "" if isinstance(last, int) else last.replace(QUESTION, question)
+        return self.ids(last) if last else (), self.ids(last + self.join + answer)
 
     def prompt(self, question, context=None, slots=0):
         """Ids of a prompt; -1 stands for a slot. With a context the model reads text, else (slots or nothing) and the tail."""
@@ -195,8 +200,7 @@ def pack(docs, prefix=""):
 
     Inputs are prompt + targets[:-1]; target i is predicted at position len(prompt) - 1 + i. `at`, `goal`, `step` list them by kind.
     """
-    ids, slot_at, slot_z, lengths = [], [], [], []
-    kinds = {}
+    ids, slot_at, slot_z, lengths, kinds = [], [], [], [], {}
     for prompt, z, targets, kind in docs:
         base = len(ids)
         slots = [base + i for i, t in enumerate(prompt) if t < 0]
@@ -365,12 +369,10 @@ class Stream:
         chosen = [(*self.take(name), rng.random()) for name in names]
         rng.shuffle(chosen)  # every micro-batch gets its share of each source
         bits = rng.choice(self.cfg.wire_bits) if self.cfg.wire_bits and row.eta >= self.cfg.wire_start else 0
-        micros, cut = [], self.reader.cut
+        micros, cut, rest = [], self.reader.cut, {"bits": bits, "first_k": self.cfg.first_k, "terms": terms_of(self.cfg)}
         for i in range(row.accum):
             first = (i * self.world + self.rank) * per_micro
-            micros.append(
-                self.collate(chosen[first : first + per_micro]) | {"bits": bits, "first_k": self.cfg.first_k, "terms": terms_of(self.cfg)}
-            )
+            micros.append(self.collate(chosen[first : first + per_micro]) | rest)
         if self.reader.cut and not cut:
             self.log(f"data: step {self.step}: a source is longer than seq_len={self.cfg.seq_len}; its end is not read, nor that of others")
         self.step += 1
@@ -401,7 +403,7 @@ class Stream:
             for i, (context, questions, rest) in enumerate(later):
                 slots, room = z[i + 1] - z[i], cfg.seq_len
                 for question, answer in questions or ():
-                    gold = side.gold(answer)
+                    gold = side.gold(question, answer)
                     docs.append((side.prompt(question, slots=slots), z[i], gold, "ans"))
                     teacher.append((side.prompt(question, context=context), 0, gold[: cfg.first_k], "kd"))
                 if cfg.w_ae if questions is None else cfg.w_ae_qa:

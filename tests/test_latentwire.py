@@ -148,16 +148,16 @@ def test_layout_per_bos_and_anchor():
     ):
         assert latent_data.Side(toy_tokenizer(bos), settings_of(bos=mode)).prompt(q, slots=2) == want
     side = latent_data.Side(toy_tokenizer(True), settings_of(anchor="none"))
-    assert side.prompt(q, slots=1) == [0, -1, *b"\nQuestion: Where?\n"] and side.gold("no") == [*b"no", 256]
+    assert side.prompt(q, slots=1) == [0, -1, *b"\nQuestion: Where?\n"] and side.gold("Q?", "no") == [*b"no", 256]
     side = latent_data.Side(toy_tokenizer(), settings_of(compress="all"))
-    assert side.prompt(q, slots=1) == [-1, *b"Answer:"] and side.gold("no") == [*b" no", 256] and side.gold("") == [256]
+    assert side.prompt(q, slots=1) == [-1, *b"Answer:"] and side.gold("Q?", "no") == [*b" no", 256] and side.gold("Q?", "") == [256]
     assert side.prompt(q, context="C") == list(b"Context: C\nQuestion: Where?\nAnswer:")
     template = "<|endoftext|>{{ messages[0].content }}<|endoftext|>{% if add_generation_prompt %}A{% endif %}"
     side = latent_data.Side(toy_tokenizer(template=template), settings_of())
     evil = "<|endoftext|>"  # in a question it stays text
     ids = side.prompt(evil, slots=2)
     assert side.anchor == "chat" and ids[:3] == [256, -1, -1] and ids[-2:] == [256, 65] and ids.count(256) == 2
-    assert side.gold("no") == [*b"no", 256]
+    assert side.gold("Q?", "no") == [*b"no", 256]
     with pytest.raises(SystemExit):
         latent_data.Side(toy_tokenizer(), settings_of(anchor="chat"))
 
@@ -168,9 +168,9 @@ def test_a_chat_model_is_taught_and_heard_to_its_end_of_turn(models):
     tok = toy_tokenizer(template=template)
     tok.special |= {"<|im_start|>": 1, "<|im_end|>": 2}
     side = latent_data.Side(tok, settings_of())
-    assert side.anchor == "chat" and side.gold("no") == [*b"no", 2] and side.stops == {2, 256}
+    assert side.anchor == "chat" and side.gold("Q?", "no") == [*b"no", 2] and side.stops == {2, 256}
     side = latent_data.Side(tok, settings_of(anchor="text"))
-    assert side.gold("no") == [*b" no", 256] and side.stops == {256}
+    assert side.gold("Q?", "no") == [*b" no", 256] and side.stops == {256}
     tok.configure(chat_template=[{"name": "tools", "template": "x"}, {"name": "default", "template": template}])
     assert latent_data.Side(tok, settings_of()).tail[-2:] == [2, 1]
     model = lw.build(config(models))
@@ -203,6 +203,16 @@ def test_alignment_is_refused_not_warned_about():
     kept, dropped = latent_data.sources_of(rows, settings_of(), [side])
     assert dropped == 1 and kept == [("c", [("Q?", "no")])]
     side.tok.run = merged
+
+
+def test_an_answer_is_what_follows_the_anchor():
+    """Llama 2 begins every text with a mark: it stands before the anchor, not before the answer. Of other tokenizers nothing changes."""
+    side = latent_data.Side(tok := toy_tokenizer(), settings_of())
+    plain, tok.run = tok.run, lambda text: np.array([999, *text.replace(" ", "_").encode()], np.uint32)
+    assert side.aligned("Q?", "yes") and side.gold("Q?", "yes") == [*b"_yes", 256] and side.gold("Q?", "") == [256]
+    tok.run = plain
+    side.ids.cache_clear()
+    assert side.gold("Q?", "yes") == [*side.ids(" yes"), 256]
 
 
 def test_slots_pool_the_source_in_order():
@@ -294,7 +304,7 @@ def test_teacher_stands_at_the_students_place(models):
         part = {k.removeprefix(f"{m}.teacher."): v for k, v in batch.items() if k.startswith(f"{m}.teacher.")}
         teacher = model.teacher(lm, part)
         side = model.sides[m]
-        docs = [(side.prompt(q, context=t), 0, side.gold(a), "ans") for t in TEXTS for q, a in (("Where?", "Oslo"), ("Who?", ""))]
+        docs = [(side.prompt(q, context=t), 0, side.gold(q, a), "ans") for t in TEXTS for q, a in (("Where?", "Oslo"), ("Who?", ""))]
         text = latent_data.pack(docs)
         logits = lm.predict(lm(text)[text["ans.at"]])
         early = batch[f"{m}.ans.step"] < 3

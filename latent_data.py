@@ -143,7 +143,8 @@ class Side:
         self.end = next((tok.special[name] for name in prompts.TURNS if chat and name in tok.special), tok.eos_id)
         if chat:
             message = {"role": "user", "content": f"Context: {CONTEXT}\nQuestion: {QUESTION}\nAnswer with a few words of the context."}
-            words = dict(messages=[message], add_generation_prompt=True, bos_token="", eos_token="")
+            eos = prompts.release(tok) or next(name for name, i in tok.special.items() if i == tok.eos_id)  # some close a turn with it
+            words = dict(messages=[message], add_generation_prompt=True, bos_token="", eos_token=eos)
             text = prompts.compiled(prompts.template_of(tok)).render(**words)
         else:
             text = f"Context: {CONTEXT}" + TEXT[self.anchor]

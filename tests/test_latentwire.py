@@ -22,7 +22,7 @@ import train
 from eval import latent
 from files import write_rows
 from model import ModelConfig, build
-from prepare import factqa
+from prepare import factqa, prompts
 
 TEXTS = ["Anna Lind lives in Oslo. She has a pet cat.", "Otto Berg lives in Rome. His pet is a dog. He likes figs.", "", "Ωμέγα 🙂", "x"]
 
@@ -179,6 +179,15 @@ def test_a_chat_model_is_taught_and_heard_to_its_end_of_turn(models):
     side.stops = {lw.greedy(model.lms[0], [torch.tensor(prompt)], (), 1)[0][0]}
     arm = latent.run_arm(model, 0, rows, [prompt], None, True, SimpleNamespace(batch=1, max_new_tokens=4))
     assert arm["text"] == [""]  # nothing was said before the turn ended
+
+
+def test_a_template_that_closes_turns_with_eos_has_one():
+    template = "{{ messages[0].content }}{{ eos_token }}{% if add_generation_prompt %}A{% endif %}"
+    assert latent_data.Side(toy_tokenizer(template=template), settings_of()).tail[-2:] == [256, "A"]
+    tok = toy_tokenizer(template=template).configure(eos_token={"content": "</s>"}, chat_template=template)
+    tok.special["</s>"] = 2
+    prompts.release.cache_clear()
+    assert latent_data.Side(tok, settings_of()).tail[-2:] == [2, "A"]  # as its tokenizer_config.json names it
 
 
 def test_targets_are_indexed_once():

@@ -74,6 +74,11 @@ def test_codec_refuses_what_is_not_a_packet():
     for bad in (b"", good[:15], good[:-1], good + b"\0"):
         with pytest.raises(ValueError):
             lw.decode(bad)
+    for at, byte in ((17, good[17] | 0x80), (18, good[18] | 0xFC), (-1, good[-1] | 1)):  # scale, value, last bit
+        bad = bytearray(good)
+        bad[at] = byte
+        with pytest.raises(ValueError, match="no encoder"):
+            lw.decode(bytes(bad))
     nan = bytearray(good)
     nan[16:18] = struct.pack("<e", math.nan)
     with pytest.raises(ValueError, match="finite"):
@@ -151,6 +156,8 @@ def test_layout_per_bos_and_anchor():
     assert side.prompt(q, slots=1) == [0, -1, *b"\nQuestion: Where?\n"] and side.gold("Q?", "no") == [*b"no", 256]
     side = latent_data.Side(toy_tokenizer(), settings_of(compress="all"))
     assert side.prompt(q, slots=1) == [-1, *b"Answer:"] and side.gold("Q?", "no") == [*b" no", 256] and side.gold("Q?", "") == [256]
+    assert side.prompt("\0", context="\1") == list(b"Context: \1\nQuestion: \0\nAnswer:")  # what is put in has no holes
+    assert latent_data.Side(toy_tokenizer(True), settings_of(bos="after")).bare(2, "x") == [-1, -1, 0, *b"x"]
     assert side.prompt(q, context="C") == list(b"Context: C\nQuestion: Where?\nAnswer:")
     template = "<|endoftext|>{{ messages[0].content }}<|endoftext|>{% if add_generation_prompt %}A{% endif %}"
     side = latent_data.Side(toy_tokenizer(template=template), settings_of())
@@ -231,7 +238,7 @@ def test_slots_pool_the_source_in_order():
     assert pooled == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9], [9], [9]] and batch["z_cu"].tolist() == [0, 3, 6]
     ragged = latent_data.Reader(tokenizer.load("bytes"), settings_of(latent_ratio=4))
     assert ragged.collate([ragged.source("abcdefgh"), ragged.source("")])["z_cu"].tolist() == [0, 3, 4]
-    assert len(reader.source("y" * 100)) == 64 and reader.cut == 1
+    assert len(reader.source("y" * 100)) == 64 and reader.cut == 1 and reader.fits("y" * 100) == 63 and reader.fits("y" * 9) == 9
     kept = bytes(reader.source("y" * 100, "Where?")[:-1])
     assert len(kept) == 63 and kept.endswith(b"\nQuestion: Where?\nAnswer: ")  # the passage is cut, never the question
 
@@ -373,6 +380,17 @@ def test_every_document_reads_its_own_packet(models):
             want = [i for i in range(2) for _ in kinds]  # every source's documents, one source after the other
             got = [[int(batch[f"{m}.slot_z"][slots.index(s)]) for s in slots if a <= s < b] for a, b in zip(docs, docs[1:], strict=False)]
             assert got == [list(range(z[i], z[i + 1])) for i in want]
+
+
+def test_what_follows_a_long_text_follows_what_was_read(models):
+    model = lw.build(cfg := config(models))  # seq_len 64; the first model's tokens are bytes
+    text = "".join(f"{i:02d} " for i in range(90))
+    batch = micro_batch(model, cfg, [text], qa=False)
+    read = bytes(batch["ids"][:-1].tolist()).decode()
+    assert 0.4 * 63 <= len(read) < 63 and text.startswith(read)
+    assert bytes(batch["0.lm.goal"].tolist()).decode() == text[len(read) :][:64] and len(batch["0.ae.goal"]) == len(read) + 1
+    batch = micro_batch(model, cfg, ["y" * 90], qa=False)  # no space: what was read is repeated, and nothing follows
+    assert len(batch["0.ae.goal"]) == 64 and "0.lm.goal" not in batch and model.reader.cut == 1
 
 
 def test_slots_look_like_words(models):

@@ -457,6 +457,15 @@ def test_train_resumes_to_the_bit_and_keeps_the_frozen_frozen(models, tmp_path, 
     assert capsys.readouterr().out.split()[-4] == "-"  # jsonl has no bytes per token
 
 
+def test_a_frozen_reader_is_known_by_its_weights(models):
+    """It is not saved: a checkpoint must not be read through another model of the same shape."""
+    names = []
+    for reader in "ab":
+        model = lw.build(settings_of(lms=(str(models / "a"),), latent_encoder="sent", latent_reader=str(models / reader)))
+        names.append([name for name in model.state_dict() if name.startswith("encoder.reader_sha256_")])
+    assert len(names[0]) == len(names[1]) == 1 and names[0] != names[1]
+
+
 def test_settings_that_contradict_each_other_stop(models):
     for bad in (
         {"lms": ()},

@@ -79,8 +79,7 @@ def encode(z, bits: int) -> bytes:
     z = np.ascontiguousarray(torch.as_tensor(z).detach().float().cpu().numpy())
     if bits not in WIDTHS or z.ndim != 2 or max(z.shape) > 65535 or not np.isfinite(z).all():
         raise ValueError(f"cannot send bits={bits}, shape {z.shape}: bits in {WIDTHS}, (M, d_z) up to 65535, finite values")
-    header = HEADER.pack(MAGIC, VERSION, bits, GROUP, *z.shape, z.size)
-    flat = z.reshape(-1)
+    header, flat = HEADER.pack(MAGIC, VERSION, bits, GROUP, *z.shape, z.size), z.reshape(-1)
     if bits == 32:
         return header + flat.astype("<f4").tobytes()
     qmax = 2 ** (bits - 1) - 1
@@ -104,16 +103,17 @@ def decode(payload: bytes) -> torch.Tensor:
     magic, version, bits, group, m, d, count = HEADER.unpack_from(payload)
     if (magic, version, group) != (MAGIC, VERSION, GROUP) or bits not in WIDTHS or count != m * d:
         raise ValueError(f"not a packet: magic {magic!r}, version {version}, bits {bits}, group {group}, {m} x {d} != {count}?")
-    n_groups = -(-count // GROUP) if bits < 16 else 0
-    body = payload[HEADER.size :]
+    n_groups, body = -(-count // GROUP) if bits < 16 else 0, payload[HEADER.size :]
     if len(body) != 2 * n_groups + -(-count * bits // 8):
         raise ValueError(f"a packet of {count} values at {bits} bits has {2 * n_groups + -(-count * bits // 8)} bytes, not {len(body)}")
     if bits >= 16:
         flat = np.frombuffer(body, f"<f{bits // 8}").astype(np.float32)
     else:
         scale = np.frombuffer(body[: 2 * n_groups], "<f2").astype(np.float32)
-        ones = np.unpackbits(np.frombuffer(body[2 * n_groups :], np.uint8))[: count * bits].reshape(count, bits)
-        q = (ones @ (1 << np.arange(bits - 1, -1, -1))).astype(np.float32) - (2 ** (bits - 1) - 1)
+        ones, rest = np.split(np.unpackbits(np.frombuffer(body[2 * n_groups :], np.uint8)), [count * bits])
+        q = (ones.reshape(count, bits) @ (1 << np.arange(bits - 1, -1, -1))).astype(np.float32) - (2 ** (bits - 1) - 1)
+        if (q >= 2 ** (bits - 1)).any() or np.signbit(scale).any() or rest.any():
+            raise ValueError("not a packet: no encoder writes such a value, scale or last byte")
         flat = q * np.repeat(scale, GROUP)[:count]
     if not np.isfinite(flat).all():
         raise ValueError("the packet holds values that are not finite")
@@ -139,21 +139,22 @@ class Side:
         if self.anchor == "chat" and not tok.chat_template:
             die(f"anchor=chat, but {tok.name} has no chat template; use --anchor=text")
         self.bos, chat = prompts.prefix_ids(tok), self.anchor == "chat"
+        self.before, self.after = (self.bos if cfg.bos == mode else [] for mode in ("first", "after"))  # the packet
         self.stops = prompts.stop_ids(tok, chat)  # a chat model closes an answer with its end of turn, not with its end of text
         self.end = next((tok.special[name] for name in prompts.TURNS if chat and name in tok.special), tok.eos_id)
         if chat:
             message = {"role": "user", "content": f"Context: {CONTEXT}\nQuestion: {QUESTION}\nAnswer with a few words of the context."}
-            words = dict(messages=[message], add_generation_prompt=True, bos_token="", eos_token="")
+            eos = prompts.release(tok) or next(name for name, i in tok.special.items() if i == tok.eos_id)  # some close a turn with it
+            words = dict(messages=[message], add_generation_prompt=True, bos_token="", eos_token=eos)
             text = prompts.compiled(prompts.template_of(tok)).render(**words)
         else:
             text = f"Context: {CONTEXT}" + TEXT[self.anchor]
         self.join = "" if self.anchor == "chat" or text.endswith("\n") else " "  # between anchor and answer
         self.text = self.cut(text)  # of the model that reads text
         head, tail = text.split(CONTEXT)
-        head, tail = head.removesuffix("Context: "), tail if not self.all else tail.split(QUESTION)[1]
-        if self.all and self.anchor == "text":
-            tail = "Answer:"  # the packet ends with the question, and the anchor calls for the answer again
-        self.head, self.tail = self.cut(head), self.cut(tail)
+        if self.all:  # the packet ends with the question, and the anchor calls for the answer again
+            tail = "Answer:" if self.anchor == "text" else tail.split(QUESTION)[1]
+        self.head, self.tail = self.cut(head.removesuffix("Context: ")), self.cut(tail)
         self.ids = lru_cache(maxsize=1 << 16)(lambda text: tuple(tok.encode(text)))
 
     def cut(self, text):
@@ -162,32 +163,35 @@ class Side:
         return [self.tok.special.get(part, part) for part in re.split(f"({markers})", text) if part] if markers else [text]
 
     def fill(self, parts, context="", question=""):
-        out = []
+        out, holes = [], {CONTEXT: context, QUESTION: question}  # filled in one pass: what is put in has none
         for part in parts:
-            out += [part] if isinstance(part, int) else self.ids(part.replace(CONTEXT, context).replace(QUESTION, question))
+            out += [part] if isinstance(part, int) else self.ids(re.sub("[\0\1]", lambda hole: holes[hole[0]], part))
         return out
 
-    def gold(self, answer):
-        return (list(self.ids(self.join + answer)) if answer else []) + [self.end]
+    def gold(self, question, answer):
+        """As it follows the anchor: alone, a tokenizer may put a mark of its own in front of it (Llama 2's does)."""
+        before, whole = self.around(question, answer)
+        own = whole[len(before) :] if whole[: len(before)] == before else self.ids(self.join + answer)
+        return [*own, self.end] if answer else [self.end]
 
     def aligned(self, question, answer):
-        """Is the answer's first token the same whether or not it follows the anchor? Hard check of the target at t = 0."""
+        """Does the anchor keep its tokens when the answer follows? Hard check of the target at t = 0."""
+        before, whole = self.around(question, answer)
+        return not answer or whole[: len(before)] == before
+
+    def around(self, question, answer):
         last = self.tail[-1] if self.tail else self.text[-1]
-        if isinstance(last, int) or not answer:
-            return True
-        last = last.replace(QUESTION, question)
-        return tuple(self.tok.encode(last + self.join + answer)) == self.ids(last) + self.ids(self.join + answer)
+        last = "" if isinstance(last, int) else last.replace(QUESTION, question)
+        return self.ids(last) if last else (), self.ids(last + self.join + answer)
 
     def prompt(self, question, context=None, slots=0):
         """Ids of a prompt; -1 stands for a slot. With a context the model reads text, else (slots or nothing) and the tail."""
         if context is not None:
             return (self.bos if self.bos_mode != "none" else []) + self.fill(self.text, context, question)
-        before, after = (self.bos, []) if self.bos_mode == "first" else ([], self.bos if self.bos_mode == "after" else [])
-        return before + self.fill(self.head) + [-1] * slots + after + self.fill(self.tail, question=question)
+        return self.before + self.fill(self.head) + [-1] * slots + self.after + self.fill(self.tail, question=question)
 
-    def bare(self, slots, tail=""):
-        """[BOS][P][tail]: what reconstruction (tail = REPEAT) and continuation (none) are predicted from."""
-        return (self.bos if self.bos_mode == "first" else []) + [-1] * slots + list(self.ids(tail))
+    def bare(self, slots, tail=""):  # what reconstruction (tail = REPEAT) and continuation (none) are predicted from
+        return self.before + [-1] * slots + self.after + list(self.ids(tail))
 
 
 def pack(docs, prefix=""):
@@ -195,8 +199,7 @@ def pack(docs, prefix=""):
 
     Inputs are prompt + targets[:-1]; target i is predicted at position len(prompt) - 1 + i. `at`, `goal`, `step` list them by kind.
     """
-    ids, slot_at, slot_z, lengths = [], [], [], []
-    kinds = {}
+    ids, slot_at, slot_z, lengths, kinds = [], [], [], [], {}
     for prompt, z, targets, kind in docs:
         base = len(ids)
         slots = [base + i for i, t in enumerate(prompt) if t < 0]
@@ -238,11 +241,14 @@ class Reader:
         ids = self.tok.encode(text)
         if len(ids) >= self.limit:
             self.cut += 1
-            keep, tail = self.tok.encode("Context: " + context if question is not None else context), []
-            if question is not None:
-                tail = self.tok.encode(f"\nQuestion: {question}\nAnswer: ")[: self.limit - 1]
+            keep = self.tok.encode("Context: " + context if question is not None else context)
+            tail = [] if question is None else self.tok.encode(f"\nQuestion: {question}\nAnswer: ")[: self.limit - 1]
             ids = keep[: self.limit - 1 - len(tail)] + tail
         return ids + [self.tok.eos_id]
+
+    def fits(self, text):  # -> how many characters of it are read
+        ids = self.tok.encode(text)
+        return len(text) if len(ids) < self.limit else len(self.tok.decode(ids[: self.limit - 1]))
 
     def slots(self, n):
         return -(-n // self.cfg.latent_ratio) if self.cfg.latent_ratio else self.cfg.latent_len
@@ -270,17 +276,29 @@ class Reader:
         }
 
 
+def references(row):
+    """A list of strings or numbers, of {text}, SQuAD's {text: [...]}, or a single one -> strings; [""]: a question without an answer."""
+    a = row["answers"]["text"] if isinstance(row["answers"], dict) else row["answers"]
+    a = a if isinstance(a, list) else [] if a is None else [a]
+    return [str(x["text"] if isinstance(x, dict) else x) for x in a] or [""]
+
+
 def read_rows(path):
     """{context, question, answers, id} and {text} rows of a jsonl, json or parquet file, or of a folder's train.jsonl."""
     path = Path(path)
     path = path / "train.jsonl" if path.is_dir() else path
     if not path.is_file():
         die(f"{path} does not exist; write it with `python -m prepare.factqa` or `python -m prepare.squad`")
-    for row in (rows := sources.read(path)):
+    for n, row in enumerate(rows := sources.read(path), 1):
+        if not isinstance(row, dict):
+            die(f"{path}: row {n} is {str(row)[:40]!r}, no object: write {{context, question, answers}} or {{text}}")
         if {"context", "question", "answers"} <= set(row):
-            row["answers"] = list(row["answers"]) or [""]  # a question without an answer
+            try:
+                row["answers"] = references(row)
+            except KeyError:
+                die(f"{path}: row {n}: answers={str(row['answers'])[:40]} holds no text: give a list of strings")
         elif "text" not in row:
-            die(f"{path}: a row is {{context, question, answers}} or {{text}}, not {sorted(row)}")
+            die(f"{path}: row {n}: a row is {{context, question, answers}} or {{text}}, not {sorted(row)}")
     return rows
 
 
@@ -353,12 +371,10 @@ class Stream:
         chosen = [(*self.take(name), rng.random()) for name in names]
         rng.shuffle(chosen)  # every micro-batch gets its share of each source
         bits = rng.choice(self.cfg.wire_bits) if self.cfg.wire_bits and row.eta >= self.cfg.wire_start else 0
-        micros, cut = [], self.reader.cut
+        micros, cut, rest = [], self.reader.cut, {"bits": bits, "first_k": self.cfg.first_k, "terms": terms_of(self.cfg)}
         for i in range(row.accum):
             first = (i * self.world + self.rank) * per_micro
-            micros.append(
-                self.collate(chosen[first : first + per_micro]) | {"bits": bits, "first_k": self.cfg.first_k, "terms": terms_of(self.cfg)}
-            )
+            micros.append(self.collate(chosen[first : first + per_micro]) | rest)
         if self.reader.cut and not cut:
             self.log(f"data: step {self.step}: a source is longer than seq_len={self.cfg.seq_len}; its end is not read, nor that of others")
         self.step += 1
@@ -374,13 +390,14 @@ class Stream:
         """[(context, questions or None, a random number)] -> one micro-batch for the encoder and every model."""
         cfg, texts, later = self.cfg, [], []
         for context, questions, u in chosen:
-            rest = ""
-            if questions is None:  # continuation: from 40 to 70 % of the text, at a space
-                border = context.find(" ", int(len(context) * (0.4 + 0.3 * u)))
-                context, rest = (context[:border], context[border:]) if border > 0 else (context, "")
+            rest, source = "", context
+            if questions is None:  # continuation: from 40 to 70 % of what can be read, at a space
+                border = context.find(" ", int((fits := self.reader.fits(context)) * (0.4 + 0.3 * u)), fits)
+                context, rest = (context[:border], context[border:]) if border > 0 else (context[:fits], "")
+                source = context if rest else source  # what is too long is counted
             elif cfg.latent_questions and len(questions) > cfg.latent_questions:
                 questions = random.Random(u).sample(questions, cfg.latent_questions)
-            texts.append(self.reader.source(context, questions[0][0] if questions and cfg.compress == "all" else None))
+            texts.append(self.reader.source(source, questions[0][0] if questions and cfg.compress == "all" else None))
             later.append((context, questions, rest))
         batch = self.reader.collate(texts)
         z = batch["z_cu"].tolist()
@@ -389,7 +406,7 @@ class Stream:
             for i, (context, questions, rest) in enumerate(later):
                 slots, room = z[i + 1] - z[i], cfg.seq_len
                 for question, answer in questions or ():
-                    gold = side.gold(answer)
+                    gold = side.gold(question, answer)
                     docs.append((side.prompt(question, slots=slots), z[i], gold, "ans"))
                     teacher.append((side.prompt(question, context=context), 0, gold[: cfg.first_k], "kd"))
                 if cfg.w_ae if questions is None else cfg.w_ae_qa:
@@ -399,7 +416,5 @@ class Stream:
                     docs.append((side.bare(slots), z[i], list(side.ids(rest))[:room], "lm"))
             if not docs:
                 die("a micro-batch of text with w_ae=0 asks nothing: give w_ae a weight, or drop the text from --data")
-            batch |= pack(docs, f"{m}.")
-            if cfg.w_kd and teacher:
-                batch |= pack(teacher, f"{m}.teacher.")
+            batch |= pack(docs, f"{m}.") | (pack(teacher, f"{m}.teacher.") if cfg.w_kd and teacher else {})
         return batch

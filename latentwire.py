@@ -136,7 +136,7 @@ class Adapter(nn.Module):
 
 def over_wire(z, z_cu, bits):
     """encode then decode, packet by packet; the gradient passes straight through (z - z.detach() is zero)."""
-    if not bits:
+    if not bits or not torch.isfinite(z).all():  # what is not finite is the loop's to refuse
         return z
     packets = [decode(encode(part, bits)) for part in z.split(z_cu.diff().tolist())]
     return torch.cat(packets).to(z) + (z - z.detach())
@@ -191,6 +191,8 @@ class Interlingua(nn.Module):
                 p.requires_grad_(trained and (not cfg.latent_frozen or block_number(name) >= old or "coder.norm." in name))
         slots = -(-(cfg.seq_len + 1) // cfg.latent_ratio) if cfg.latent_ratio else cfg.latent_len
         self.encoder = Encoder(cfg, reader, trained, slots)
+        if not trained:  # it is no part of the checkpoint, so its name is, and latent_from compares it too
+            self.encoder.register_buffer(f"reader_sha256_{fingerprint(reader).hex()}", torch.ones(1))
         self.adapters = nn.ModuleList(Adapter(cfg, lm) for lm in self.lms)
         self.sides, self.reader = layouts(cfg)
         if cfg.latent_from:
@@ -377,10 +379,8 @@ def check(cfg):
         die("objective=latent needs frozen models: --lms=\"('out/a', 'out/b')\"")
     if cfg.parallel == "fsdp":
         die("parallel=fsdp does not shard frozen models; use --parallel=ddp, with --sequential and smaller micro_tokens if memory is short")
-    if cfg.calibration == "fixed" and not cfg.prefix_rms > 0:
-        die("calibration=fixed needs --prefix_rms above 0")
-    if cfg.prefix_rms and cfg.calibration != "fixed":
-        die(f"prefix_rms={cfg.prefix_rms} is read by calibration=fixed only; drop it or set calibration")
+    if (cfg.calibration == "fixed") != (cfg.prefix_rms > 0):
+        die(f"calibration={cfg.calibration}, prefix_rms={cfg.prefix_rms}: fixed needs --prefix_rms above 0, nothing else reads it")
     for key in ("latent_reader", "latent_layers", "latent_blocks", "latent_frozen"):
         if getattr(cfg, key) and own_blocks(cfg):
             die(f"{key} belongs to an encoder that starts from a model; latent_encoder={cfg.latent_encoder} has its own blocks")

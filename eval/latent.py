@@ -81,7 +81,7 @@ def run_arm(model, m, rows, prompts, packets=None, by_ids=False, opt=None):
     order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))  # alike lengths together; the answers do not depend on it
     for start in range(0, len(rows), opt.batch):
         which = order[start : start + opt.batch]
-        part, golds = [prompts[i] for i in which], [side.gold(rows[i]["answers"][0]) for i in which]
+        part, golds = [prompts[i] for i in which], [side.gold(rows[i]["question"], rows[i]["answers"][0]) for i in which]
         mine = [packets[i] for i in which] if packets else None
         ll, tokens, rank = teacher_forced(model, m, part, golds, mine, by_ids)
         if by_ids:
@@ -146,11 +146,8 @@ def arms_of(model, m, rows, packets, payload_bytes, opt):
         arms[f"latent{bits}"] = (latent, packets[bits], False)
     first = packets[opt.bits[0]]
     arms["zero"] = (latent, [torch.zeros_like(p) for p in first], False)
-    arms["shuffled"] = (
-        [side.prompt(r["question"], slots=slots[j]) for r, j in zip(rows, other, strict=True)],
-        [first[j] for j in other],
-        False,
-    )
+    swapped = [side.prompt(r["question"], slots=slots[j]) for r, j in zip(rows, other, strict=True)]
+    arms["shuffled"] = (swapped, [first[j] for j in other], False)
     budgets = {"tokens": (slots, cut_tokens, lambda q: len(side.tok.encode(q)))}
     for bits in opt.bits:
         budgets[f"bytes@{bits}bit"] = (payload_bytes[bits], cut_bytes, lambda q: len(q.encode()))
@@ -173,7 +170,8 @@ def joint(model, rows, results, packets, opt):
             side = model.sides[m]
             prompts = [side.prompt(r["question"], slots=len(p)) for r, p in zip(rows, packets, strict=True)]
             for at in (slice(i, i + opt.batch) for i in range(0, len(rows), opt.batch)):
-                total[c, at] += teacher_forced(model, m, prompts[at], [side.gold(a[c]) for a in answers[at]], packets[at])[0]
+                golds = [side.gold(r["question"], a[c]) for r, a in zip(rows[at], answers[at], strict=True)]
+                total[c, at] += teacher_forced(model, m, prompts[at], golds, packets[at])[0]
     chosen = [a[c] for a, c in zip(answers, total.argmax(0), strict=True)]
     em = [exact(a, r["answers"]) for a, r in zip(chosen, rows, strict=True)]
     return {

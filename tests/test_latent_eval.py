@@ -363,3 +363,16 @@ def test_rows_without_what_is_needed_are_refused(tmp_path):
     with pytest.raises(SystemExit):
         latent_data.read_rows(tmp_path / "x.jsonl")
     assert torch.equal(lw.decode(lw.encode(torch.zeros(2, 3), 4)), torch.zeros(2, 3))
+
+
+def test_answers_are_whole_however_they_are_written(tmp_path, capsys):
+    squad_way = {"text": ["Oslo", "in Oslo"], "answer_start": [1, 2]}
+    given = ["Oslo", squad_way, {"text": [], "answer_start": []}, None, [1950], 1950, [{"text": "Oslo"}], []]
+    write_rows(tmp_path / "x.jsonl", [{"context": "c", "question": "q", "answers": a} for a in given])
+    want = [["Oslo"], ["Oslo", "in Oslo"], [""], [""], ["1950"], ["1950"], ["Oslo"], [""]]
+    assert [row["answers"] for row in latent_data.read_rows(tmp_path / "x.jsonl")] == want
+    for bad in ("3", '{"context": "c", "question": "q", "answers": {"spans": ["Oslo"]}}'):
+        (tmp_path / "y.jsonl").write_text('{"text": "t"}\n' + bad + "\n")
+        with pytest.raises(SystemExit):
+            latent_data.read_rows(tmp_path / "y.jsonl")
+        assert "y.jsonl: row 2" in capsys.readouterr().err

@@ -22,7 +22,7 @@ import train
 from eval import latent
 from files import write_rows
 from model import ModelConfig, build
-from prepare import factqa
+from prepare import factqa, prompts
 
 TEXTS = ["Anna Lind lives in Oslo. She has a pet cat.", "Otto Berg lives in Rome. His pet is a dog. He likes figs.", "", "Ωμέγα 🙂", "x"]
 
@@ -74,6 +74,11 @@ def test_codec_refuses_what_is_not_a_packet():
     for bad in (b"", good[:15], good[:-1], good + b"\0"):
         with pytest.raises(ValueError):
             lw.decode(bad)
+    for at, byte in ((17, good[17] | 0x80), (18, good[18] | 0xFC), (-1, good[-1] | 1)):  # scale, value, last bit
+        bad = bytearray(good)
+        bad[at] = byte
+        with pytest.raises(ValueError, match="no encoder"):
+            lw.decode(bytes(bad))
     nan = bytearray(good)
     nan[16:18] = struct.pack("<e", math.nan)
     with pytest.raises(ValueError, match="finite"):
@@ -148,16 +153,18 @@ def test_layout_per_bos_and_anchor():
     ):
         assert latent_data.Side(toy_tokenizer(bos), settings_of(bos=mode)).prompt(q, slots=2) == want
     side = latent_data.Side(toy_tokenizer(True), settings_of(anchor="none"))
-    assert side.prompt(q, slots=1) == [0, -1, *b"\nQuestion: Where?\n"] and side.gold("no") == [*b"no", 256]
+    assert side.prompt(q, slots=1) == [0, -1, *b"\nQuestion: Where?\n"] and side.gold("Q?", "no") == [*b"no", 256]
     side = latent_data.Side(toy_tokenizer(), settings_of(compress="all"))
-    assert side.prompt(q, slots=1) == [-1, *b"Answer:"] and side.gold("no") == [*b" no", 256] and side.gold("") == [256]
+    assert side.prompt(q, slots=1) == [-1, *b"Answer:"] and side.gold("Q?", "no") == [*b" no", 256] and side.gold("Q?", "") == [256]
+    assert side.prompt("\0", context="\1") == list(b"Context: \1\nQuestion: \0\nAnswer:")  # what is put in has no holes
+    assert latent_data.Side(toy_tokenizer(True), settings_of(bos="after")).bare(2, "x") == [-1, -1, 0, *b"x"]
     assert side.prompt(q, context="C") == list(b"Context: C\nQuestion: Where?\nAnswer:")
     template = "<|endoftext|>{{ messages[0].content }}<|endoftext|>{% if add_generation_prompt %}A{% endif %}"
     side = latent_data.Side(toy_tokenizer(template=template), settings_of())
     evil = "<|endoftext|>"  # in a question it stays text
     ids = side.prompt(evil, slots=2)
     assert side.anchor == "chat" and ids[:3] == [256, -1, -1] and ids[-2:] == [256, 65] and ids.count(256) == 2
-    assert side.gold("no") == [*b"no", 256]
+    assert side.gold("Q?", "no") == [*b"no", 256]
     with pytest.raises(SystemExit):
         latent_data.Side(toy_tokenizer(), settings_of(anchor="chat"))
 
@@ -168,9 +175,9 @@ def test_a_chat_model_is_taught_and_heard_to_its_end_of_turn(models):
     tok = toy_tokenizer(template=template)
     tok.special |= {"<|im_start|>": 1, "<|im_end|>": 2}
     side = latent_data.Side(tok, settings_of())
-    assert side.anchor == "chat" and side.gold("no") == [*b"no", 2] and side.stops == {2, 256}
+    assert side.anchor == "chat" and side.gold("Q?", "no") == [*b"no", 2] and side.stops == {2, 256}
     side = latent_data.Side(tok, settings_of(anchor="text"))
-    assert side.gold("no") == [*b" no", 256] and side.stops == {256}
+    assert side.gold("Q?", "no") == [*b" no", 256] and side.stops == {256}
     tok.configure(chat_template=[{"name": "tools", "template": "x"}, {"name": "default", "template": template}])
     assert latent_data.Side(tok, settings_of()).tail[-2:] == [2, 1]
     model = lw.build(config(models))
@@ -179,6 +186,15 @@ def test_a_chat_model_is_taught_and_heard_to_its_end_of_turn(models):
     side.stops = {lw.greedy(model.lms[0], [torch.tensor(prompt)], (), 1)[0][0]}
     arm = latent.run_arm(model, 0, rows, [prompt], None, True, SimpleNamespace(batch=1, max_new_tokens=4))
     assert arm["text"] == [""]  # nothing was said before the turn ended
+
+
+def test_a_template_that_closes_turns_with_eos_has_one():
+    template = "{{ messages[0].content }}{{ eos_token }}{% if add_generation_prompt %}A{% endif %}"
+    assert latent_data.Side(toy_tokenizer(template=template), settings_of()).tail[-2:] == [256, "A"]
+    tok = toy_tokenizer(template=template).configure(eos_token={"content": "</s>"}, chat_template=template)
+    tok.special["</s>"] = 2
+    prompts.release.cache_clear()
+    assert latent_data.Side(tok, settings_of()).tail[-2:] == [2, "A"]  # as its tokenizer_config.json names it
 
 
 def test_targets_are_indexed_once():
@@ -205,6 +221,16 @@ def test_alignment_is_refused_not_warned_about():
     side.tok.run = merged
 
 
+def test_an_answer_is_what_follows_the_anchor():
+    """Llama 2 begins every text with a mark: it stands before the anchor, not before the answer. Of other tokenizers nothing changes."""
+    side = latent_data.Side(tok := toy_tokenizer(), settings_of())
+    plain, tok.run = tok.run, lambda text: np.array([999, *text.replace(" ", "_").encode()], np.uint32)
+    assert side.aligned("Q?", "yes") and side.gold("Q?", "yes") == [*b"_yes", 256] and side.gold("Q?", "") == [256]
+    tok.run = plain
+    side.ids.cache_clear()
+    assert side.gold("Q?", "yes") == [*side.ids(" yes"), 256]
+
+
 def test_slots_pool_the_source_in_order():
     reader = latent_data.Reader(tokenizer.load("bytes"), settings_of(latent_len=3))
     batch = reader.collate([reader.source("abcdefgh"), reader.source("")])  # 9 tokens with EOS, and 1
@@ -212,7 +238,7 @@ def test_slots_pool_the_source_in_order():
     assert pooled == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9], [9], [9]] and batch["z_cu"].tolist() == [0, 3, 6]
     ragged = latent_data.Reader(tokenizer.load("bytes"), settings_of(latent_ratio=4))
     assert ragged.collate([ragged.source("abcdefgh"), ragged.source("")])["z_cu"].tolist() == [0, 3, 4]
-    assert len(reader.source("y" * 100)) == 64 and reader.cut == 1
+    assert len(reader.source("y" * 100)) == 64 and reader.cut == 1 and reader.fits("y" * 100) == 63 and reader.fits("y" * 9) == 9
     kept = bytes(reader.source("y" * 100, "Where?")[:-1])
     assert len(kept) == 63 and kept.endswith(b"\nQuestion: Where?\nAnswer: ")  # the passage is cut, never the question
 
@@ -294,7 +320,7 @@ def test_teacher_stands_at_the_students_place(models):
         part = {k.removeprefix(f"{m}.teacher."): v for k, v in batch.items() if k.startswith(f"{m}.teacher.")}
         teacher = model.teacher(lm, part)
         side = model.sides[m]
-        docs = [(side.prompt(q, context=t), 0, side.gold(a), "ans") for t in TEXTS for q, a in (("Where?", "Oslo"), ("Who?", ""))]
+        docs = [(side.prompt(q, context=t), 0, side.gold(q, a), "ans") for t in TEXTS for q, a in (("Where?", "Oslo"), ("Who?", ""))]
         text = latent_data.pack(docs)
         logits = lm.predict(lm(text)[text["ans.at"]])
         early = batch[f"{m}.ans.step"] < 3
@@ -354,6 +380,17 @@ def test_every_document_reads_its_own_packet(models):
             want = [i for i in range(2) for _ in kinds]  # every source's documents, one source after the other
             got = [[int(batch[f"{m}.slot_z"][slots.index(s)]) for s in slots if a <= s < b] for a, b in zip(docs, docs[1:], strict=False)]
             assert got == [list(range(z[i], z[i + 1])) for i in want]
+
+
+def test_what_follows_a_long_text_follows_what_was_read(models):
+    model = lw.build(cfg := config(models))  # seq_len 64; the first model's tokens are bytes
+    text = "".join(f"{i:02d} " for i in range(90))
+    batch = micro_batch(model, cfg, [text], qa=False)
+    read = bytes(batch["ids"][:-1].tolist()).decode()
+    assert 0.4 * 63 <= len(read) < 63 and text.startswith(read)
+    assert bytes(batch["0.lm.goal"].tolist()).decode() == text[len(read) :][:64] and len(batch["0.ae.goal"]) == len(read) + 1
+    batch = micro_batch(model, cfg, ["y" * 90], qa=False)  # no space: what was read is repeated, and nothing follows
+    assert len(batch["0.ae.goal"]) == 64 and "0.lm.goal" not in batch and model.reader.cut == 1
 
 
 def test_slots_look_like_words(models):
@@ -418,6 +455,15 @@ def test_train_resumes_to_the_bit_and_keeps_the_frozen_frozen(models, tmp_path, 
     assert "another architecture" in capsys.readouterr().err
     train.main(arguments(models, tmp_path / "none", max_steps=8, save_every=0) + ["--benchmark=1"])
     assert capsys.readouterr().out.split()[-4] == "-"  # jsonl has no bytes per token
+
+
+def test_a_frozen_reader_is_known_by_its_weights(models):
+    """It is not saved: a checkpoint must not be read through another model of the same shape."""
+    names = []
+    for reader in "ab":
+        model = lw.build(settings_of(lms=(str(models / "a"),), latent_encoder="sent", latent_reader=str(models / reader)))
+        names.append([name for name in model.state_dict() if name.startswith("encoder.reader_sha256_")])
+    assert len(names[0]) == len(names[1]) == 1 and names[0] != names[1]
 
 
 def test_settings_that_contradict_each_other_stop(models):

@@ -167,9 +167,9 @@ def byte_lengths(dir):
 
 def read_manifest(dir):
     """DIR/manifest.json, or one clear line about what is wrong with it."""
-    path = dir / "manifest.json"
-    if not path.is_file():
-        die(f"{dir} is no directory of shards (no manifest.json): write one with `python -m prepare.text --out={dir}` or correct --data")
+    if not (path := dir / "manifest.json").is_file():
+        way = f"`python -m prepare.text --from=FILES --out={dir}`, or see the top of the config"
+        die(f"{dir} is no directory of shards (no manifest.json): correct --data or write one: {way}")
     try:
         manifest = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:

@@ -101,11 +101,16 @@ def trained(o, local, held_out):
 
 
 def report(out, manifest, seconds=0, read=0):
+    wanted = manifest.get("settings", {})
     for split in ("train", "val"):
         mine = [s for s in manifest["shards"] if s["split"] == split]
         tokens, documents, nbytes = (sum(s[k] for s in mine) for k in ("tokens", "documents", "bytes"))
         ratio = f", {nbytes / tokens:.3f} bytes/token" if tokens else ""
         print(f"{split:5} {documents:>12,} documents {tokens:>15,} tokens {nbytes:>15,} bytes in {len(mine)} shards{ratio}")
+    if tokens < 20_000 and (wanted.get("val") or wanted.get("val_from")):  # of val, the last; training refuses an empty one
+        way = "give --val_from more text" if wanted.get("val_from") else "raise --val"
+        way += ", cut with --separator, or give --val_from=FILES" * bool("separator" in wanted and not wanted["val_from"])
+        print(f"val holds {documents:,} documents, {tokens:,} tokens, few to measure with: remove {out}, then {way}")
     dropped = {k: n for k, n in manifest["dropped"].items() if n}
     print(f"counted: {', '.join(f'{n:,} {k}' for k, n in sorted(dropped.items())) or 'nothing blank, broken or dropped'}")
     print(f"{out}: {read / 1e6:.1f} MB in {seconds:.1f} s, {read / 1e6 / seconds:.1f} MB/s" if read else f"{out}: complete, nothing to do")

@@ -22,8 +22,7 @@ NAMES = """learning_rate lr, batch_size tokens_per_step, gradient_accumulation_s
 
 def coerce(value, kind):
     """`value` as `kind`, or TypeError. Only int -> float and list -> tuple are promoted; a bool is no int."""
-    if kind is typing.Any:  # the untyped inside of a tuple or dict: made equal to what comes back from JSON
-        kind = tuple if isinstance(value, list) else type(value)
+    kind = kind if kind is not typing.Any else tuple if isinstance(value, list) else type(value)  # untyped: equal to what JSON gives back
     origin, inner = typing.get_origin(kind) or kind, typing.get_args(kind)
     value = float(value) if kind is float and type(value) is int else value
     for option in inner if origin in (typing.Union, types.UnionType) else ():
@@ -40,14 +39,14 @@ def coerce(value, kind):
     raise TypeError
 
 
-def assign(values, kinds, key, readings, where):
-    """values[key] = the first of `readings` that fits the type of `key`."""
+def typed(kinds, key, readings, where):
+    """The first of `readings` that fits the type of `key`."""
     if key not in kinds:
         near = [k for k in (*re.findall(rf"\b{re.escape(key)} (\w+)", NAMES), *difflib.get_close_matches(key, kinds, 1, 0.5)) if k in kinds]
         die(f"{where}: unknown key '{key}'; " + (f"did you mean '{near[0]}'?" if near else "--help lists every key"))
     for reading in readings:
         with suppress(TypeError):
-            return values.update({key: coerce(reading, kinds[key])})
+            return coerce(reading, kinds[key])
     die(f"{where}: {key} = {readings[0]!r} is not " + re.sub(r"typing\.|<class '|'>", "", str(kinds[key])))
 
 
@@ -61,14 +60,12 @@ def parse(values, kinds, argv, usage, rows):
         name, equals, text = arg.partition("=")
         if not arg.startswith("--") or sum(name == other.partition("=")[0] for other in argv) > 1:
             die(f"{arg}: " + ("given twice; keep one" if arg.startswith("--") else "settings are written --key=value"))
-        wants_text = kinds.get(name[2:]) in (str, str | None)
-        readings = [text, tuple(text.split(","))] if equals else ["latest" if arg == "--resume" else True]
-        if "," in text and not wants_text:  # --act=silu,gelu names two
-            readings.reverse()
-        with suppress(ValueError, SyntaxError):
-            literal = ast.literal_eval(text)  # 12 stays text where text is wanted, --bits=16 is a tuple of one
-            readings[wants_text:wants_text] = [literal, (literal,)]
-        assign(values, kinds, name[2:], readings, arg)
+        readings = [text] if equals else ["latest" if arg == "--resume" else True]
+        if equals and kinds.get(name[2:]) not in (str, str | None):  # where text is wanted, 12 stays text
+            readings = [text, tuple(text.split(","))][:: -1 if "," in text else 1]  # --act=silu,gelu names two
+            with suppress(ValueError, SyntaxError):
+                readings = [literal := ast.literal_eval(text), (literal,), *readings]  # --bits=16 is a tuple of one
+        values[name[2:]] = typed(kinds, name[2:], readings, arg)
 
 
 def load(cls, argv, usage=""):
@@ -84,8 +81,8 @@ def load(cls, argv, usage=""):
                 ImportError, AssertionError, RuntimeError) as error:  # fmt: skip
             at = getattr(error, "lineno", 0) or getattr(error.__traceback__.tb_next, "tb_lineno", "?")
             die(f"{path}, line {at}: {type(error).__name__}: {error}")
-        for key in [k for k, v in space.items() if k[0] != "_" and not isinstance(v, types.ModuleType)]:
-            assign(values, kinds, key, [space[key]], path)
+        given = {k: v for k, v in space.items() if k[0] != "_" and not isinstance(v, types.ModuleType)}
+        values |= {key: typed(kinds, key, [value], path) for key, value in given.items()}
     source = "\n".join(map(inspect.getsource, filter(dataclasses.is_dataclass, cls.__mro__ if wanted else ())))
     rows = re.findall(r"^    (\w+): .*?(?:  # (.*))?$|^    # (.*)$", source, re.MULTILINE)  # key, the comment beside it, heading
     parse(values, kinds, [arg for arg in argv if arg not in files], usage, rows)
@@ -107,7 +104,5 @@ def to_dict(cfg):
 
 
 def from_dict(cls, source, where="saved config"):
-    values, kinds = {}, typing.get_type_hints(cls)
-    for key, value in source.items():
-        assign(values, kinds, key, [value], where)
-    return cls(**values)
+    kinds = typing.get_type_hints(cls)
+    return cls(**{key: typed(kinds, key, [value], where) for key, value in source.items()})

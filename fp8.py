@@ -130,13 +130,11 @@ def apply(model, cfg, device, stages=(), hw=None):
         n, k = linear.weight.shape
         use = choose(cfg, linear.role, tokens, k, n, hw.name)
         if any(use):
-            wq = torch.empty(n, k, dtype=E4M3, device=device)
-            one = SimpleNamespace(name=name, linear=linear, use=use, slot=2 * i, wq=wq, wqt=wq.t().contiguous())
-            one.inv = torch.ones((), device=device)
+            one = SimpleNamespace(name=name, linear=linear, use=use, slot=2 * i, inv=torch.ones((), device=device))
+            one.wq, one.wqt = (torch.empty(*shape, dtype=E4M3, device=device) for shape in ((n, k), (k, n)))
             one.inputs, one.grads = zip(state.heard[2 * i : 2 * i + 2], state.scales[2 * i : 2 * i + 2], strict=True)
-            linear.matmul = functools.partial(matmul, state, one)
+            linear.matmul, state.uses[name] = functools.partial(matmul, state, one), use
             state.ones.append(one)
-            state.uses[name] = use
     if used != "bf16" and not state.uses:
         used, why = "bf16", [*why, f"fp8_filter={cfg.fp8_filter} leaves 0 % of matmul FLOPs in FP8 at width {model.cfg.d_model}"]
     state.used = used
@@ -155,22 +153,20 @@ def apply(model, cfg, device, stages=(), hw=None):
 def refresh(model, step=True):
     """After every optimizer step: cast the masters once, move delayed scaling one step on. step=False: weights were loaded."""
     state = getattr(model, "fp8", None)
-    if not state:
+    if not state or not state.ones:  # TransformerEngine keeps its own
         return
-    if state.ones:
-        weights = [one.linear.weight for one in state.ones]
-        amax = torch.stack(torch._foreach_norm(weights, math.inf)).float()  # one launch for what can be one: there may be 112 Linears
-        scales = scale_of(amax, E4M3, state.margin)
-        torch._foreach_copy_([one.inv for one in state.ones], (scales.reciprocal() + amax * 0).unbind())
-        for one, weight, scale in zip(state.ones, weights, scales.unbind(), strict=True):
-            cast_into(weight, scale, one.wq, one.wqt)
-            one.version = weight._version
-            state.casts += 1
-    if not (state.delayed and state.ones):
-        return
-    if step and state.on:
-        listen(state)
-    torch._foreach_copy_(state.scales, state.scale.split(1))
+    weights = [one.linear.weight for one in state.ones]
+    amax = torch.stack(torch._foreach_norm(weights, math.inf)).float()  # one launch for what can be one: there may be 112 Linears
+    scales = scale_of(amax, E4M3, state.margin)
+    torch._foreach_copy_([one.inv for one in state.ones], (scales.reciprocal() + amax * 0).unbind())
+    for one, weight, scale in zip(state.ones, weights, scales.unbind(), strict=True):
+        cast_into(weight, scale, one.wq, one.wqt)
+        one.version = weight._version
+        state.casts += 1
+    if state.delayed:
+        if step and state.on:
+            listen(state)
+        torch._foreach_copy_(state.scales, state.scale.split(1))
 
 
 def listen(state):
@@ -240,4 +236,4 @@ def load_memory(model, saved):
             for key, value in saved.items():
                 getattr(state, key).copy_(value)
             state.warm = bool(state.history.any())  # saved before the first FP8 step, it has heard nothing yet
-    refresh(model, step=False)
+            torch._foreach_copy_(state.scales, state.scale.split(1))

@@ -177,8 +177,8 @@ def polyglu_backend(device, acts=DEFAULT_ACTS, dtype=torch.bfloat16):
         return "torch", "only relu, tanh, silu and gelu in bf16 or fp32 are fused"
     if device == "cuda":
         return "triton", "one pass forward, one backward"
-    library, why = native.library()
-    return ("torch", f"row by row: {why}") if library is None else ("cpu.c", why)
+    built, why = native.compiled()
+    return ("torch", f"row by row: {why}") if built is None else ("cpu.c", why)
 
 
 def _run(au, al, s, acts):

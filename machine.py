@@ -50,7 +50,7 @@ def find(device: str = "auto", dtype: str = "auto") -> Machine:
         torch.cuda.set_device(where)
         name, fast = torch.cuda.get_device_name(where), torch.cuda.get_device_capability(where) >= (8, 0)
     elif kind == "cpu":
-        library, how = native.library()
+        library, how = native.compiled()
         name = f"CPU, {torch.get_num_threads()} threads, {'cpu.c ' if library else 'plain formulas: '}{how}"
         where, fast = torch.device("cpu"), cpu_has_bf16()
         keep_freed_memory()
@@ -97,14 +97,15 @@ def wrap(model, parallel: str, machine: Machine):
         keys = {"gradient_as_bucket_view": True, "broadcast_buffers": False}  # buffers are the same on every rank anyway
         return torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, **keys)
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh(machine.device.type, (machine.world,))
-    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)  # gathered in fp32: norms and routing are not to be rounded, Linear casts
+    mesh = init_device_mesh(
+        machine.device.type, (machine.world,)
+    )  # gathered in fp32: norms and routing are not to be rounded, Linear casts
     for stack in (model.encoder, model.decoder):
         for block in stack.blocks if stack is not None else ():
-            fully_shard(block, mesh=mesh, mp_policy=policy)
-    return fully_shard(model, mesh=mesh, mp_policy=policy)
+            fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
 
 
 def leave() -> None:

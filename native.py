@@ -1,7 +1,7 @@
 """cpu.c, compiled once for this machine and called on tensors: native.call("swiglu_forward", au, ...).
 
 The library lies beside Python's own compiled files (__pycache__), under a name made of the source, the compiler and the processor.
-Without a compiler, or with PRISM_NATIVE=0, `library()` says why and the plain formulas run: the same numbers to rounding, slower.
+Without a compiler, or with PRISM_NATIVE=0, `compiled()` says why and the plain formulas run: the same numbers to rounding, slower.
 Read next: cpu.c; ops.py, kernels.py and lean.py, which call it.
 """
 
@@ -26,7 +26,7 @@ KINDS = {"int": ctypes.c_int, "int64_t": ctypes.c_int64, "float": ctypes.c_float
 
 
 @functools.cache
-def library() -> tuple[ctypes.CDLL | None, str]:
+def compiled() -> tuple[ctypes.CDLL | None, str]:
     """-> the library, or None; and why."""
     cc = os.environ.get("CC", "cc")
     if os.environ.get("PRISM_NATIVE") == "0":
@@ -66,7 +66,7 @@ def fits(x, table=None) -> bool:
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16) or torch.compiler.is_compiling():
         return False
     plain = type(x) in (torch.Tensor, torch.nn.Parameter)  # not one that stands for memory elsewhere, or for none
-    return plain and library()[0] is not None and (table is None or table.dtype == torch.float32)
+    return plain and compiled()[0] is not None and (table is None or table.dtype == torch.float32)
 
 
 def call(name, like, *tensors):
@@ -75,4 +75,4 @@ def call(name, like, *tensors):
     raw = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in tensors]
     if any(p == 0 and isinstance(a, torch.Tensor) and a.numel() for a, p in zip(tensors, raw, strict=True)):
         raise RuntimeError(f"{name}: a tensor without memory of its own (sharded?), which cpu.c would take for none")
-    getattr(library()[0], name)(like.dtype == torch.bfloat16, torch.get_num_threads(), *raw)
+    getattr(compiled()[0], name)(like.dtype == torch.bfloat16, torch.get_num_threads(), *raw)

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import torch
 
-from configurator import assign, die
+from configurator import die, typed
 
 # tokens: how long a stage is, or start: the step it begins at, one of the two throughout a table. mult: of the scheduled lr, reached over
 # `warmup` steps from the previous stage's. rows: of seq_len, per micro-batch, over all ranks; without it tokens_per_step is constant.
@@ -58,36 +58,29 @@ def shares(mix, cfg, where):
 
 
 def batch_shape(cfg, world, row, where):
-    """-> (tokens per step, one rank's tokens per micro-batch, accumulation); all divisions exact. `rows` counts all ranks."""
-    length = row.get("seq_len", cfg.seq_len)
-    if "rows" in row:
-        accum = row.get("accum", 1)
-        tokens, micro = row["rows"] * length * accum, row["rows"] * length / world
-    else:
-        tokens = cfg.tokens_per_step
-        micro = tokens / world / row["accum"] if "accum" in row else cfg.micro_tokens or tokens / world
-        accum = tokens / world / micro
-    if "rows" in row and (micro != int(micro) or (cfg.objective == "lm" and micro % length)):
+    """-> (tokens per step, one rank's tokens per micro-batch, accumulation): whole windows, all divisions exact. `rows`: of all ranks."""
+    length, accum = row.get("seq_len", cfg.seq_len), row.get("accum", 1)
+    window = length if cfg.objective == "lm" else 1  # other objectives cut no rows
+    given = 0 if row.keys() & {"rows", "accum"} else cfg.micro_tokens
+    tokens = row["rows"] * length * accum if "rows" in row else cfg.tokens_per_step
+    unit = world * (given or accum * window)
+    if tokens % unit and "rows" in row:
         die(f"{where}: rows={row['rows']} do not divide over {world} processes; take a multiple of {world}")
-    unit = world * row.get("accum", 1) * (length if cfg.objective == "lm" else 1)
-    if "rows" not in row and (not cfg.micro_tokens or "accum" in row) and tokens % unit:
-        smallest = f"world {world} x accum {row.get('accum', 1)} x seq_len {length}"
-        die(f"{where}: tokens_per_step {tokens} is no multiple of {smallest}; try --tokens_per_step={-(-tokens // unit) * unit}")
-    if micro != int(micro) or accum != int(accum):
-        die(f"{where}: tokens_per_step {tokens} is not a whole number of micro-batches, world {world} x micro_tokens "
-            f"{micro:g}; try --micro_tokens={math.gcd(tokens // world, int(micro)) or tokens} or --tokens_per_step="
-            f"{math.ceil(tokens / world / max(int(micro), 1)) * world * max(int(micro), 1)}")  # fmt: skip
-    if cfg.objective == "lm" and micro % length:
-        die(f"{where}: micro_tokens {micro:g} is not a multiple of seq_len {length}; try --micro_tokens={-int(-micro // length) * length}")
-    if cfg.objective == "lm" and length > cfg.max_len:
+    if tokens % unit:
+        parts, way = f"accum {accum} x seq_len {length}", f"--tokens_per_step={-(-tokens // unit) * unit}"
+        if given:
+            parts, way = f"micro_tokens {given}", f"--micro_tokens={math.gcd(tokens // world, given) or tokens} or {way}"
+        die(f"{where}: tokens_per_step {tokens} is no multiple of world {world} x {parts}; try {way}")
+    if given % window:
+        die(f"{where}: micro_tokens {given} is not a multiple of seq_len {length}; try --micro_tokens={-(-given // length) * length}")
+    if window > cfg.max_len:
         die(f"{where}: seq_len {length} exceeds max_len {cfg.max_len}; raise --max_len")
-    return tokens, int(micro), int(accum)
+    micro = given or tokens // world // accum
+    return tokens, micro, tokens // world // micro
 
 
 class Plan:
-    """Holds the resolved stages; calling it computes a row from nothing but the step.
-
-    `epoch_tokens`: tokens of one pass over the data, needed only when the config counts `epochs`."""
+    """Holds the resolved stages; calling it computes a row from the step alone. epoch_tokens: of one pass, for a config in `epochs`."""
 
     def __init__(self, cfg, world=1, epoch_tokens=0):
         self.cfg, table = cfg, cfg.stages or ({"start": 0},)
@@ -99,8 +92,7 @@ class Plan:
         self.by_tokens, self.stages, border = unit == "tokens", [], 0
         for i, row in enumerate(table):
             where = f"stages[{i}]" if cfg.stages else "config"
-            for key, value in row.items():
-                assign({}, STAGE, key, [value], where)
+            row = {key: typed(STAGE, key, [value], where) for key, value in row.items()}
             if {"tokens": "start", "start": "tokens"}[unit] in row or (unit not in row and not (self.by_tokens and i == len(table) - 1)):
                 die(f"{where}: needs `{unit}`, like the first stage, and not both")
             first, start = self._end(border if self.by_tokens else row["start"], self.by_tokens)
@@ -125,9 +117,7 @@ class Plan:
 
     def _end(self, amount, tokens):
         """-> (first step that begins at or after `amount` tokens, or steps; the tokens before that step)."""
-        if not self.stages:
-            return amount, 0
-        last = self.stages[-1]
+        last = self.stages[-1] if self.stages else SimpleNamespace(first=0, start=0, tokens=1)
         steps = -(-(amount - last.start) // last.tokens) if tokens else amount - last.first
         return last.first + steps, last.start + steps * last.tokens
 
@@ -240,7 +230,6 @@ def build_optimizer(model, cfg):
             group |= {"muon": cfg.muon_lr / cfg.lr, "momentum": cfg.muon_momentum, "parts": [fused_parts(model, n) for n in names]}
         groups.append(group)
         lines.append(f"{kind:<14} {len(names):7} {sum(params[n].numel() for n in names):14,} {decay:6g}  {'muon' if by_muon else 'adamw'}")
-    assert sorted(n for g in groups for n in g["names"]) == sorted(params), "groups must partition the parameters"
     if int(os.environ.get("RANK", 0)) == 0:
         print("\n".join(lines), flush=True)
     return (Muon if cfg.optimizer == "muon" else torch.optim.AdamW)(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)

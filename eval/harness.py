@@ -31,16 +31,8 @@ from eval.plots import CHANCE
 from machine import to_device
 from prepare.prompts import chat_ids, prefix_ids, stop_ids
 
-OPTIONS = OPEN | {
-    "tasks": "",
-    "suite": "",
-    "num_fewshot": -1,
-    "limit": 0,
-    "batch_size": 16,
-    "max_gen_toks": 512,
-    "chat": False,
-    "include": "",
-}
+OPTIONS = OPEN | {"tasks": "", "suite": "", "num_fewshot": -1, "limit": 0, "batch_size": 16}
+OPTIONS |= {"max_gen_toks": 512, "chat": False, "include": ""}
 TEN = "hellaswag,arc_easy,arc_challenge,piqa,winogrande,boolq,mmlu_stem,lambada_openai,openbookqa,sciq"
 SUITES = {  # name: (tasks, shots or None for the task's own, limit or 0)
     "smoke": [("hellaswag,gsm8k,lambada_openai", None, 5)],
@@ -203,8 +195,7 @@ def evaluate(lm, tasks, shots=None, limit=None, include=None):
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=include or None, include_defaults=not include)
-    unknown = [t for t in tasks if t not in manager.all_tasks]
-    if unknown:
+    if unknown := [t for t in tasks if t not in manager.all_tasks]:
         die(f"--tasks={','.join(unknown)}: lm_eval {version('lm_eval')} knows no such task{f' in {include}' if include else ''}")
     how = {"apply_chat_template": lm.chat, "fewshot_as_multiturn": lm.chat, "bootstrap_iters": 1000}
     try:
@@ -223,17 +214,15 @@ def rows(results):
     """[{task, metric, value, stderr, n, chance, shots, all}] of an lm-eval result; the headline is acc_norm where there is one."""
     out = []
     for task, values in results["results"].items():
-        metrics = {
-            k: v for k, v in values.items() if isinstance(v, float | int) and "_stderr" not in k and k not in ("sample_len", "sample_count")
-        }
+        metrics = {k: v for k, v in values.items() if isinstance(v, float | int) and "_stderr" not in k and not k.startswith("sample_")}
+        ranks = {k: (HEADLINE.index(name) if (name := k.partition(",")[0]) in HEADLINE else 99, k) for k in metrics}
         if not metrics:
             continue
-        best = min(metrics, key=lambda k: (HEADLINE.index(k.split(",")[0]) if k.split(",")[0] in HEADLINE else 99, k))
-        name, _, kind = best.partition(",")
-        error = values.get(f"{name}_stderr,{kind}")
+        best = min(metrics, key=ranks.get)
+        error = values.get("_stderr,".join(best.split(",", 1)))
         row = {"task": task, "metric": best, "value": metrics[best], "stderr": error if isinstance(error, float) else None}
-        row["n"] = asked(results, task)
-        out.append(row | {"chance": CHANCE.get(task), "shots": results.get("n-shot", {}).get(task), "all": metrics})
+        row |= {"n": asked(results, task), "chance": CHANCE.get(task), "shots": results.get("n-shot", {}).get(task), "all": metrics}
+        out.append(row)
     return out
 
 
@@ -271,9 +260,8 @@ def main(argv):
     print(f"{'task' + end:<28} {'value':>8} {'stderr':>8} {'metric':<24} {'n':>6} {'chance':>6} {'shots':>5}")
     for r in table:
         error, chance = ("-" if r[k] is None else f"{r[k]:.4f}" for k in ("stderr", "chance"))
-        print(
-            f"{r['task']:<28} {r['value']:8.4f} {error:>8} {r['metric']:<24} {r['n'] or '-':>6} {chance:>6} {r['shots']!s:>5}  {verdict(r)}"
-        )
+        head, tail = f"{r['task']:<28} {r['value']:8.4f} {error:>8}", f"{r['n'] or '-':>6} {chance:>6} {r['shots']!s:>5}  {verdict(r)}"
+        print(f"{head} {r['metric']:<24} {tail}")
     print(out)
     if o.suite in ("ppl", "all"):
         from eval import perplexity
@@ -284,10 +272,8 @@ def main(argv):
 
 def log_of(out, facts):
     """The request log beside `out`; answers of another model or setting are never taken over."""
-    path, head = (
-        Path(out.removesuffix(".json") + ".requests.jsonl"),
-        {k: v for k, v in facts.items() if k not in ("commit", "device", "torch")},
-    )
+    path = Path(out.removesuffix(".json") + ".requests.jsonl")
+    head = {k: v for k, v in facts.items() if k not in ("commit", "device", "torch")}
     path.parent.mkdir(parents=True, exist_ok=True)
     mark = json.dumps({"key": "run", "answer": head, "request": ""}) + "\n"
     if path.exists() and not path.read_text(encoding="utf-8").startswith(mark):

@@ -51,8 +51,8 @@ def corpus(tmp_path_factory):
 @pytest.fixture(params=["cpu.c", "formula"])
 def way(request, monkeypatch):
     """Both ways on a CPU: compiled, and as where no compiler is."""
-    if request.param == "cpu.c" and native.library()[0] is None:
-        pytest.skip(native.library()[1])
+    if request.param == "cpu.c" and native.compiled()[0] is None:
+        pytest.skip(native.compiled()[1])
     if request.param == "formula":
-        monkeypatch.setattr(native, "library", lambda: (None, "a test"))
+        monkeypatch.setattr(native, "compiled", lambda: (None, "a test"))
     return request.param

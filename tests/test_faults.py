@@ -84,7 +84,7 @@ def child(argv, log, fault):
         fault[0](*fault[1:])
     try:
         train.main(argv)
-    except Exception:
+    except OSError:
         sys.excepthook(*sys.exc_info())  # as at the end of a program
 
 

@@ -120,7 +120,7 @@ def test_compiles_without_a_graph_break(way):
     assert library.opcheck(torch.ops.prism.polyglu.default, (*args, "relu,tanh,silu,gelu")) is not None
 
 
-@pytest.mark.skipif(native.library()[0] is None, reason="no cpu.c here")
+@pytest.mark.skipif(native.compiled()[0] is None, reason="no cpu.c here")
 def test_backend_choice_is_said():
     assert kernels.polyglu_backend("cpu")[0] == "cpu.c"
     assert kernels.polyglu_backend("cpu", ("relu", "gelu"))[0] == "torch"
@@ -331,17 +331,17 @@ def test_without_cpu_c_a_run_says_so(monkeypatch, tmp_path):
         ("CC", "no-such-cc", "no C compiler (no-such-cc)"),
         ("CC", "false", "cannot"),
     ):
-        native.library.cache_clear()
+        native.compiled.cache_clear()
         with monkeypatch.context() as here:
             here.delenv("PRISM_NATIVE", raising=False)
             here.setenv(key, value)
             here.setattr(native, "FLAGS", native.FLAGS + " -DTEST")  # a name of its own: nothing is there yet
-            library, why = native.library()
+            library, why = native.compiled()
             assert library is None and said in why and not native.fits(torch.zeros(2))
-    native.library.cache_clear()
+    native.compiled.cache_clear()
 
 
-@pytest.mark.skipif(native.library()[0] is None, reason="no cpu.c here")
+@pytest.mark.skipif(native.compiled()[0] is None, reason="no cpu.c here")
 def test_c_is_not_handed_what_it_would_misread():
     with pytest.raises(RuntimeError, match="without memory"):
         native.call("swiglu_forward", torch.zeros(2, 4), 2, 2, 4, torch.empty(2, 4, device="meta"), torch.zeros(2, 2))

@@ -86,7 +86,7 @@ def test_one_row_in_fp32_of_a_checkpoint_in_bf16():
     assert drawn(whole.set_dtype(torch.float32).lean(), texts, 16) == drawn(model, texts, 16)
 
 
-@pytest.mark.skipif(native.library()[0] is None, reason="no cpu.c here")
+@pytest.mark.skipif(native.compiled()[0] is None, reason="no cpu.c here")
 def test_few_rows_in_bf16_are_no_worse_than_bf16_products(monkeypatch):
     """Against float64 on the very same bf16 weights, from one row to more than cpu.c takes, which is a prompt's way; without it, too."""
     model, exact = (
@@ -105,13 +105,13 @@ def test_few_rows_in_bf16_are_no_worse_than_bf16_products(monkeypatch):
         for rows in (1, 2, 3):
             part = fast.logits(ids[:rows, :2])  # up to 6 rows
             assert (part - want[:rows, :2]).abs().max() < 1.2 * rough
-        monkeypatch.setattr(native, "library", lambda: (None, "a test"))
+        monkeypatch.setattr(native, "compiled", lambda: (None, "a test"))
         again = tiny(qkv_bias=True, tie=False).set_dtype(torch.bfloat16)
         again.load_state_dict(exact.state_dict())
         assert again.lean().dtype == torch.bfloat16 and (again.logits(ids) - want).abs().max() < 1.2 * rough
 
 
-@pytest.mark.skipif(native.library()[0] is None, reason="no cpu.c here")
+@pytest.mark.skipif(native.compiled()[0] is None, reason="no cpu.c here")
 @pytest.mark.parametrize(("rows", "ins", "outs"), [(1, 64, 32), (5, 66, 70), (8, 2, 33), (8, 700, 96)])
 def test_products_of_a_few_rows_against_float64(rows, ins, outs):
     g = torch.Generator().manual_seed(rows)
@@ -121,7 +121,7 @@ def test_products_of_a_few_rows_against_float64(rows, ins, outs):
     torch.testing.assert_close(lean.laid_out(weight, rows, bias)(x).double(), want, rtol=1e-5, atol=1e-5 * ins**0.5)
 
 
-@pytest.mark.skipif(native.library()[0] is None, reason="no cpu.c here")
+@pytest.mark.skipif(native.compiled()[0] is None, reason="no cpu.c here")
 def test_attention_of_one_query_against_float64():
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(size, generator=g) for size in ((2, 3, 5, 24), (2, 3, 40, 24), (2, 3, 40, 24)))

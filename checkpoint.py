@@ -18,6 +18,7 @@ import os
 import random
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ from files import sync, write_json
 from model import ModelConfig, Transformer
 
 FILES = ("model.safetensors", "optim.safetensors")
+SHAPES = "arch vocab_size n_layer n_head n_kv_head d_model head_dim d_ff qk_norm qkv_bias tie embed_rank ffn gate acts"
 
 
 # ---- a run and its folders ----------------------------------------------------------------------------------------------
@@ -93,11 +95,12 @@ def start_run(run, cfg, info, resumed=None):
 
 def resolve(path, which=None) -> Path:
     """A step directory: `path` itself if it is one, else the run's `which`, by default its best, else its latest."""
-    path = Path(path)
-    if (path / "state.json").is_file():
+    if ((path := Path(path)) / "state.json").is_file():
         return path
     found = steps(path)
     if not found:
+        if (path / "config.json").is_file() and list(path.glob("*.safetensors")):
+            die(f"{path}: an exported folder; make it a run: python -m hub import --from={path} --out=out/RUN")
         die(f"{path}: no checkpoint here; give a run directory (out/RUN) or one of its step-NNNNNN folders")
     for name in (which,) if which else ("best", "latest"):
         if (path / name / "state.json").is_file():
@@ -206,39 +209,37 @@ def save(run, step, model, optimizer, state: dict, keep, metric=None, is_best=Fa
 
 
 def read_state(folder: Path) -> dict:
-    try:
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        body = {k: v for k, v in state.items() if k != "sha256_state"}
-        sound = state["sha256_state"] == digest_json(body)
-    except (OSError, ValueError, KeyError, TypeError):
-        sound = False
-    if not sound:
-        die(f"{folder}/state.json: damaged or missing; use another step of the run")
-    return body
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        body = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        if body.pop("sha256_state") == digest_json(body):
+            return body
+    die(f"{folder}/state.json: damaged or missing; use another step of the run")
 
 
 def read_tensors(folder: Path, file: str, state: dict) -> dict:
-    path = folder / file
-    if not path.is_file() or digest(path) != state["sha256"][file]:
+    if not (path := folder / file).is_file() or digest(path) != state["sha256"][file]:
         die(f"{path}: {'damaged: its sha256 is not the one saved' if path.is_file() else 'missing'}; use another step of the run")
     return load_file(path)
 
 
-def fit(model, weights, where):
-    """Names and shapes must agree exactly; the first difference is named."""
+def fit(model, weights, where, state=None, way="--init_from"):
+    """Names and shapes must agree exactly; else the settings of `state` that differ are named, or the first tensor."""
     own = model.state_dict()
     for name in [*own, *weights]:
         theirs, ours = (tuple(side[name].shape) if name in side else "absent" for side in (weights, own))
         if theirs != ours:
+            if other := differing(state, model.cfg, SHAPES) if state else ():
+                mine, saved = (", ".join(f"{each[0]}={each[i]}" for each in other) for i in (2, 1))
+                die(f"{mine}, but {Path(where).parent} has {saved}: set --{saved.replace(', ', ' --')}, or choose another {way}")
             die(f"{where}: {name} is {theirs} there, {ours} in the model; is it a checkpoint of another architecture?")
     return own
 
 
-def differing(state, cfg):
-    """What no shape tells of: settings by which the same tensors would be another function, each with its value there and here."""
+def differing(state, cfg, keys=""):
+    """[(setting, its value there, here)] of `keys`, or of what no shape tells of: by which the same tensors would be another function."""
     there, here, poly = state["config"], configurator.to_dict(cfg), cfg.ffn == "polyglu"
-    keys = "n_head norm_eps rope_theta rope_scaling rope_bf16 cross_rope " + ("acts gate gate_enc gate_block" if poly else "act")
-    return ", ".join(f"{key} {there[key]} -> {here[key]}" for key in keys.split() if key in there and there[key] != here[key])
+    keys = keys or "n_head norm_eps rope_theta rope_scaling rope_bf16 cross_rope " + ("acts gate gate_enc gate_block" if poly else "act")
+    return [(key, there[key], here[key]) for key in keys.split() if key in there and there[key] != here[key]]
 
 
 def scatter(value, like):
@@ -267,25 +268,25 @@ def load(path, device="cpu", build=Transformer):
 def load_weights(path, model):
     """`init_from`: the weights of another run, and nothing else of it. -> a line that says which, and what will be done otherwise."""
     state = read_state(folder := resolve(path))
-    put_weights(model, read_tensors(folder, FILES[0], state), folder / FILES[0])
-    other = differing(state, model.cfg)
+    put_weights(model, read_tensors(folder, FILES[0], state), folder / FILES[0], state)
+    other = ", ".join("{} {} -> {}".format(*each) for each in differing(state, model.cfg))
     return f"started from step {state['step']} of {folder.parent}" + (f"; differs: {other}" if other else "")
 
 
-def put_weights(model, weights, where):
+def put_weights(model, weights, where, *state):
     with torch.no_grad():
-        for name, own in fit(model, weights, where).items():
+        for name, own in fit(model, weights, where, *state).items():
             own.copy_(scatter(weights[name], own))
 
 
 def load_training(path, model, optimizer) -> dict:
     """Weights, optimizer and random states into the given ones; -> state. What follows equals the uninterrupted run bit for bit."""
     state = read_state(folder := resolve(path, "latest"))
-    if other := differing(state, model.cfg):
+    if other := ", ".join("{} {} -> {}".format(*each) for each in differing(state, model.cfg)):
         die(f"{folder}: resuming would change {other}: leave it as it was, or begin anew with --init_from={folder}")
     if state["optimizer"] != type(optimizer).__name__:
         die(f"{folder}: was trained with {state['optimizer']}; resume with the same --optimizer, or begin anew with --init_from={folder}")
-    put_weights(model, read_tensors(folder, FILES[0], state), folder / FILES[0])
+    put_weights(model, read_tensors(folder, FILES[0], state), folder / FILES[0], state, "--out")
     saved, params = read_tensors(folder, FILES[1], state), dict(model.named_parameters())
     state["fp8"] = {key[4:]: saved.pop(key) for key in list(saved) if key.startswith("fp8/")}
     for key in saved:

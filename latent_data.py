@@ -334,8 +334,7 @@ class Stream:
     def __init__(self, cfg, plan, rank, world, sides, reader, log=print):
         self.cfg, self.plan, self.rank, self.world, self.sides, self.reader = cfg, plan, rank, world, sides, reader
         files = cfg.data if isinstance(cfg.data, dict) else {"qa": cfg.data}
-        self.log, self.sources, self.step = log, {}, 0
-        self.names = []  # one loss per term, not per source: the terms say which source they are of
+        self.log, self.sources, self.step, self.names = log, {}, 0, []  # no names: one loss per term, which says its source
         for name, path in files.items():
             self.sources[name], dropped = sources_of(read_rows(path), cfg, sides)
             if not self.sources[name]:
@@ -343,7 +342,8 @@ class Stream:
             log(f"data: {name}: {len(self.sources[name]):,} sources; {dropped} questions dropped, whose answer begins inside a token")
         self.taken = dict.fromkeys(self.sources, 0)
         known = {name: hashlib.blake2b(repr(rows).encode(), digest_size=8).hexdigest() for name, rows in self.sources.items()}
-        self.order = f"seq_len={cfg.seq_len} compress={cfg.compress} questions={cfg.latent_questions} seed={cfg.seed} data={known}"
+        keys = "seq_len compress latent_questions seed anchor bos calibration prefix_rms".split()
+        self.order = " ".join(f"{key}={getattr(cfg, key)}" for key in keys) + f" data={known}"
 
     @property
     def state(self):

@@ -367,8 +367,8 @@ def load(path, device="cpu"):
     """A latent run -> (Interlingua in eval mode, state), as checkpoint.load does for the others."""
     folder = checkpoint.resolve(path)
     state = checkpoint.read_state(folder)
-    if state["config"]["objective"] != "latent":
-        die(f"{path}: a run of objective={state['config']['objective']}, not latent")
+    if (objective := state["config"].get("objective", "lm")) != "latent":
+        die(f"{path}: a run of objective={objective}, not latent")
     model = Interlingua(SimpleNamespace(**state["config"] | {"latent_from": ""}))
     checkpoint.put_weights(model, latent_weights(folder), folder)
     return model.to(device).eval(), state

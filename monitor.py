@@ -107,7 +107,7 @@ class Meter:
             work = self.tokens * self.model.flops_per_token(row.seq_len)
         speed, mfu = self.tokens / seconds, work / seconds / (self.machine.peak * self.machine.world) if self.machine.peak else 0.0
         suffix = "" if self.cfg.causal else "_noncausal"
-        record = {f"train/{t}{suffix}": v for t, v in losses.items()}
+        record = {f"train/{t}{suffix}": v for t, v in losses.items() if count[t] or self.cfg.objective != "latent"}
         if len(self.names) > 1:
             record |= {f"train/{name}/loss{suffix}": nats / n for name, nats, n in by_name if n}
         record |= {f"data/{name}/bytes": size for name, size in self.seen.items()}

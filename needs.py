@@ -48,13 +48,14 @@ NEEDS = (  # what it takes, and which settings; a key without a value: it must b
     ("domains", "domains_every"),
     ("latent_ratio=0", "latent_len"),
     ("w_kd", "kd_tau"),
+    ("w_k or w_kd", "first_k"),
     ("wire_bits", "wire_start"),
     ("calibration=fixed", "prefix_rms"),
 )
 
 
 POSITIVE = """vocab_size n_layer n_head d_model max_len gate_block seq_len tokens_per_step decay_share tau_max tau_min max_enc max_dec
-    contrast_tau contrast_pairs contrast_micro fp8_history""".split()
+    contrast_tau contrast_pairs contrast_micro fp8_history kd_tau latent_dim""".split()
 
 
 def possible(cfg):
@@ -62,6 +63,8 @@ def possible(cfg):
     for key, value in vars(cfg).items():
         if type(value) in (int, float) and key != "fp8_margin" and (value < 0 or (value == 0 and key in POSITIVE)):
             die(f"{key}={value} must be {'above 0' if key in POSITIVE else '0 or more'}")
+    if not cfg.out:
+        die("--out= names no folder: give one, as --out=out/RUN")
     if cfg.arch != (fit := ARCH.get(cfg.objective, cfg.arch)):
         die(f"objective={cfg.objective} trains no arch={cfg.arch}: set --arch={fit}")
     for n, row in enumerate(cfg.stages):

@@ -455,7 +455,8 @@ def main(argv):
             if cfg.on_nonfinite == "stop" or damaged:
                 if not lead:
                     raise SystemExit(2)
-                die(f"{line}; nothing was changed, the last checkpoint stands; a step may be passed over with --on_nonfinite=skip")
+                way = "nothing was changed, the last checkpoint stands; a step may be passed over with --on_nonfinite=skip"
+                die(f"{line}; " + ("an earlier step did it: --resume from a checkpoint before, with a lower --lr" if damaged else way))
             state["skipped"] += 1
             if lead:
                 log.say(f"{line}; step skipped, {state['skipped']} so far")

@@ -203,7 +203,7 @@ def read_from_text(opt) -> None:
     where = machine.find(opt.device, "auto")
     lms = [latentwire.frozen(path).set_dtype(where.dtype).to(where.device) for path in opt.lms]
     model = SimpleNamespace(sides=sides, lms=lms, device=where.device)
-    rows = latent_data.read_rows(opt.data)[: opt.samples]
+    rows = [r for r in latent_data.read_rows(opt.data) if "question" in r][: opt.samples]
     for m, path in enumerate(opt.lms):
         em = []
         for hidden in (False, True):
@@ -216,8 +216,7 @@ def read_from_text(opt) -> None:
 
 def evaluate(opt) -> dict:
     model, state = latentwire.load(opt.ckpt)
-    cfg = state["config"]
-    where = machine.find(opt.device, cfg["dtype"])
+    cfg, where = state["config"], machine.find(opt.device, state["config"]["dtype"])
     model.set_dtype(where.dtype).to(where.device)
     qa = cfg["data"].get("qa") if isinstance(cfg["data"], dict) else cfg["data"]
     data = opt.data or str(Path(qa or "").parent / "test.jsonl")
@@ -229,7 +228,8 @@ def evaluate(opt) -> dict:
         configurator.die(f"{data}: {len(rows)} questions of --samples={opt.samples} remain; two passages are needed, to swap their packets")
     (out := Path(opt.out or Path(opt.ckpt) / "eval")).mkdir(parents=True, exist_ok=True)
     asks = [[r["context"], r["question"], r["answers"]] for r in rows]
-    key = checkpoint.digest_json([state["sha256"], asks, opt.max_new_tokens, opt.bits[0]])  # zero and shuffled arms are of the first width
+    how = [opt.max_new_tokens, opt.bits[0], str(where.dtype), where.device.type]  # zero and shuffled arms are of the first width
+    key = checkpoint.digest_json([state["sha256"], asks, *how])
     cache = out / "arms.json"
     kept = json.loads(cache.read_text()) if cache.exists() and not opt.fresh else {}
     kept = kept["arms"] if kept.get("key") == key else {}
@@ -257,8 +257,7 @@ def evaluate(opt) -> dict:
             metrics["intervals"][path] = differences(results, m, rows, opt)
         metrics["joint"] = joint(model, rows, results, packets, opt)
     raw = [r["context"].encode() if cfg["compress"] == "context" else f"{r['context']}\n{r['question']}".encode() for r in rows]
-    zstd = [zstd_size(r) for r in raw]
-    slots = [len(p) for p in packets[opt.bits[0]]]
+    zstd, slots = [zstd_size(r) for r in raw], [len(p) for p in packets[opt.bits[0]]]
     metrics = {
         "samples": len(rows),
         "dropped": dropped,  # their answer begins inside a token
@@ -282,16 +281,19 @@ def evaluate(opt) -> dict:
 
 
 def main(argv=None):
-    opt = configurator.args(DEFAULTS, sys.argv[1:] if argv is None else argv, __doc__)
+    opt = configurator.args(DEFAULTS, argv := sys.argv[1:] if argv is None else argv, __doc__)
     if not opt.bits or set(opt.bits) - set(latentwire.WIDTHS):
         configurator.die(f"bits={opt.bits}: at least one of {latentwire.WIDTHS}")
+    for name in ("samples", "batch", "resamples", "max_new_tokens", "bytes"):
+        if min(np.atleast_1d(getattr(opt, name)), default=1) < 1:
+            configurator.die(f"{name}={getattr(opt, name)} must be above 0")
     if bool(opt.ckpt) == bool(opt.lms):
         configurator.die("give --ckpt=RUN of a latent run, or --lms of language models")
     if opt.lms:
+        if idle := {arg.partition("=")[0][2:] for arg in argv} & {"bits", "bytes", "out", "fresh", "seed", "resamples"}:
+            configurator.die(f"--{min(idle)} does nothing with --lms, which sends no packets: drop it")
         return read_from_text(opt)
-    metrics = evaluate(opt)
-    print(table(metrics))
-    print(f"written to {opt.out or Path(opt.ckpt) / 'eval'}")
+    print(f"{table(evaluate(opt))}\nwritten to {opt.out or Path(opt.ckpt) / 'eval'}")
 
 
 if __name__ == "__main__":

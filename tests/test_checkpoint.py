@@ -196,10 +196,10 @@ def test_damage_is_one_line(tmp_path, capsys, file, harm):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"n_layer": 3}, ["decoder.blocks.2", "absent there", "another architecture"]),
-        ({"n_layer": 1}, ["decoder.blocks.1", "absent in the model"]),
-        ({"d_ff": 64}, ["decoder.blocks.0.ffn.alpha is (48, 4) there, (64, 4) in the model"]),
-        ({"arch": "encoder"}, ["encoder."]),
+        ({"n_layer": 3}, ["n_layer=3, but ", " has n_layer=2: set --n_layer=2, or choose another --"]),
+        ({"n_layer": 1, "d_ff": 64}, ["n_layer=1, d_ff=64, but ", " has n_layer=2, d_ff=48: set --n_layer=2 --d_ff=48, or"]),
+        ({"d_ff": 64}, ["d_ff=64, but"]),
+        ({"arch": "encoder"}, ["arch=encoder, but"]),
         ({"optimizer": "muon"}, ["AdamW", "--optimizer"]),
     ],
 )
@@ -326,3 +326,11 @@ def test_the_tokenizer_that_knows_more_is_kept(tmp_path, arch, data, want):
     cfg = Config(**TINY | {"arch": arch}, data=str(tmp_path / data), init_from=str(tmp_path / "start"))
     checkpoint.start_run(tmp_path / "run", cfg, {})
     assert (tmp_path / "run/tokenizer/tokenizer.json").read_text() == want
+
+
+def test_an_exported_folder_is_told_from_a_run(tmp_path, capsys):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_text("")
+    with pytest.raises(SystemExit):
+        checkpoint.resolve(tmp_path)
+    assert "an exported folder" in capsys.readouterr().err

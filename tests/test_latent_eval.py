@@ -376,3 +376,16 @@ def test_answers_are_whole_however_they_are_written(tmp_path, capsys):
         with pytest.raises(SystemExit):
             latent_data.read_rows(tmp_path / "y.jsonl")
         assert "y.jsonl: row 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("setting", ["samples=0", "batch=-1", "resamples=0", "max_new_tokens=0", "bytes=-5"])
+def test_what_measures_nothing_is_refused(setting, capsys):
+    with pytest.raises(SystemExit):
+        latent.main(["--ckpt=out/none", f"--{setting}"])
+    assert "must be above 0" in capsys.readouterr().err
+
+
+def test_what_reading_text_ignores_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        latent.main(["--lms=out/a", "--bits=4"])
+    assert "--bits does nothing with --lms" in capsys.readouterr().err

@@ -209,3 +209,9 @@ def test_what_every_stage_sets_itself_is_named():
     stages = ({"start": 0, "seq_len": 64, "accum": 2}, {"start": 9, "seq_len": 128, "accum": 1})
     found = needs.idle(Config(stages=stages, seq_len=512, micro_tokens=64))
     assert "seq_len (needs a stage without `seq_len`)" in found and "micro_tokens (needs a stage without `accum`)" in found
+
+
+def test_a_run_without_a_folder_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        needs.possible(Config(out="", max_steps=1))
+    assert "--out= names no folder" in capsys.readouterr().err

@@ -205,7 +205,22 @@ class Log:
             close()
 
 
+def seen(position) -> dict:
+    """What a stream's state tells of the data: documents too short to use; of each source its tokens and epochs so far."""
+    known = {name: s for name, s in position.get("sources", {}).items() if "epochs" in s}
+    rows = {f"data/{name}/{key}": s[key] for name, s in known.items() for key in ("tokens", "epochs")}
+    return rows | ({"data/dropped": position["dropped"]} if "dropped" in position else {})
+
+
 # ---- statistics ---------------------------------------------------------------------------------------------------------
+
+
+def inspect(cfg, step, model, batch, loss) -> dict:
+    """What `stats_every` and `fp8_stats_every` ask of this step, between its gradients and their end."""
+    rows = statistics(model, batch) if cfg.stats_every and step % cfg.stats_every == 0 else {}
+    for row in fp8_statistics(model, loss) if cfg.fp8_stats_every and step % cfg.fp8_stats_every == 0 else ():
+        rows |= {f"fp8/{row['name']}/{k}": v for k, v in row.items() if k != "name"}
+    return rows
 
 
 @torch.no_grad()

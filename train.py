@@ -241,9 +241,9 @@ def domains(cfg, half, window=2048) -> dict[str, list]:
 # ---- around the steps ----------------------------------------------------------------------------------------------------
 
 
-def complain(step, losses, groups, model, machine) -> tuple[str, bool]:
+def complain(cfg, step, losses, groups, model, machine) -> str:
     """Name what is not finite, in one line and on the rank where it began: a weight, a term of the loss, a source of data, a gradient.
-    -> the line, and whether a weight is among it, which no skipping can mend."""
+    The run ends here, unless such steps are to be skipped; a damaged weight is what no skipping can mend."""
     shard = lambda t: t.to_local() if hasattr(t, "to_local") else t  # noqa: E731
     odd = {
         "weight": [n for n, p in model.named_parameters() if not torch.isfinite(shard(p.detach())).all()],
@@ -255,7 +255,13 @@ def complain(step, losses, groups, model, machine) -> tuple[str, bool]:
     found = [", ".join(f"{kind} {names[0]}" for kind, names in each.items() if names) for each in everywhere]
     cause = [f"rank {r}: {found[r]}" for r, each in enumerate(everywhere) if each["weight"] or each["term"]]
     text = "; ".join(cause) or max(found) or "the norm of the gradients, though each of them is finite"
-    return f"step {step}: not finite: {text}", any(each["weight"] for each in everywhere)
+    line, damaged = f"step {step}: not finite: {text}", any(each["weight"] for each in everywhere)
+    if cfg.on_nonfinite == "skip" and not damaged:
+        return line
+    if machine.rank:
+        raise SystemExit(2)
+    way = "nothing was changed, the last checkpoint stands; a step may be passed over with --on_nonfinite=skip"
+    die(f"{line}; " + ("an earlier step did it: --resume from a checkpoint before, with a lower --lr" if damaged else way))
 
 
 def warm_up(cfg, objective, call, raw, plan, step, machine) -> str:
@@ -291,6 +297,40 @@ def warm_up(cfg, objective, call, raw, plan, step, machine) -> str:
         torch._foreach_copy_(state.heard, kept[2])
     hardware.wait(machine.device)
     return "\n".join([f"warmed up {len(stages)} stages x {len(phases)} phases of precision in {time.perf_counter() - began:.1f} s", *lines])
+
+
+def introduce(log, cfg, model, plan, machine, precision, idle):
+    """What this run is, before its first step: settings, machine, parameters, the plan, and the way in which each thing is computed."""
+    default = configurator.to_dict(Config())
+    log.say("  ".join(f"{k}={v}" for k, v in configurator.to_dict(cfg).items() if v != default[k]))
+    if idle:
+        log.say(f"without effect here: {idle}")
+    log.say(f"{machine.why}; {machine.world} process{'es' * (machine.world > 1)}; {monitor.breakdown(model)}")
+    texts = cfg.objective in ("denoise", "contrast")  # no rows of one length: the table has nothing to say but the stages
+    log.say(f"{plan.steps:,} steps{plan.note}" if texts and not cfg.stages else plan.table())
+    if cfg.precision != "bf16":
+        log.say(precision)
+    if machine.device.type == "cuda":
+        log.say(f"attention: {flash()}")
+    way = polyglu_backend(machine.device, cfg.acts, machine.dtype)
+    if cfg.ffn == "polyglu" and way[0] != "cpu.c":  # of which the line on the machine speaks
+        log.say("polyglu: {}, {}".format(*way))
+    for name, path in sources(cfg).items() if cfg.packing == "documents" and cfg.objective == "lm" else ():
+        log.say(monitor.conversations(name, data.read_manifest(Path(path))))
+
+
+def listen() -> list:
+    """Signals that ask for the end land in this list: it is read between steps, and agreed on by all ranks."""
+    asked = []
+
+    def on_signal(number, frame):
+        asked.append(number)
+        if number == signal.SIGINT:  # a second Ctrl-C ends it where it stands; whole checkpoints survive that
+            signal.signal(number, signal.default_int_handler)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, on_signal)
+    return asked
 
 
 # ---- the loop ------------------------------------------------------------------------------------------------------------
@@ -344,36 +384,14 @@ def main(argv):
     val = sets(0)
 
     log = monitor.Log(cfg, out, step) if lead else None
+    say = log.say if lead else lambda text: None
     if lead:
         about = {"commit": hardware.git_commit(), "torch": torch.__version__, "machine": machine.why, "world": machine.world}
         about |= {"files": files, "started": time.time(), "precision": used}
         checkpoint.start_run(out, cfg, about, resume_from)
-        default = configurator.to_dict(Config())
-        log.say("  ".join(f"{k}={v}" for k, v in configurator.to_dict(cfg).items() if v != default[k]))
-        if idle:
-            log.say(f"without effect here: {idle}")
-        log.say(f"{machine.why}; {machine.world} process{'es' * (machine.world > 1)}; {monitor.breakdown(raw)}")
-        texts = cfg.objective in ("denoise", "contrast")  # no rows of one length: the table has nothing to say but the stages
-        log.say(f"{plan.steps:,} steps{plan.note}" if texts and not cfg.stages else plan.table())
-        if cfg.precision != "bf16":
-            log.say(precision)
-        if machine.device.type == "cuda":
-            log.say(f"attention: {flash()}")
-        way = polyglu_backend(machine.device, cfg.acts, machine.dtype)
-        if cfg.ffn == "polyglu" and way[0] != "cpu.c":  # of which the line on the machine speaks
-            log.say("polyglu: {}, {}".format(*way))
-        for name, path in sources(cfg).items() if cfg.packing == "documents" and cfg.objective == "lm" else ():
-            log.say(monitor.conversations(name, data.read_manifest(Path(path))))
+        introduce(log, cfg, raw, plan, machine, precision, idle)
         log.say(f"resumed from {resume_from}" if resume_from else f"new run in {out}{start}")
-    asked, parent = [], os.getppid()  # signals: noticed between steps, agreed on by all ranks in the reduction of every step
-
-    def on_signal(number, frame):
-        asked.append(number)
-        if number == signal.SIGINT:  # a second Ctrl-C ends it where it stands; whole checkpoints survive that
-            signal.signal(number, signal.default_int_handler)
-
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-        signal.signal(getattr(signal, name), on_signal)
+    asked, parent = listen(), os.getppid()
 
     def save(step, metrics):
         score = metrics.get(cfg.best_metric)
@@ -385,13 +403,10 @@ def main(argv):
         if lead:
             checkpoint.sync(log.path)  # what a resumed run keeps of it must be there after a power cut, too
         size = checkpoint.save(out, step, raw, optimizer, full, cfg.keep, metric=score, is_best=best)
-        if lead:
-            log.say(f"saved {out}/step-{step:06d}, {size / 1e6:,.1f} MB{' (best so far)' if best else ''}")
+        say(f"saved {out}/step-{step:06d}, {size / 1e6:,.1f} MB{' (best so far)' if best else ''}")
 
     if cfg.objective in ("lm", "denoise") and (cfg.compile or machine.device.type == "cuda") and step < plan.steps:
-        line = warm_up(cfg, objective, call, raw, plan, step, machine)
-        if lead:
-            log.say(line)
+        say(warm_up(cfg, objective, call, raw, plan, step, machine))
     params = [p for p in raw.parameters() if p.requires_grad]
     visible = lead and cfg.progress and sys.stderr.isatty()
     bar = tqdm(total=plan.steps, initial=step, unit="step", disable=not visible, dynamic_ncols=True)
@@ -415,10 +430,10 @@ def main(argv):
         for group in optimizer.param_groups:
             group["lr"] = row.lr
         raw.tau.fill_(row.tau)
-        if lead and step and row.stage != plan(step - 1).stage:
-            log.say(f"{row}")
-        if (line := fp8.set_step(raw, step)) and lead:
-            log.say(line)
+        if step and row.stage != plan(step - 1).stage:
+            say(f"{row}")
+        if line := fp8.set_step(raw, step):
+            say(line)
         if objective.prepare:
             with hardware.enough_memory(cfg, row), fp8.scope(raw):
                 objective.prepare(call, raw, batches)
@@ -451,24 +466,15 @@ def main(argv):
             fp8.refresh(raw)
         else:
             by_term, by_name = dict(zip(terms, sums.tolist(), strict=True)), dict(zip(names, meter.here[:, 0].tolist(), strict=False))
-            line, damaged = complain(step, by_term, by_name, raw, machine)
-            if cfg.on_nonfinite == "stop" or damaged:
-                if not lead:
-                    raise SystemExit(2)
-                way = "nothing was changed, the last checkpoint stands; a step may be passed over with --on_nonfinite=skip"
-                die(f"{line}; " + ("an earlier step did it: --resume from a checkpoint before, with a lower --lr" if damaged else way))
+            line = complain(cfg, step, by_term, by_name, raw, machine)
             state["skipped"] += 1
-            if lead:
-                log.say(f"{line}; step skipped, {state['skipped']} so far")
+            say(f"{line}; step skipped, {state['skipped']} so far")
         end = step + 1 == plan.steps
         reporting = end or step == first or bool(cfg.log_every and (step + 1) % cfg.log_every == 0)
         watched = monitor.alpha_gradients(raw) if reporting else {}
-        if lead and cfg.stats_every and step % cfg.stats_every == 0:
-            log.row({"step": step + 1} | monitor.statistics(raw, batch))
+        if lead and (extra := monitor.inspect(cfg, step, raw, batch, lambda: objective.sums(raw, raw, batch)[0][terms[0]])):
+            log.row({"step": step + 1} | extra)
         optimizer.zero_grad(set_to_none=True)
-        if lead and cfg.fp8_stats_every and step % cfg.fp8_stats_every == 0:
-            rows = monitor.fp8_statistics(raw, lambda: objective.sums(raw, raw, batch)[0][terms[0]])
-            log.row({"step": step + 1} | {f"fp8/{r['name']}/{k}": v for r in rows for k, v in r.items() if k != "name"})
         step, position = step + 1, stream.state
         state["tokens"] += int(tokens)
         meter.accept(int(tokens), stream.wait, good, bool(0 < row.clip < norm), norm, count.get("loss", 0.0))
@@ -483,27 +489,22 @@ def main(argv):
         # reports, evaluation, checkpoint
         if reporting:
             record, line = meter.read(row, terms, sums, count, objective.weights)
+            record |= {"train/grad_norm": norm} | ({"train/skipped": state["skipped"]} if state["skipped"] else {})
+            say(f"step {step:>6}/{plan.steps} | {line} | norm {norm:.2f}")
             if lead:
-                record |= {"train/skipped": state["skipped"]} if state["skipped"] else {}
-                record |= {"data/dropped": position["dropped"]} if "dropped" in position else {}  # documents too short to use
-                seen = {name: s for name, s in position.get("sources", {}).items() if "epochs" in s}
-                record |= {f"data/{name}/{key}": s[key] for name, s in seen.items() for key in ("tokens", "epochs")}
-                log.row({"step": step, "tokens": state["tokens"], "train/grad_norm": norm} | record | watched)
-                log.say(f"step {step:>6}/{plan.steps} | {line} | norm {norm:.2f}")
+                log.row({"step": step, "tokens": state["tokens"]} | record | monitor.seen(position) | watched)
         evaluating = val and (end or (cfg.eval_every and step % cfg.eval_every == 0))
         if evaluating:
             state["metrics"] = examine(cfg, raw, sets, row, step, end, machine)
             if lead:
                 log.row({"step": step} | state["metrics"])
-                log.say("  ".join(f"{k} {v:.4f}" for k, v in state["metrics"].items() if not re.search("/layer_|^surprise|/ppl", k)))
-                if cfg.best_metric not in state["metrics"] and cfg.domains_every < 2:
-                    log.say(f"best_metric={cfg.best_metric} is not measured here, so no step is marked best; metrics.jsonl has the names")
+            say("  ".join(f"{k} {v:.4f}" for k, v in state["metrics"].items() if not re.search("/layer_|^surprise|/ppl", k)))
+            if cfg.best_metric not in state["metrics"] and cfg.domains_every < 2:
+                say(f"best_metric={cfg.best_metric} is not measured here, so no step is marked best; metrics.jsonl has the names")
             if tune and not end:
                 with fp8.evaluation(raw):
                     scores = evaluate(raw, tune, machine, shares=cfg.parallel == "ddp")
-                line = plan.answer(step, {name: scores[f"val/{name}/bpb{'' if raw.cfg.causal else '_noncausal'}"] for name in tune})
-                if lead:
-                    log.say(line)
+                say(plan.answer(step, {name: scores[f"val/{name}/bpb{'' if raw.cfg.causal else '_noncausal'}"] for name in tune}))
         if end or (cfg.save_every and step % cfg.save_every == 0):
             save(step, state["metrics"] if evaluating else {})
             saved_at = step
@@ -515,13 +516,13 @@ def main(argv):
         save(step, {})
     if cfg.benchmark:
         scratch.cleanup()
-        if lead:
-            log.say(f"{precision.splitlines()[0]}; compile={cfg.compile}, {machine.why}")
-            log.say(monitor.benchmark(laps, int(tokens), row, raw, machine, sources(cfg)))
-    elif lead:
-        log.say(meter.summary() if meter.losses else "no step was logged")
+        say(f"{precision.splitlines()[0]}; compile={cfg.compile}, {machine.why}")
+        say(monitor.benchmark(laps, int(tokens), row, raw, machine, sources(cfg)))
+    else:
+        say(meter.summary() if meter.losses else "no step was logged")
         stopped = step < plan.steps
-        log.say(f"stopped by a signal at step {step}; --resume goes on" if stopped else f"done: {step} steps, {state['tokens']:,} tokens")
+        say(f"stopped by a signal at step {step}; --resume goes on" if stopped else f"done: {step} steps, {state['tokens']:,} tokens")
+    if lead:
         log.close()
     if machine.world > 1:
         torch.distributed.barrier()  # rank 0 still saves and logs when the others are done; a peer that left would hang it

@@ -174,7 +174,7 @@ class DenoiseStream:
         examples = [self.example(item, raw[a : a + n].astype(np.int64)) for item, a, n in zip(items, at, sizes, strict=True)]
         batch = collate(fixed(examples, enc, dec, cfg, self.special) if fixed_shapes(cfg) else examples, number)
         if fixed_shapes(cfg):
-            batch |= {"max_len": cfg.max_enc, "dec_max_len": cfg.max_dec, "kv_max_len": cfg.max_enc + cfg.max_dec}
+            batch |= {"max_len": cfg.max_enc, "dec_max_len": cfg.max_dec}
         return batch | {"tokens": sum(item[-2] + item[-1] for item in items), "source_tokens": int(sizes.sum())}
 
     def __iter__(self):
@@ -214,16 +214,15 @@ class DenoiseStream:
 
 
 def collate(examples, number: int = 0) -> dict:
-    """Examples (encoder, decoder inputs, targets, task) -> one flat two-sided pack; keys of example b are [enc_b ; dec_b]."""
+    """Examples (encoder, decoder inputs, targets, task) -> one flat two-sided pack."""
     enc, dec, targets, task = zip(*examples, strict=True)
     sizes = np.array([[len(a), len(b)] for a, b in zip(enc, dec, strict=True)]).T  # (2, S)
     cu = np.concatenate([np.zeros((2, 1), np.int64), sizes.cumsum(1)], 1)  # (2, S + 1)
-    start = np.stack([cu[0, :-1], cu[0, -1] + cu[1, :-1]], 1).ravel()  # of enc_0, dec_0, enc_1, ... in cat([enc, dec])
-    out = {"kv_index": data.ramp(start, sizes.T.ravel()), "task": np.array(task), "rows": np.array([number])}
+    out = {"task": np.array(task), "rows": np.array([number])}
     out |= {"ids": np.concatenate(enc), "dec_ids": np.concatenate(dec), "targets": np.concatenate(targets)}
     out |= {"pos": data.ramp(0 * cu[0, :-1], sizes[0]), "dec_pos": data.ramp(0 * cu[1, :-1], sizes[1])}
     out = {key: torch.from_numpy(np.asarray(value, np.int64)) for key, value in out.items()}
-    for name, c in (("", cu[0]), ("dec_", cu[1]), ("kv_", cu.sum(0))):
+    for name, c in zip(("", "dec_"), cu, strict=True):
         out |= {f"{name}cu": torch.from_numpy(c.astype(np.int32)), f"{name}max_len": int(np.diff(c).max())}
     return out
 

@@ -343,9 +343,10 @@ class Stack(nn.Module):
 
 
 def borders(pos, cu):
-    """Of each token: its place in the batch, where its document begins, and where that ends."""
+    """Of each token: its place in the batch, where its document begins, where that ends, and its number."""
     here = torch.arange(len(pos), device=pos.device)
-    return here, here - pos, cu.long()[torch.searchsorted(cu, here.to(cu.dtype), right=True)]
+    after = torch.searchsorted(cu, here.to(cu.dtype), right=True)
+    return here, here - pos, cu.long()[after], after - 1
 
 
 class Packed:
@@ -372,7 +373,7 @@ class Packed:
 
     def pool(self, ffn, p):
         """Mean of p over the part of its document that each token's gate may see; a loud document before it leaves no trace."""
-        here, start, stop = self.borders
+        here, start, stop, _ = self.borders
         if ffn.gate == "sequence":
             return WindowMean.apply(p, start, stop, None, None)
         if ffn.gate == "running":
@@ -434,21 +435,22 @@ class Transformer(nn.Module):
         """Hidden states (N, D) after the final norm: of the decoder, or of the encoder when there is nothing else.
 
         A batch holds ids (or embeds, (N, D)), pos, cu, max_len; docs: their number, if cu is longer; window: tokens of a row, which no
-        document leaves. An encoder-decoder's: dec_ids, dec_pos, dec_cu, dec_max_len, kv_index, kv_cu, kv_max_len, too.
+        document leaves. An encoder-decoder's: dec_ids, dec_pos, dec_cu, dec_max_len, too.
         """
         if self.encoder is None:
             return self.read(self.decoder, batch, causal=True)
         hidden = self.encode(batch)
         if self.decoder is None or "dec_ids" not in batch:
             return hidden
-        cross, pos = self.cfg.cross_rope, batch["dec_pos"]
-        segments = Segments(batch["dec_cu"], batch["dec_max_len"], batch["kv_cu"], batch["kv_max_len"])
-        index = batch["kv_index"]
-        back = torch.empty_like(index).scatter_(0, index, torch.arange(len(index), device=index.device))
+        cross, pos, cu, dec_cu, longest = self.cfg.cross_rope, batch["dec_pos"], batch["cu"], batch["dec_cu"], batch["dec_max_len"]
+        enc, dec = borders(batch["pos"], cu), borders(pos, dec_cu)
+        back = torch.cat((enc[0] + dec_cu[enc[3]], dec[0] + cu[dec[3] + 1]))  # behind the other side of the examples before; of its own
+        index = torch.empty_like(back).scatter_(0, back, torch.arange(len(back), device=back.device))
+        segments = Segments(dec_cu, longest, cu + dec_cu, batch["max_len"] + longest)
         merge = Merge(hidden, None if cross == "none" else self.rope(batch["pos"]), index, back, segments)
-        ctx = Packed(self, pos, batch["dec_cu"], batch["dec_max_len"], True, batch.get("rows"), merge)
+        ctx = Packed(self, pos, dec_cu, longest, True, batch.get("rows"), merge)
         if cross == "continue":  # rotary positions go on where the encoder's end; the gate counts the decoder's own tokens
-            ctx.rope = self.rope(pos + torch.repeat_interleave(batch["cu"].diff(), batch["dec_cu"].diff(), output_size=len(pos)))
+            ctx.rope = self.rope(pos + cu.diff()[dec[3]])
         return self.decoder(self.embed_tokens(batch["dec_ids"]), ctx)
 
     def encode(self, batch):
@@ -592,16 +594,8 @@ def rectangle(ids: torch.Tensor) -> dict:
 
 def merged_rectangle(enc_ids, dec_ids) -> dict:
     """B examples of S encoder and T decoder tokens each as a flat two-sided batch."""
-    enc, dec = rectangle(enc_ids), rectangle(dec_ids)
-    rows, width = dec_ids.shape
-    n_enc = enc_ids.numel()
-    index = torch.cat((torch.arange(n_enc).view(rows, -1), n_enc + torch.arange(dec_ids.numel()).view(rows, -1)), dim=1)
-    return enc | {
-        **{f"dec_{name}": dec[name] for name in ("ids", "pos", "cu", "max_len")},
-        "kv_index": index.flatten().to(dec_ids.device),
-        "kv_cu": enc["cu"] + dec["cu"],
-        "kv_max_len": enc["max_len"] + dec["max_len"],
-    }
+    dec = rectangle(dec_ids)
+    return rectangle(enc_ids) | {f"dec_{name}": dec[name] for name in ("ids", "pos", "cu", "max_len")}
 
 
 def build(cfg: ModelConfig, device: str = "cpu") -> Transformer:

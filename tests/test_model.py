@@ -45,13 +45,7 @@ def pack(lengths, vocab=100, seed=0):
 
 
 def merge(enc, dec):
-    index, cu, n = [], [0], len(enc["ids"])
-    for a, b, c, d in zip(enc["cu"], enc["cu"][1:], dec["cu"], dec["cu"][1:], strict=False):
-        index += [*range(a, b), *range(n + c, n + d)]
-        cu.append(len(index))
-    two = {f"dec_{k}": dec[k] for k in ("ids", "pos", "cu", "max_len")}
-    longest = max(b - a for a, b in zip(cu, cu[1:], strict=False))
-    return enc | two | {"kv_index": torch.tensor(index), "kv_cu": torch.tensor(cu).int(), "kv_max_len": int(longest)}
+    return enc | {f"dec_{k}": dec[k] for k in ("ids", "pos", "cu", "max_len")}
 
 
 def grads(model, loss):

@@ -84,8 +84,7 @@ class PairStream:
         self.state = {"step": 0, "order": self.order}
 
     def load(self, state):
-        if state.get("order", self.order) != self.order:
-            die(f"the checkpoint read {state['order']}, not {self.order}: resume with its data and settings, or use --init_from")
+        data.expect_order(state["order"], self.order)
         self.step, self.state = state["step"], dict(state)
 
     def texts(self, g):

@@ -272,11 +272,18 @@ class Source:
         return row
 
 
+def expect_order(theirs: str, ours: str):
+    """A checkpoint's stream goes on only as what it was: `key=value` words, all that decides its order."""
+    was, now = (" ".join(sorted(set(a.split()) - set(b.split()))) for a, b in ((theirs, ours), (ours, theirs)))
+    if was or now:
+        die(f"the checkpoint read {was or 'fewer sources'}, not {now or 'fewer'}: resume with its data and settings, or use --init_from")
+
+
 class Stream:
     """next() -> this rank's micro-batches of the next step of the plan, until its end; .state and .load(state) resume exactly."""
 
-    def __init__(self, sources, plan, rank, world, cfg, order, log):
-        self.sources, self.plan, self.rank, self.world, self.cfg, self.log = sources, plan, rank, world, cfg, log
+    def __init__(self, sources, plan, rank, world, cfg, order):
+        self.sources, self.plan, self.rank, self.world, self.cfg = sources, plan, rank, world, cfg
         self.order = order  # in words, all that decides the order besides the sources
         self.shards, self.n_tokens = [src.shards for src in sources], sum(src.shards.n_tokens for src in sources)
         self.names = [src.name for src in sources]  # what batch["source"] counts in
@@ -290,9 +297,7 @@ class Stream:
         return {"step": self.step, "rows": self.rows, "rest": self.rest and list(self.rest), "order": self.order, "sources": sources}
 
     def load(self, state):
-        ours, theirs = ({name: s["id"] for name, s in x["sources"].items()} for x in (self.state, state))
-        if ours != theirs or state["order"] != self.order:
-            die(f"the checkpoint read {theirs} as {state['order']}, not {ours} as {self.order}: resume with its data, or use --init_from")
+        expect_order(*(" ".join([x["order"], *(f"{name}={s['id']}" for name, s in x["sources"].items())]) for x in (state, self.state)))
         self.step, self.rows, self.rest = state["step"], state["rows"], state["rest"] and tuple(state["rest"])
         for src in self.sources:
             saved = state["sources"][src.name]
@@ -338,7 +343,7 @@ class Stream:
         if self.rest and self.rest[1] % seq_len:  # a switch of length: the new windows begin at multiples of their own length
             s, start, size = self.rest
             drop = min(-start % seq_len, size)
-            self.log(f"data: {self.sources[s].name} drops {drop} tokens of a chunk at the switch to length {seq_len}")
+            self.sources[s].log(f"data: {self.sources[s].name} drops {drop} tokens of a chunk at the switch to length {seq_len}")
             self.sources[s].state["dropped"] += drop
             self.rest = (s, start + drop, size - drop) if drop < size else None
         while need:
@@ -387,9 +392,8 @@ def open_sources(cfg, log):
 
 
 def open_stream(cfg, plan, rank=0, world=1, log=print):
-    log = log if rank == 0 else lambda text: None
-    sources, order = open_sources(cfg, log)
-    return Stream(sources, plan, rank, world, cfg, order, log)
+    sources, order = open_sources(cfg, log if rank == 0 else lambda text: None)
+    return Stream(sources, plan, rank, world, cfg, order)
 
 
 def epoch_tokens(cfg):
@@ -439,7 +443,7 @@ class Prefetch:
         while state is not None and not stop.is_set():
             try:
                 item, state = next(self.stream), self.stream.state
-                item = pin_memory(item) if self.pin else item
+                item = [{k: v.pin_memory() if torch.is_tensor(v) else v for k, v in batch.items()} for batch in item] if self.pin else item
             except BaseException as error:  # whatever it is, SystemExit too, it belongs to the thread that trains
                 item, state = error, None
                 self.error = None if isinstance(error, StopIteration) else error
@@ -474,7 +478,3 @@ class Prefetch:
             self.stop.set()
             self.thread.join()
             self.thread = None
-
-
-def pin_memory(batches):
-    return [{key: v.pin_memory() if isinstance(v, torch.Tensor) else v for key, v in batch.items()} for batch in batches]

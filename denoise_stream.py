@@ -201,8 +201,7 @@ class DenoiseStream:
         return {**counts, "sources": sources, "queue": [list(item) for item in self.queue]}
 
     def load(self, state):
-        if state["order"] != self.order:
-            die(f"cannot continue {state['order']} with {self.order}: keep data, mixture and lengths, or start anew with init_from")
+        data.expect_order(state["order"], self.order)
         self.step, self.packs, self.drawn, self.dropped = (state[key] for key in ("step", "packs", "drawn", "dropped"))
         self.queue = [tuple(item) for item in state["queue"]]
         for s, src in enumerate(self.sources):

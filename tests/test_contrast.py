@@ -153,7 +153,7 @@ def test_stream_is_resumable_and_covers_an_epoch(tmp_path):
     texts = [tuple(row) for b in one[:8] for row in b["ids"].split(b["cu"].diff().tolist())[:4] for row in [row.tolist()]]
     assert len(texts) == 32 and len(set(texts)) == 32  # two steps of 16: every query once
     later = contrast.PairStream(cfg, plan, 1, 2)
-    later.load({"step": 2})
+    later.load(later.state | {"step": 2})
     assert torch.equal(next(later)[0]["ids"], one[9]["ids"])
     with pytest.raises(SystemExit):
         contrast.PairStream(config(cfg.data, contrast_pairs=10), plan, 0, 1)

@@ -118,7 +118,7 @@ def test_one_epoch_is_a_partition(tmp_path):
     assert np.array_equal(seen, want)
 
 
-def test_same_packs_for_any_number_of_ranks_and_after_resuming(shards):
+def test_same_packs_for_any_number_of_ranks_and_after_resuming(shards, capsys):
     folder, _ = shards
     cfg = config(folder, mixture="recommended_curriculum")
     one = S.DenoiseStream(cfg, plan_of(accum=4))
@@ -140,6 +140,7 @@ def test_same_packs_for_any_number_of_ranks_and_after_resuming(shards):
     assert resumed[0].state == resumed[1].state
     with pytest.raises(SystemExit):
         S.DenoiseStream(config(folder, mixture="t5"), plan_of()).load(state)
+    assert "the checkpoint read mixture=recommended_curriculum, not mixture=t5: resume" in capsys.readouterr().err  # and nothing that is the same
 
 
 def test_packs_invert_and_lie_in_order(shards):

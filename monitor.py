@@ -40,10 +40,13 @@ def linear_weights(stack):
 
 
 def flops(model, batch) -> float:
-    """Of one batch of an encoder or encoder-decoder, forward and backward: each document at its own length, padding left out, causal
-    attention at half, the embedding look-up not at all. (A decoder's: flops_per_token.)"""
+    """Of one batch, forward and backward: each document at its own length, padding left out, causal attention at half, the embedding
+    look-up not at all."""
     cfg, enc, cross, head = model.cfg, batch["cu"].diff().double(), 0, 0
-    dec = 0 * enc
+    per_pair, dec = 12 * cfg.n_layer * cfg.n_head * cfg.width_head, 0 * enc
+    if model.encoder is None:
+        each = model.flops_per_token(0) if "targets" in batch else 6 * linear_weights(model.decoder)
+        return batch["tokens"] * each + per_pair * float((enc * enc / 2).sum())
     if "dec_ids" in batch:
         real = F.pad((batch["targets"] >= 0).cumsum(0), (1, 0))[batch["dec_cu"].long()].diff() > 0
         enc, dec = enc * real, batch["dec_cu"].diff() * real
@@ -51,7 +54,7 @@ def flops(model, batch) -> float:
         head = linear_weights(model.decoder) + cfg.vocab_size * model.head_weight.shape[1]
     pairs = (enc * enc + dec * enc + dec * dec / 2).sum()
     linear = enc.sum() * (linear_weights(model.encoder) + cross) + dec.sum() * head
-    return float(6 * linear + 12 * cfg.n_layer * cfg.n_head * cfg.width_head * pairs)
+    return float(6 * linear + per_pair * pairs)
 
 
 class Meter:
@@ -71,8 +74,8 @@ class Meter:
         self.work = [0.0] * 5  # flops; denoise: packs, source, encoder and target tokens
 
     def expect(self, batches):
-        """What an encoder has to do depends on the lengths of its texts: counted before these leave for the device."""
-        for batch in batches if isinstance(self.model, Transformer) and self.model.encoder is not None else ():
+        """What there is to do depends on the lengths of the texts: counted before these leave for the device."""
+        for batch in batches if isinstance(self.model, Transformer) else ():
             seen = [flops(self.model, batch) if self.machine.peak else 0.0]
             if "dec_ids" in batch:
                 targets = int((batch["targets"] >= 0).sum())  # as many as the decoder reads
@@ -103,8 +106,6 @@ class Meter:
         by_name = zip(self.names, values[len(terms) :: 3], values[len(terms) + 1 :: 3], strict=False)
         self.seen = self.bytes(values[len(terms) + 2 :: 3])
         seconds = time.perf_counter() - self.clock
-        if not work and isinstance(self.model, Transformer):
-            work = self.tokens * self.model.flops_per_token(row.seq_len)
         speed, mfu = self.tokens / seconds, work / seconds / (self.machine.peak * self.machine.world) if self.machine.peak else 0.0
         suffix = "" if self.cfg.causal else "_noncausal"
         record = {f"train/{t}{suffix}": v for t, v in losses.items() if count[t] or self.cfg.objective != "latent"}
@@ -387,16 +388,16 @@ def bytes_per_token(sources, mix):
     return sum(share * size[name] / tokens[name] for name, share in mix.items() if share) / sum(mix.values())
 
 
-def benchmark(laps, tokens, row, model, machine, sources):
-    """Two lines of a table, from the wall clock after each synchronised step; tokens are real ones, accumulation included."""
+def benchmark(laps, tokens, work, row, machine, sources):
+    """Two lines of a table, from the wall clock after each synchronised step; tokens are real ones, accumulation included; work: FLOPs of
+    a step on one rank."""
     if len(laps) < WARM + 2:
         die(f"benchmark: {len(laps)} steps are too few, {WARM} of them warm up; raise --max_steps")
     per_token = bytes_per_token(sources, row.mix)
     times = sorted(b - a for a, b in zip(laps[WARM:], laps[WARM + 1 :], strict=False))
     middle, low, high = (times[int(q * (len(times) - 1))] for q in (0.5, 0.25, 0.75))
     speed = tokens / middle
-    known = machine.peak and model.encoder is None
-    mfu = f"{speed * model.flops_per_token(row.seq_len) / (machine.peak * machine.world):.1%}" if known else "unknown"
+    mfu = f"{work / middle / machine.peak:.1%}" if work else "unknown"
     heads = ("L", "tokens", "ms", "quartiles", "tok/s", "bytes/s", "MFU", "GiB", "h per 1B")
     values = [row.seq_len, tokens, f"{1e3 * middle:.1f}", f"{1e3 * low:.1f}-{1e3 * high:.1f}", f"{speed:,.0f}"]
     values += [f"{speed * per_token:,.0f}" if per_token else "-", mfu]

@@ -517,7 +517,7 @@ def main(argv):
     if cfg.benchmark:
         scratch.cleanup()
         say(f"{precision.splitlines()[0]}; compile={cfg.compile}, {machine.why}")
-        say(monitor.benchmark(laps, int(tokens), row, raw, machine, sources(cfg)))
+        say(monitor.benchmark(laps, int(tokens), meter.work[0] / len(laps), row, machine, sources(cfg)))
     else:
         say(meter.summary() if meter.losses else "no step was logged")
         stopped = step < plan.steps

@@ -229,7 +229,7 @@ def our_step(keys, batch, where, compiled=False):
     fp8.apply(raw, cfg, where.device, [(batch["max_len"], len(batch["ids"]))])
     model = compile_blocks(raw) if compiled else raw
     optimizer = optimizer_of(raw, cfg)
-    work = raw.flops_per_token(batch["max_len"]) * len(batch["ids"]) if raw.encoder is None else monitor.flops(raw, batch)
+    work = monitor.flops(raw, {"tokens": len(batch["ids"])} | batch)
     batch = {k: t.to(where.device) if isinstance(t, torch.Tensor) else t for k, t in batch.items()}
     count = int((batch["targets"] != -100).sum())
 

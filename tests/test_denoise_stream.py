@@ -140,7 +140,7 @@ def test_same_packs_for_any_number_of_ranks_and_after_resuming(shards, capsys):
     assert resumed[0].state == resumed[1].state
     with pytest.raises(SystemExit):
         S.DenoiseStream(config(folder, mixture="t5"), plan_of()).load(state)
-    assert "the checkpoint read mixture=recommended_curriculum, not mixture=t5: resume" in capsys.readouterr().err  # and nothing that is the same
+    assert "the checkpoint read mixture=recommended_curriculum, not mixture=t5: resume" in capsys.readouterr().err
 
 
 def test_packs_invert_and_lie_in_order(shards):

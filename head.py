@@ -17,8 +17,8 @@ from glu_triton import HAS_TRITON
 NARROW = 128  # the widest head whose logits are recomputed rather than stored
 CHUNK = 2.5e9, 1024  # bytes of fp32 logits that exist at a time in a wide head, but no fewer rows than this
 # tokens and vocabulary rows of a tile, as large as the registers of sm_90 allow; rows of a wide head's logits, so many columns at a time
-DH_TILE = {"BM": 128, "BV": 128, "num_warps": 8, "num_stages": 3}
-DW_TILE = {"BM": 128, "BV": 128, "num_warps": 8, "num_stages": 3}
+DH_TILE = {"BM": 128, "BV": 128, "num_warps": 8}
+DW_TILE = {"BM": 128, "BV": 128, "num_warps": 8}
 ROW = {"BLOCK": 8192, "num_warps": 16}
 
 if HAS_TRITON:
@@ -145,12 +145,14 @@ def narrow(h, w, targets, vocab, grads=True):
     target = F.pad(targets.int(), (0, more), value=-1)
     nll, lse, own = torch.empty(3, len(h), dtype=torch.float32, device=h.device)
     dh, dw = (torch.empty_like(h), torch.empty_like(w, dtype=torch.float32)) if grads else (h, None)
+    room = torch.cuda.get_device_properties(h.device).shared_memory_per_block_optin if h.is_cuda else 0
+    stages = 2 if room < 160 << 10 else 3  # tiles on their way into shared memory, of 32 KB each: an RTX 4090 or 5090 has 99 KB in all
     hits = _hits(target, DH_TILE["BM"], DH_TILE["BV"], -(-vocab // DH_TILE["BV"]))
-    _dh_kernel[(len(hits),)](h, w, target, hits, nll, lse, own, dh, vocab, D=D, GRADS=grads, **DH_TILE)
+    _dh_kernel[(len(hits),)](h, w, target, hits, nll, lse, own, dh, vocab, D=D, GRADS=grads, **DH_TILE, num_stages=stages)
     if not grads:
         return nll[:n], None, None
     hits = _hits(target, DW_TILE["BM"], DW_TILE["BV"], len(w) // DW_TILE["BV"]).t().contiguous()
-    _dw_kernel[(len(hits),)](h, w, target, hits, lse, own, dw, hits.shape[1], vocab, D=D, **DW_TILE)
+    _dw_kernel[(len(hits),)](h, w, target, hits, lse, own, dw, hits.shape[1], vocab, D=D, **DW_TILE, num_stages=stages)
     return nll[:n], dh[:n, :d], dw[:rows, :d]
 
 

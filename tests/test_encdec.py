@@ -320,9 +320,7 @@ def test_flops_are_those_of_the_paper_arithmetic(monkeypatch):
     assert monitor.flops(model, pack) == 6 * sides + 12 * 2048 * 28 * pairs
     texts = {"cu": torch.tensor([0, 40, 100])}  # contrast: neither decoder nor head
     assert monitor.flops(model, texts) == 6 * 100 * 440_401_920 + 12 * 2048 * 28 * (40**2 + 60**2)
-    decoder = build(
-        train.Config(n_layer=2, n_head=4, d_model=64, vocab_size=300), "meta"
-    )
+    decoder = build(train.Config(n_layer=2, n_head=4, d_model=64, vocab_size=300), "meta")
     windows = {"cu": torch.tensor([0, 40, 100]), "tokens": 100, "targets": None}
     assert monitor.flops(decoder, windows) == 40 * decoder.flops_per_token(40) + 60 * decoder.flops_per_token(60)
     where = train.hardware.find("cpu")._replace(peak=1e15)

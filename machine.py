@@ -34,6 +34,7 @@ class Machine(NamedTuple):
 # dense, without sparsity, from the vendor's data sheets; the first name found in the device's counts, so longer ones come first
 PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12, "GB200": 2500e12, "L40S": 362e12, "L40": 181e12}
 PEAKS |= {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "RTX 4090": 165e12, "RTX 5090": 209e12, "L4": 121e12}
+PEAKS |= {"RTX 3090": 71e12, "A6000": 155e12, "RTX 6000 Ada": 364e12}
 
 
 def find(device: str = "auto", dtype: str = "auto") -> Machine:
@@ -99,9 +100,7 @@ def wrap(model, parallel: str, machine: Machine):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh(
-        machine.device.type, (machine.world,)
-    )  # gathered in fp32: norms and routing are not to be rounded, Linear casts
+    mesh = init_device_mesh(machine.device.type, (machine.world,))  # gathered in fp32: norms are not to be rounded, Linear casts
     for stack in (model.encoder, model.decoder):
         for block in stack.blocks if stack is not None else ():
             fully_shard(block, mesh=mesh)

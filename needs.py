@@ -77,6 +77,8 @@ def possible(cfg):
         die(f"mix_decay_start={cfg.mix_decay_start}: mix_end is never walked to; set it below 1, or leave mix_end out")
     if not all(0 <= beta < 1 for beta in cfg.betas):
         die(f"betas={cfg.betas} must lie in [0, 1)")
+    if cfg.stats_every and (cfg.objective == "latent" or cfg.parallel == "fsdp"):
+        die("stats_every reads one whole Transformer on rank 0: not for objective=latent, nor with --parallel=fsdp; leave it at 0")
     if cfg.optimizer == "muon" and not cfg.lr:
         die("optimizer=muon scales by muon_lr / lr: lr must be above 0; set --lr=3e-3")
 

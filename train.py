@@ -346,8 +346,6 @@ def main(argv):
     if machine.device.type == "cuda" and machine.dtype == torch.float32:  # TF32, for a run in fp32 alone: beside bf16, fp32 means fp32
         torch.set_float32_matmul_precision("high")
     lead, objective = machine.rank == 0, find_objective(cfg)
-    if cfg.stats_every and (cfg.objective == "latent" or (cfg.parallel == "fsdp" and machine.world > 1)):
-        die("stats_every reads one whole Transformer on rank 0: not for objective=latent, nor with --parallel=fsdp; leave it at 0")
     scratch = tempfile.TemporaryDirectory(prefix="benchmark-") if cfg.benchmark else None  # goes, too, where the run is refused
     out = Path(scratch.name if scratch else cfg.out)
     checkpoint.find_resume(out, cfg.resume)  # says no before the folder is touched

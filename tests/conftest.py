@@ -48,6 +48,20 @@ def corpus(tmp_path_factory):
     return str(where / "shards")
 
 
+@pytest.fixture
+def dies(capsys):
+    """dies(call, *words): an error of the user, which is one line on stderr, holding all of the words, and exit code 2."""
+
+    def check(call, *words):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            call()
+        line = capsys.readouterr().err
+        assert stop.value.code == 2 and line.count("\n") == 1 and all(word in line for word in words), line
+
+    return check
+
+
 @pytest.fixture(params=["cpu.c", "formula"])
 def way(request, monkeypatch):
     """Both ways on a CPU: compiled, and as where no compiler is."""

@@ -15,13 +15,6 @@ from eval import gpu, operators, peers
 from model import ModelConfig, build
 
 
-def dies(capsys, call, *words):
-    with pytest.raises(SystemExit) as stop:
-        call()
-    message = capsys.readouterr().err
-    assert stop.value.code == 2 and message.count("\n") == 1 and all(w in message for w in words), message
-
-
 def test_ratios_and_spread(capsys):
     seconds = {"prism": [1.0, 1.0, 2.0, 1.0, 1.0], "peer": [2.0, 3.0, 4.0, 2.0, 2.0]}
     row = bench.report("x", "what", seconds, "tokens/s", 100)
@@ -86,16 +79,16 @@ def test_a_lost_device_costs_no_other_row(monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("arg", ["--suite=tpu", "--only=nothing", "--clock=sun", "--rounds=0", "--round=3", "--compile=no"])
-def test_refusals(capsys, arg):
-    dies(capsys, lambda: bench.main([arg]), arg[2:].split("=")[0])
+def test_refusals(dies, arg):
+    dies(lambda: bench.main([arg]), arg[2:].split("=")[0])
 
 
-def test_a_childs_memory_is_its_own(capsys):
+def test_a_childs_memory_is_its_own(dies):
     here = bytearray(400 << 20)  # this process is big; its child must not look it
     here[::4096] = b"x" * len(here[::4096])
     small, big = (bench.child_cost(["-c", f"b = bytearray({n} << 20); b[::4096] = b'x' * len(b[::4096])"])[1] for n in (1, 200))
     assert small < 100 << 20 and 180 << 20 < big - small < 220 << 20
-    dies(capsys, lambda: bench.child_cost(["-c", "raise ValueError('sick')"]), "sick")
+    dies(lambda: bench.child_cost(["-c", "raise ValueError('sick')"]), "sick")
 
 
 def test_both_sides_are_the_same_model(monkeypatch):

@@ -164,7 +164,7 @@ def test_stream_is_resumable_and_covers_an_epoch(tmp_path):
         contrast.build(ModelConfig(arch="decoder"))
 
 
-def test_rows_that_are_no_pairs_are_named(tmp_path, capsys):
+def test_rows_that_are_no_pairs_are_named(tmp_path, capsys, dies):
     """A text of negatives would be a negative per character, and null no text at all."""
     good, plan = {"query": "a", "positive": "b"}, SimpleNamespace(steps=1)
     for bad in (good | {"negatives": "words"}, good | {"positive": None}, good | {"negatives": ["a", None]}, {"query": "a"}, ["a", "b"]):
@@ -172,9 +172,7 @@ def test_rows_that_are_no_pairs_are_named(tmp_path, capsys):
         with pytest.raises(SystemExit) as stop:
             contrast.PairStream(config(tmp_path / "pairs.jsonl"), plan, 0, 1)
         assert stop.value.code == 2 and "row 17 is not" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        contrast.open_stream(config(tmp_path / "pairs.jsonl"), plan, 0, 1)
-    assert "set --init_from=RUN" in capsys.readouterr().err
+    dies(lambda: contrast.open_stream(config(tmp_path / "pairs.jsonl"), plan, 0, 1), "set --init_from=RUN")
 
 
 def test_crops_of_documents(tmp_path):

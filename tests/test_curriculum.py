@@ -407,7 +407,7 @@ def test_warming_up_changes_nothing(shards, tmp_path, monkeypatch, capsys):
     assert streams[0] == streams[1] and rows_of(tmp_path / "warm") == rows_of(tmp_path / "cold")
 
 
-def test_a_wrong_product_of_fp8_stops_before_the_first_step(shards, tmp_path, monkeypatch, capsys):
+def test_a_wrong_product_of_fp8_stops_before_the_first_step(shards, tmp_path, monkeypatch, capsys, dies):
     """The loss would not tell: a weight's gradient a thousand times too long."""
     monkeypatch.setattr(torch, "compile", lambda model, **keys: model)
     train.main(short(shards, tmp_path / "right", *FP8, "--compile=True"))
@@ -415,9 +415,7 @@ def test_a_wrong_product_of_fp8_stops_before_the_first_step(shards, tmp_path, mo
     assert 0 < off < 50
     gemm = fp8.gemm  # `fast` is said in the forward alone
     monkeypatch.setattr(fp8, "gemm", lambda *args, **keys: gemm(*args, **keys) * (1 if keys else 1000))
-    with pytest.raises(SystemExit) as stop:
-        train.main(short(shards, tmp_path / "wrong", *FP8, "--compile=True"))
-    assert stop.value.code == 2 and "of its length off bf16's: use --precision=bf16" in capsys.readouterr().err
+    dies(lambda: train.main(short(shards, tmp_path / "wrong", *FP8, "--compile=True")), "of its length off bf16's: use --precision=bf16")
 
 
 def test_out_of_memory_names_the_stage_and_the_remedy(shards, tmp_path, monkeypatch, capsys):
@@ -614,7 +612,7 @@ def test_a_refused_benchmark_leaves_nothing_either(shards, tmp_path, monkeypatch
         assert capsys.readouterr().err and not list(tmp_path.glob("benchmark-*"))
 
 
-def test_speed_table_keeps_what_ran_and_says_what_did_not(shards, tmp_path, capsys):
+def test_speed_table_keeps_what_ran_and_says_what_did_not(shards, tmp_path, capsys, dies):
     """Two stages by two precisions, each in a process of its own; TransformerEngine is not here, so the exit code says 1."""
     settings = [
         a for a in short(shards, tmp_path / "run", "--fp8_emulate=True") if not a.startswith(("--log_every", "--eval_", "--keep", "--out"))
@@ -626,12 +624,8 @@ def test_speed_table_keeps_what_ran_and_says_what_did_not(shards, tmp_path, caps
     assert "transformer_engine is not installed" in rows[1]["failed"] and float(rows[0]["ms"]) > 0 and rows[0]["tokens"] == "256"
     assert "failed: precision: te requested" in capsys.readouterr().out and not (tmp_path / "run").exists()
     assert speed.here("cpu") == ["bf16"]
-    with pytest.raises(SystemExit):
-        speed.main([*settings, "--lengths=17"])
-    assert "17 is no stage" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        speed.main([*settings, "--precisions=fp32"])
-    assert "fp32 is none of bf16, fp8, te" in capsys.readouterr().err
+    dies(lambda: speed.main([*settings, "--lengths=17"]), "17 is no stage")
+    dies(lambda: speed.main([*settings, "--precisions=fp32"]), "fp32 is none of bf16, fp8, te")
 
 
 def test_speed_measures_stages_of_one_length_that_differ():
@@ -699,7 +693,7 @@ def test_an_arm_of_the_ablation_runs_and_is_not_run_twice(corpus, tmp_path):
     assert first["bytes"] == pytest.approx(1.5e4, rel=0.2) and ablation.run("F", "cpu", made, 1.5e4, 1.0, 1, tmp_path) == first
 
 
-def test_an_ablation_keeps_to_its_settings_and_its_arms(corpus, tmp_path, monkeypatch, capsys):
+def test_an_ablation_keeps_to_its_settings_and_its_arms(corpus, tmp_path, monkeypatch, dies):
     """Runs and tokenizers of other text, or of another size, are not taken for those that were asked for."""
     ran = []
     monkeypatch.setattr(ablation, "run", lambda arm, *a: ran.append(arm) or {"final": {"mean": 1.0}, "precision": "bf16"})
@@ -715,6 +709,4 @@ def test_an_ablation_keeps_to_its_settings_and_its_arms(corpus, tmp_path, monkey
         (["--vocab=999"], "was made with texts="),
         (["--only=TX"], "TX is no arm; there are none,T,F,C,FC,TC,TF,TFC"),
     ):
-        with pytest.raises(SystemExit):
-            ablation.main([out, *argv])
-        assert said in capsys.readouterr().err
+        dies(lambda: ablation.main([out, *argv]), said)

@@ -318,7 +318,7 @@ def one_line(capsys, dir, word, split="train", use=lambda shards: None):
     assert stop.value.code == 2 and line.count("\n") == 1 and word in line, line
 
 
-def test_damaged_shards_stop_with_one_line(tmp_path, capsys):
+def test_damaged_shards_stop_with_one_line(tmp_path, capsys, dies):
     def fresh(name):
         return write_shards(tmp_path / name, make_docs(900), per_shard=5)
 
@@ -343,18 +343,17 @@ def test_damaged_shards_stop_with_one_line(tmp_path, capsys):
     raw = np.fromfile(file, "<u4")
     raw[5] = 1 << 25
     raw.tofile(file)
-    with pytest.raises(SystemExit):
-        all_micros(open_stream(make_cfg(dir), make_plan([(60, 16, 16)])))
-    assert str(1 << 25) in capsys.readouterr().err
+    dies(lambda: all_micros(open_stream(make_cfg(dir), make_plan([(60, 16, 16)]))), str(1 << 25))
     dir = fresh("unsorted")
     file = dir / "train-00000.idx"
     idx = np.fromfile(file, "<u8")
     idx[2] = 1 << 60
     idx.tofile(file)
     for packing in ("windows", "documents"):
-        with pytest.raises(SystemExit):
-            all_micros(open_stream(make_cfg(dir, packing=packing, seq_len=128), make_plan([(9, 128, 128)])))
-        assert "train-00000.idx holds offsets" in capsys.readouterr().err
+        dies(
+            lambda: all_micros(open_stream(make_cfg(dir, packing=packing, seq_len=128), make_plan([(9, 128, 128)]))),
+            "train-00000.idx holds offsets",
+        )
 
 
 def test_manifests_that_lie_stop_with_one_line(tmp_path, capsys):
@@ -382,11 +381,9 @@ def test_manifests_that_lie_stop_with_one_line(tmp_path, capsys):
     one_line(capsys, dir, "train-00000.bin")
 
 
-def test_a_training_stream_cannot_open_the_validation_split(tmp_path, capsys):
+def test_a_training_stream_cannot_open_the_validation_split(tmp_path, dies):
     dir = write_shards(tmp_path / "d", make_docs(300), split="val")
-    with pytest.raises(SystemExit):
-        open_stream(make_cfg(dir), make_plan([(1, 16, 16)]))
-    assert "no split 'train'" in capsys.readouterr().err
+    dies(lambda: open_stream(make_cfg(dir), make_plan([(1, 16, 16)])), "no split 'train'")
     write_shards(dir, make_docs(400, first=1000))
     seen = torch.cat([b["ids"] for b in all_micros(open_stream(make_cfg(dir), make_plan([(25, 16, 16)])))])
     assert seen.min() >= 1000 or (seen[seen < 1000] == 0).all()
@@ -403,15 +400,13 @@ def test_a_checkpoint_of_other_data_is_refused(tmp_path, capsys):
     open_stream(make_cfg({"x": a}), plan).load(state)
 
 
-def test_settings_that_contradict_stop(tmp_path, capsys):
+def test_settings_that_contradict_stop(tmp_path, dies):
     dir = write_shards(tmp_path / "d", make_docs(500, mean=50))
     for keys in ({"chunk": 24}, {"packing": "documents", "doc_mask": False}, {"packing": "documents", "seq_len": 1}):
         with pytest.raises(SystemExit):
             open_stream(make_cfg(dir, **keys), make_plan([(1, 16, 16)]))
     other = write_shards(tmp_path / "o", make_docs(500), tokenizer="other")
-    with pytest.raises(SystemExit):
-        open_stream(make_cfg({"a": dir, "b": other}), make_plan([(1, 16, 16)]))
-    assert "different tokenizers" in capsys.readouterr().err
+    dies(lambda: open_stream(make_cfg({"a": dir, "b": other}), make_plan([(1, 16, 16)])), "different tokenizers")
 
 
 class Counter:
@@ -541,7 +536,7 @@ def test_a_large_batch_takes_milliseconds_and_memory_stays_constant(tmp_path):
         tracemalloc.stop()
 
 
-def test_whole_documents_are_held_out_as_they_are_trained(tmp_path, capsys):
+def test_whole_documents_are_held_out_as_they_are_trained(tmp_path, dies):
     """No conversation of the split val is cut: each is in one row, once; those longer than a row are left out, as in training."""
     rng = np.random.default_rng(0)
     docs, tok = [[i + 1] * int(n - 1) + [256] for i, n in enumerate(rng.integers(3, 40, 60))], bytes_tokenizer(tmp_path / "d")
@@ -554,6 +549,4 @@ def test_whole_documents_are_held_out_as_they_are_trained(tmp_path, capsys):
     assert sorted(found) == sorted(doc for doc in docs if len(doc) <= 32) and len(found) < len(docs)
     few = data.val_batches(tmp_path / "d", 32, tokens=96, packing="documents")
     assert len(few[0]["ids"]) == 96
-    with pytest.raises(SystemExit):
-        data.val_batches(tmp_path / "d", 2, packing="documents")
-    assert "longer than seq_len" in capsys.readouterr().err
+    dies(lambda: data.val_batches(tmp_path / "d", 2, packing="documents"), "longer than seq_len")

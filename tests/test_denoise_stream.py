@@ -238,16 +238,17 @@ def test_user_errors(shards, tmp_path, capsys):
         assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_a_tokenizer_that_has_the_markers_says_how_many(capsys):
+def test_a_tokenizer_that_has_the_markers_says_how_many(dies):
     """The remedy it names is the one that works; without markers there is room to be made."""
     marks = (
         {tokenizer.EOS: 256} | {f"<|mode_{m}|>": 257 + i for i, m in enumerate("RXSI")} | {f"<extra_id_{i}>": 261 + i for i in range(50)}
     )
     for special, size, remedy in ((marks, 311, (311, 50)), ({tokenizer.EOS: 256}, 257, (361, 100))):
         tok = SimpleNamespace(name="t", special=special, vocab_size=size, eos_id=256)
-        with pytest.raises(SystemExit):
-            S.special_of(SimpleNamespace(vocab_size=300, n_sentinels=100), tok)
-        assert "set --vocab_size={} --n_sentinels={}\n".format(*remedy) in capsys.readouterr().err
+        dies(
+            lambda: S.special_of(SimpleNamespace(vocab_size=300, n_sentinels=100), tok),
+            "set --vocab_size={} --n_sentinels={}\n".format(*remedy),
+        )
         assert S.special_of(SimpleNamespace(vocab_size=remedy[0], n_sentinels=remedy[1]), tok).sentinel == 261
 
 

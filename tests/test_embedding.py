@@ -208,7 +208,7 @@ def test_stock_folders_are_read_as_their_authors_meant_or_not_at_all(run, tmp_pa
     assert "EOS behind it" in (said := capsys.readouterr().err) and "['mean', 'lasttoken']" in said
 
 
-def test_a_card_says_what_was_trained_and_no_more(qwen, run, tmp_path, capsys):
+def test_a_card_says_what_was_trained_and_no_more(qwen, run, tmp_path, dies):
     model, saved = checkpoint.load(run)
     for name, more in (
         ("contrast", {"objective": "contrast", "mixture": "recommended"}),
@@ -224,9 +224,7 @@ def test_a_card_says_what_was_trained_and_no_more(qwen, run, tmp_path, capsys):
             assert ("mixture ul2" in card) == (name == "denoise") and "recommended" not in card
             assert "class is Qwen3Model" in card and "transformers >= 5.2" in card and "up to 512 tokens" in card
     for typed in ("--pooling=cls", "--normalize=False"):
-        with pytest.raises(SystemExit) as stop:
-            hub.main(["export", f"--ckpt={run}", "--to=transformers", f"--out={tmp_path / 'x'}", typed])
-        assert stop.value.code == 2 and typed in capsys.readouterr().err
+        dies(lambda: hub.main(["export", f"--ckpt={run}", "--to=transformers", f"--out={tmp_path / 'x'}", typed]), typed)
 
 
 def test_a_run_is_pooled_as_it_was_trained(run, tmp_path):
@@ -274,7 +272,7 @@ def test_a_first_token_that_hears_nothing_is_found(run, monkeypatch):
     assert not E.later_token(encoder)[0]
 
 
-def test_export_refuses(qwen, run, tmp_path, capsys, monkeypatch):
+def test_export_refuses(qwen, run, tmp_path, capsys, monkeypatch, dies):
     hub.main(["import", f"--from={qwen}", f"--out={tmp_path / 'lm'}"])
     for changes in (
         {"ckpt": str(tmp_path / "lm")},
@@ -293,9 +291,7 @@ def test_export_refuses(qwen, run, tmp_path, capsys, monkeypatch):
         sentence.export(options(ckpt=str(run), out=str(tmp_path / "st")))
     assert not (tmp_path / "st").exists()
     capsys.readouterr()
-    with pytest.raises(SystemExit):
-        E.main(["--ckpt=x"])
-    assert "nothing to do" in capsys.readouterr().err
+    dies(lambda: E.main(["--ckpt=x"]), "nothing to do")
 
 
 def test_averaging(tmp_path):

@@ -297,7 +297,7 @@ def test_gate_hard_is_the_one_hot_argmax(home, capsys):
     assert facts["gate_hard"] and len(choice.unique()) > 1
 
 
-def test_plots_go_where_they_are_sent_and_refuse_what_they_cannot_read(home, tmp_path, capsys):
+def test_plots_go_where_they_are_sent_and_refuse_what_they_cannot_read(home, tmp_path, dies):
     plots.main([f"--run={home / 'run'}", f"--out={tmp_path / 'new'}", "--clock=they:9:2.5"])
     assert {"loss.png", "loss.csv", "entropy.png", "clock.png"} <= {p.name for p in (tmp_path / "new").iterdir()}
     (tmp_path / "other.json").write_text('{"results": {"a": 1}}')
@@ -309,9 +309,7 @@ def test_plots_go_where_they_are_sent_and_refuse_what_they_cannot_read(home, tmp
         (f"--harness={tmp_path / 'list.json'}", "is no result of eval.harness"),
         (f"--perplexity={tmp_path / 'other.json'} --out={tmp_path / 'more'}", "is no result of eval.perplexity"),
     ):
-        with pytest.raises(SystemExit) as end:
-            plots.main([*arg.split(), *([] if "--out" in arg else [f"--out={tmp_path}"])])
-        assert end.value.code == 2 and said in capsys.readouterr().err
+        dies(lambda: plots.main([*arg.split(), *([] if "--out" in arg else [f"--out={tmp_path}"])]), said)
 
 
 def test_a_temperature_that_means_nothing_is_refused(home, tmp_path, capsys):
@@ -333,7 +331,7 @@ def test_benchmark_bars(tmp_path):
 # ---- controls
 
 
-def test_controls_train_resume_and_say_no_effect(home, capsys):
+def test_controls_train_resume_and_say_no_effect(home, capsys, dies):
     from eval import controls
 
     argv = [
@@ -356,9 +354,7 @@ def test_controls_train_resume_and_say_no_effect(home, capsys):
         ("--arms=runing", "no arm 'runing'"),
         ("--seeds=0", "--seeds=0"),
     ):
-        with pytest.raises(SystemExit):
-            controls.main([arg for arg in argv if arg.partition("=")[0] != change.partition("=")[0]] + [change])
-        assert said in capsys.readouterr().err
+        dies(lambda: controls.main([arg for arg in argv if arg.partition("=")[0] != change.partition("=")[0]] + [change]), said)
     table = controls.arms(28, 1024)
     assert table["swiglu-iso"]["d_ff"] == 4112 and table["fixed"]["act"] == ("silu",) * 3 + ("gelu",) * 7 + ("silu",) * 6 + ("tanh",) * 12
     losses = {"swiglu": (2.0, 2.2), "swiglu-iso": (2.0, 2.2), "running": (1.0, 1.201), "token": (1.9, 2.4)}
@@ -555,7 +551,7 @@ def test_answers_are_kept_and_a_killed_run_goes_on(home, local_tasks, capsys):
         assert arg in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_table_of_tasks_counts_groups_and_names_the_future(local_tasks, tmp_path, monkeypatch, capsys):
+def test_a_table_of_tasks_counts_groups_and_names_the_future(local_tasks, tmp_path, monkeypatch, dies):
     from eval import harness
 
     (local_tasks / "group.yaml").write_text(
@@ -579,9 +575,12 @@ def test_a_table_of_tasks_counts_groups_and_names_the_future(local_tasks, tmp_pa
         raise ConnectionError("Couldn't reach 'Rowan/hellaswag' on the Hub")
 
     monkeypatch.setattr("lm_eval.simple_evaluate", unreachable)
-    with pytest.raises(SystemExit):
-        harness.main([f"--ckpt={tmp_path / 'run'}", "--tasks=local_gen", f"--include={local_tasks}", f"--out={tmp_path / 'h.json'}"])
-    assert "Couldn't reach 'Rowan/hellaswag' on the Hub; run it once where there is a network" in capsys.readouterr().err
+    dies(
+        lambda: harness.main(
+            [f"--ckpt={tmp_path / 'run'}", "--tasks=local_gen", f"--include={local_tasks}", f"--out={tmp_path / 'h.json'}"]
+        ),
+        "Couldn't reach 'Rowan/hellaswag' on the Hub; run it once where there is a network",
+    )
 
 
 def test_a_suite_scores_text_under_the_same_settings(home, tmp_path, monkeypatch, capsys):

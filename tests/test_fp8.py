@@ -355,16 +355,14 @@ def test_bias_is_added_once():
         ({}, None, "precision: fp8 requested, fp8 used"),
     ],
 )
-def test_fallback_lines(keys, hw, line, capsys):
+def test_fallback_lines(keys, hw, line, dies):
     cfg = config(**keys)
     hw = SimpleNamespace(**vars(H200) | hw) if hw else precision.hardware("cpu")
     hw.te = False
     assert fp8.apply(build(cfg), cfg, "cpu", hw=hw).splitlines()[0] == line
     if "fp8 used" in line and cfg.precision == "fp8" or cfg.precision == "bf16":
         return
-    with pytest.raises(SystemExit) as stop:
-        fp8.apply(build(cfg), config(**keys, precision_required=True), "cpu", hw=hw)
-    assert stop.value.code == 2 and line in capsys.readouterr().err
+    dies(lambda: fp8.apply(build(cfg), config(**keys, precision_required=True), "cpu", hw=hw), line)
 
 
 @pytest.mark.parametrize(
@@ -396,12 +394,10 @@ def test_the_settings_that_fit_pass():
     assert precision.resolve(config(precision="te", fp8_format="mxfp8"), blackwell) == ("te", [])
 
 
-def test_fsdp_and_unknown_filter_stop(capsys):
+def test_fsdp_and_unknown_filter_stop(dies):
     for keys, word in (({"parallel": "fsdp"}, "ddp"), ({"fp8_filter": ("gate_upp",)}, "did you mean 'gate_up'"),
                        ({"fp8_filter": ("table", "down")}, "table, static and all stand alone")):  # fmt: skip
-        with pytest.raises(SystemExit):
-            model_of(**keys)
-        assert word in capsys.readouterr().err
+        dies(lambda: model_of(**keys), word)
 
 
 def test_filter(monkeypatch):
@@ -703,10 +699,8 @@ def test_te_block_is_told_the_layout(te, doc_mask):
         ({"fp8_mode": "forward", "fp8_recipe": "delayed"}, "high-precision backward"),
     ],
 )
-def test_te_stops(te, keys, word, capsys):
-    with pytest.raises(SystemExit):
-        te_model(**keys)
-    assert word in capsys.readouterr().err
+def test_te_stops(te, keys, word, dies):
+    dies(lambda: te_model(**keys), word)
 
 
 def test_te_that_does_not_load_names_the_pair(monkeypatch, tmp_path, capsys):

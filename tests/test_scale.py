@@ -198,7 +198,7 @@ def test_the_slurm_file_on_two_agents(shards, tmp_path):  # noqa: F811
     assert "stopped by a signal" in (tmp_path / "log").read_text() and not workers_of(job)
 
 
-def test_restarts_over_nodes_that_could_not_meet_are_refused(monkeypatch, capsys):
+def test_restarts_over_nodes_that_could_not_meet_are_refused(monkeypatch, dies):
     for key, value in {
         "WORLD_SIZE": 2,
         "LOCAL_WORLD_SIZE": 1,
@@ -206,6 +206,4 @@ def test_restarts_over_nodes_that_could_not_meet_are_refused(monkeypatch, capsys
         "TORCHELASTIC_MAX_RESTARTS": 3,
     }.items():
         monkeypatch.setenv(key, str(value))
-    with pytest.raises(SystemExit) as stop:
-        machine.join(machine.Machine(0, 2, torch.device("cpu"), torch.float32, "", 0.0))
-    assert stop.value.code == 2 and "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in capsys.readouterr().err
+    dies(lambda: machine.join(machine.Machine(0, 2, torch.device("cpu"), torch.float32, "", 0.0)), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1")

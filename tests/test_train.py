@@ -116,7 +116,7 @@ def test_init_from_takes_the_weights_and_starts_afresh(corpus, tmp_path, capsys)
         assert run(corpus, tmp_path / out, *how, "--lr=1e-9", steps=3)[-1]["step"] == 3 and (tmp_path / out / "tokenizer").is_dir()
 
 
-def test_weights_are_not_started_from_under_another_tokenizer(corpus, tmp_path, capsys):
+def test_weights_are_not_started_from_under_another_tokenizer(corpus, tmp_path, dies):
     run(corpus, tmp_path / "first", steps=1)
     (tmp_path / "text.txt").write_text("the same again and again and again " * 400)
     text.main(
@@ -128,9 +128,7 @@ def test_weights_are_not_started_from_under_another_tokenizer(corpus, tmp_path, 
         lambda: perplexity.main([f"--ckpt={tmp_path}/first", f"--data={tmp_path}/other"]),
         lambda: train.check_vocabulary(train.Config(**contrast)),
     ):
-        with pytest.raises(SystemExit) as stop:
-            call()
-        assert stop.value.code == 2 and "is in another tokenizer" in capsys.readouterr().err
+        dies(call, "is in another tokenizer")
 
 
 def test_skipped_steps_are_counted_and_change_no_weight(corpus, tmp_path, monkeypatch):
@@ -185,11 +183,9 @@ def test_errors_of_the_user_are_one_line(corpus, tmp_path, capsys, argv, words):
     assert stop.value.code == 2 and len(err.splitlines()) == 1 and all(w in err for w in words), err
 
 
-def test_a_second_run_never_overwrites_the_first(corpus, tmp_path, capsys):
+def test_a_second_run_never_overwrites_the_first(corpus, tmp_path, dies):
     run(corpus, tmp_path / "run", steps=4)
-    with pytest.raises(SystemExit):
-        run(corpus, tmp_path / "run", steps=4)
-    assert "--resume" in capsys.readouterr().err
+    dies(lambda: run(corpus, tmp_path / "run", steps=4), "--resume")
 
 
 @pytest.mark.parametrize("path", sorted(set(glob.glob("config/*.py")) - {"config/fp8_table.py"}))

@@ -213,7 +213,7 @@ def test_alignment_is_refused_not_warned_about():
     assert side.aligned("Q?", "yes")
     merged = side.tok.run  # a tokenizer whose ": y" is one token
     side.tok.run = lambda text: np.array([999 if t == "\x07" else ord(t) for t in text.replace(": y", "\x07")], np.uint32)
-    side.ids.cache_clear()
+    side.short.cache_clear()
     assert not side.aligned("Q?", "yes") and side.aligned("Q?", "no")
     rows = [{"context": "c", "question": "Q?", "answers": [a]} for a in ("yes", "no")]
     kept, dropped = latent_data.sources_of(rows, settings_of(), [side])
@@ -227,7 +227,7 @@ def test_an_answer_is_what_follows_the_anchor():
     plain, tok.run = tok.run, lambda text: np.array([999, *text.replace(" ", "_").encode()], np.uint32)
     assert side.aligned("Q?", "yes") and side.gold("Q?", "yes") == [*b"_yes", 256] and side.gold("Q?", "") == [256]
     tok.run = plain
-    side.ids.cache_clear()
+    side.short.cache_clear()
     assert side.gold("Q?", "yes") == [*side.ids(" yes"), 256]
 
 
@@ -391,6 +391,57 @@ def test_what_follows_a_long_text_follows_what_was_read(models):
     assert bytes(batch["0.lm.goal"].tolist()).decode() == text[len(read) :][:64] and len(batch["0.ae.goal"]) == len(read) + 1
     batch = micro_batch(model, cfg, ["y" * 90], qa=False)  # no space: what was read is repeated, and nothing follows
     assert len(batch["0.ae.goal"]) == 64 and "0.lm.goal" not in batch and model.reader.cut == 1
+
+
+def test_nobody_repeats_or_tokenises_what_is_not_read(models, monkeypatch):
+    """A passage longer than the encoder takes: what is asked back is what was read. Of a book no more is tokenised than could be read."""
+    text = "".join(f"{i:02d} " for i in range(90))
+    for compress, question in (("context", "Where?"), ("all", "W?")):
+        model = lw.build(cfg := config(models, w_ae_qa=0.1, compress=compress))  # model 1's tokens are longer than the encoder's bytes
+        stream = latent_data.Stream.__new__(latent_data.Stream)
+        stream.cfg, stream.sides, stream.reader = cfg, model.sides, model.reader
+        monkeypatch.setattr(model.sides[1].tok, "run", lambda t: np.arange(len(t) // 4, dtype=np.uint32))
+        batch = stream.collate([(text, [(question, "Oslo")], 0.5)])
+        read = bytes(batch["ids"][:-1].tolist()).decode().removeprefix("Context: ").split("\nQuestion")[0]
+        assert text.startswith(read) and len(read) < 64 and bytes(batch["0.ae_qa.goal"].tolist()[:-1]).decode() == read
+        assert len(batch["1.ae_qa.goal"]) == len(read) // 4 + 1
+    sizes, real = [], model.reader.tok.run
+    monkeypatch.setattr(model.reader.tok, "run", lambda t: sizes.append(len(t)) or real(t))
+    assert len(model.reader.source(text[:50])) == 51 and model.reader.fits(text[:50]) == 50 and len(sizes) == 1
+    sizes.clear()
+    batch = micro_batch(model, config(models), [text * 500], qa=False)
+    assert max(sizes) <= 16 * 64 and len(batch["0.lm.goal"]) == 64
+
+
+def test_only_short_texts_are_kept():
+    """Passages would fill the memory; and whatever is kept or not comes back alike."""
+    side = latent_data.Side(toy_tokenizer(), settings_of())
+    for text in ("Where?", "x" * 257):
+        assert side.ids(text) == tuple(text.encode()) and side.ids(text) == side.ids(text)
+    assert side.short.cache_info().currsize == 1 and side.aligned("Q" * 300, "yes")
+    assert side.gold("Q" * 240, "x" * 30) == [*b" " + b"x" * 30, 256]  # its start is kept, the whole is not
+
+
+def test_settings_that_nothing_in_the_data_heeds_are_named(models, capsys):
+    """Text without questions, questions without text, and a length of a stage that would cut nothing."""
+    sides, reader = lw.layouts(config(models))
+    keys = dict(seq_len=48, tokens_per_step=96, max_steps=8, objective="latent")
+    for file, changed, said in (
+        ("qa", {"w_ae": 0.3, "w_kd": 1.0}, "w_ae=0.3 (needs text in --data)"),
+        ("text", {"w_ae": 0.3, "w_kd": 1.0, "latent_questions": 2}, "w_kd=1.0, latent_questions=2 (needs questions in --data)"),
+        ("qa", {}, ""),
+    ):
+        lines, cfg = [], config(models, data={file: str(models / f"{file}.jsonl")}, **keys, **changed)
+        latent_data.Stream(cfg, optim.Plan(cfg, 1), 0, 1, sides, reader, lines.append)
+        assert [line for line in lines if "without effect" in line] == [f"data: without effect here: {said}"] * bool(said)
+    for length in (24, 48):
+        cfg = config(models, data=str(models / "qa.jsonl"), stages=({"start": 0}, {"start": 4, "seq_len": length}), **keys)
+        if length == 48:
+            latent_data.Stream(cfg, optim.Plan(cfg, 1), 0, 1, sides, reader, print)
+            continue
+        with pytest.raises(SystemExit):
+            latent_data.Stream(cfg, optim.Plan(cfg, 1), 0, 1, sides, reader, print)
+        assert "seq_len=24 would cut no source" in capsys.readouterr().err
 
 
 def test_slots_look_like_words(models):

@@ -290,12 +290,32 @@ def test_overfit_answers_and_the_controls_do_not(overfit, capsys):
 def test_sample_answers_from_a_packet(overfit, capsys):
     sample.main([f"--ckpt={overfit}/run", "--prompt=case 00: b\nWhich?", "--max_new_tokens=4", "--device=cpu", "--dtype=float32"])
     assert capsys.readouterr().out == f"10 bytes of text, 144 on the wire at 16 bits\n{overfit}/a: b\n{overfit}/b: b\n"
+    sample.main([f"--ckpt={overfit}/run", f"--prompt=case 00: b{'.' * 40}\nWhich?", "--max_new_tokens=4", "--device=cpu"])
+    assert capsys.readouterr().err == "of 50 characters the first 31 were read: seq_len=32\n"
     with pytest.raises(SystemExit):
         sample.main([f"--ckpt={overfit}/run", "--prompt=only one line"])
     capsys.readouterr()
     with pytest.raises(SystemExit):
         sample.main([f"--ckpt={overfit}/run", "--prompt=case 00: b\nWhich?", "--max_new_tokens=4", "--top_k=3"])
     assert "--top_k would do nothing" in capsys.readouterr().err
+
+
+def test_a_passage_is_encoded_once_and_timed_from_its_letters(overfit, tmp_path, monkeypatch):
+    """Whatever widths are asked for; and the clock runs while both arms tokenise, though other arms have read the same text before."""
+    encoded, tokenised, real = [], [], lw.Encoder.forward
+    monkeypatch.setattr(lw.Encoder, "forward", lambda self, batch: encoded.append(len(batch["z_cu"]) - 1) or real(self, batch))
+    monkeypatch.setattr(latent, "seconds", lambda *a: (0.0, 0.0))
+    args = [f"--ckpt={overfit}/run", f"--data={overfit}/train.jsonl", "--bits=16,8,4", "--resamples=9", "--max_new_tokens=1"]
+    latent.main([*args, f"--out={tmp_path}", "--batch=5"])
+    assert encoded == [5, 3]
+    monkeypatch.undo()
+    model, rows = lw.load(overfit / "run")[0], sources.read(overfit / "train.jsonl")[:3]
+    run = model.sides[0].tok.run
+    monkeypatch.setattr(model.sides[0].tok, "run", lambda text: tokenised.append(text) or run(text))
+    text = [model.sides[0].prompt(row["question"], context=row["context"]) for row in rows]
+    assert len(tokenised) == len(text) == 3
+    times = latent.seconds(model, 0, rows, 16, SimpleNamespace(max_new_tokens=1))
+    assert sum("Context: case" in text for text in tokenised) == 6 and min(times) > 0
 
 
 def test_arms_are_cached_until_something_changes(overfit, monkeypatch):

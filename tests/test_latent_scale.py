@@ -31,7 +31,7 @@ def test_real_configs_take_a_step_without_memory(monkeypatch, files, sizes, new,
     cfg, _ = configurator.load(train.Config, [f"config/{name}.py" for name in files] + ["--w_kd=0", "--w_ae_qa=0"])
     tok = tokenizer.load("bytes")
     monkeypatch.setattr(lw, "frozen", on_meta)
-    monkeypatch.setattr(lw, "fingerprint", lambda lm: b"known by path")
+    monkeypatch.setattr(lw, "fingerprint", lambda lm, names=None: b"known by path")
     monkeypatch.setattr(lw, "build_transformer", lambda shape: models.build(shape, "meta"))
     monkeypatch.setattr(lw, "layouts", lambda cfg: ([latent_data.Side(tok, cfg) for _ in cfg.lms], latent_data.Reader(tok, cfg)))
     with torch.device("meta"):

@@ -296,7 +296,7 @@ def test_every_encoder_trains_and_ignores_batch_mates(models, kind):
     assert not any("lms" in n or n.startswith("readers") for n in model.state_dict())
     model.eval()
     sources = [model.reader.source(t) for t in TEXTS]
-    together, alone = model.packets(sources, 32)[1], [model.packets([s], 32)[1][0] for s in sources]
+    together, alone = model.sent(model.latents(sources), 32)[1], [model.sent(model.latents([s]), 32)[1][0] for s in sources]
     for a, b in zip(together, alone, strict=True):
         assert a.shape == (3, 8) and torch.allclose(a, b, atol=1e-6)
 
@@ -309,6 +309,15 @@ def test_sequential_gradients_are_the_joint_ones(models):
         loss_of(model, micro_batch(model, cfg)).backward()
         grads.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
     assert all(torch.allclose(grads[0][n], grads[1][n], atol=1e-12) for n in grads[0])
+
+
+def test_a_teacher_is_asked_once(models, monkeypatch):
+    """Under `sequential` a model's forward is made again in the backward; what its teacher said is remembered."""
+    asked, real = [], lw.Interlingua.teacher
+    monkeypatch.setattr(lw.Interlingua, "teacher", lambda self, *a: asked.append(1) or real(self, *a))
+    model = lw.build(cfg := config(models, sequential=True, w_kd=0.5))
+    loss_of(model, micro_batch(model, cfg)).backward()
+    assert len(asked) == 2
 
 
 def test_teacher_stands_at_the_students_place(models):
@@ -343,6 +352,62 @@ def test_latent_frozen_trains_only_what_was_put_on_top(models):
         model = lw.build(config(models, latent_frozen=latent_frozen, latent_blocks=latent_blocks))
         trained = {lw.block_number(n) for n, p in model.encoder.reader.named_parameters() if p.requires_grad and ".blocks." in n}
         assert trained == ({2} if latent_frozen else {0, 1, 2})
+
+
+def whole(models, **changed):
+    return train.Config(**vars(config(models, **changed)))
+
+
+def saved(out, cfg):
+    """A run of `cfg` as train.py leaves it, but for the training."""
+    torch.manual_seed(0)
+    model = lw.build(cfg)
+    checkpoint.save(out, 1, model, None, {"config": vars(cfg) | {"objective": "latent"}}, 1)
+    return model
+
+
+def test_frozen_layers_are_read_where_they_lie(models, tmp_path, capsys):
+    """latent_frozen: they are no part of the checkpoint, their hash is; blocks and norm, which are trained, are."""
+    model = saved(tmp_path / "run", cfg := config(models, latent_frozen=True, latent_blocks=1))
+    frozen = {f"encoder.reader.{name}" for name, p in model.encoder.reader.named_parameters() if not p.requires_grad}
+    weights = lw.latent_weights(tmp_path / "run")
+    assert len(frozen) > 9 and not frozen & set(weights) and {"encoder.reader.encoder.norm.weight"} < set(weights)
+    assert sum(name.startswith("encoder.reader_sha256_") for name in weights) == 1
+    assert any(".blocks.2." in name for name in weights)
+    again, batch = lw.load(tmp_path / "run")[0], micro_batch(model, cfg)
+    assert torch.equal(model.eval().slots(batch), again.slots(batch))
+    lw.build(whole(models, latent_frozen=True, latent_blocks=1, latent_from=str(tmp_path / "run"), seed=99))  # its own blocks' seed
+    lm = lw.frozen(models / "a")
+    lm.embed.weight.data[0, 0] += 1
+    checkpoint.save(tmp_path / "a", 0, lm, None, {"config": configurator.to_dict(lm.cfg), "tau": 1.0}, 1)
+    (tmp_path / "a" / "tokenizer").symlink_to(models / "a" / "tokenizer")
+    other = lw.build(SimpleNamespace(**vars(cfg) | {"latent_reader": str(tmp_path / "a")}))
+    with pytest.raises(SystemExit):
+        checkpoint.put_weights(other, weights, tmp_path)
+    assert "around other frozen models" in capsys.readouterr().err
+
+
+def test_an_encoder_is_taken_over_as_it_was_set_up(models, tmp_path, capsys):
+    """latent_from: the same tensors under other settings would write other packets; the settings are named."""
+    saved(tmp_path / "lm", config(models)), saved(tmp_path / "pool", config(models, latent_encoder="pool", latent_ratio=4, act="silu"))
+    (tmp_path / "moved").symlink_to(models / "a")  # the same model in another place, among the run's own or not
+    lw.build(whole(models, latent_from=str(tmp_path / "lm"), latent_reader=str(tmp_path / "moved")))
+    own = dict(latent_from=str(tmp_path / "lm"), calibration="none", adapter="linear", wire_bits=(4,), first_k=2, seq_len=32)
+    lw.build(whole(models, **own))  # how packets are read is this run's own affair
+    pool = dict(latent_encoder="pool", latent_ratio=4, latent_from=str(tmp_path / "pool"))
+    lw.build(whole(models, **pool))
+    for changed, said in (
+        ({"compress": "all"}, "compress=all, but {}/lm has compress=context: set --compress=context,"),
+        ({"latent_len": 4, "latent_dim": 9}, "latent_dim=9, latent_len=4, but {}/lm has latent_dim=8, latent_len=3: set --latent_dim=8"),
+        ({"latent_reader": str(models / "b")}, "latent_reader={m}/b, but {}/lm has latent_reader={m}/a: set --latent_reader={m}/a"),
+        (pool | {"n_head": 4}, "n_head=4, but {}/pool has n_head=2"),
+        (pool | {"seq_len": 63}, "seq_len=63, but {}/pool has seq_len=64"),
+        (pool | {"latent_ratio": 0}, "latent_ratio=0, but {}/pool has latent_ratio=4"),
+    ):
+        with pytest.raises(SystemExit):
+            lw.build(whole(models, **{"latent_from": str(tmp_path / "lm")} | changed))
+        error = capsys.readouterr().err
+        assert said.replace("{}", str(tmp_path)).replace("{m}", str(models)) in error and error.count("\n") == 1
 
 
 def test_a_reader_keeps_its_own_gate():
@@ -502,8 +567,8 @@ def test_train_resumes_to_the_bit_and_keeps_the_frozen_frozen(models, tmp_path, 
     new, old = lw.latent_weights(tmp_path / "third"), lw.latent_weights(tmp_path / "one")
     assert joined and all(torch.equal(v, old[k]) for k, v in new.items() if k.startswith("encoder."))  # only the adapter moved
     with pytest.raises(SystemExit):
-        lw.build(settings_of(**third, latent_dim=16))
-    assert "another architecture" in capsys.readouterr().err
+        lw.build(train.Config(**vars(settings_of(**third, latent_dim=16))))
+    assert "latent_dim=16, but" in capsys.readouterr().err
     train.main(arguments(models, tmp_path / "none", max_steps=8, save_every=0) + ["--benchmark=1"])
     assert capsys.readouterr().out.split()[-4] == "-"  # jsonl has no bytes per token
 
@@ -522,11 +587,11 @@ def test_settings_that_contradict_each_other_stop(models):
         {"lms": ()},
         {"calibration": "fixed"},
         {"prefix_rms": 1.0},
-        {"latent_encoder": "pool", "latent_layers": 1},
         {"latent_encoder": "sent", "latent_blocks": 1},
         {"parallel": "fsdp"},
         {"wire_bits": (5,)},
-        {"adapter": "linear", "adapter_hidden": 8},
+        {"wire_bits": (4,), "wire_start": 1.0},
+        dict.fromkeys("w_ans w_first w_k w_kd w_ae w_lm w_ae_qa".split(), 0.0),
     ):
         with pytest.raises(SystemExit):
             lw.check(SimpleNamespace(**vars(config(models)) | bad))

@@ -573,6 +573,15 @@ def test_train_resumes_to_the_bit_and_keeps_the_frozen_frozen(models, tmp_path, 
     assert capsys.readouterr().out.split()[-4] == "-"  # jsonl has no bytes per token
 
 
+def test_a_run_around_frozen_layers_resumes_to_the_bit(models, tmp_path):
+    keys = dict(latent_frozen=True, latent_blocks=1, max_steps=4, stages=())
+    whole = run_train(models, tmp_path / "one", **keys)
+    assert run_train(models, tmp_path / "one", f"--resume={tmp_path}/one/step-000002", **keys)["step-000004"] == whole["step-000004"]
+    model, weights = lw.load(tmp_path / "one")[0], lw.latent_weights(tmp_path / "one")
+    layers = {name for name, _ in model.named_parameters() if ".blocks." in name}
+    assert {name for name in weights if ".blocks." in name} == {name for name in layers if ".blocks.2." in name}
+
+
 def test_a_frozen_reader_is_known_by_its_weights(models):
     """It is not saved: a checkpoint must not be read through another model of the same shape."""
     names = []

@@ -323,8 +323,12 @@ class Stream:
             if not self.sources[name]:
                 die(f"data: {path} holds nothing that can be asked ({dropped} rows not aligned to the tokens of the answer)")
             log(f"data: {name}: {len(self.sources[name]):,} sources; {dropped} questions dropped, whose answer begins inside a token")
-        if other := {s.seq_len for s in plan.stages} - {cfg.seq_len}:
-            die(f"stages: seq_len={min(other)} would cut no source: all are cut at --seq_len={cfg.seq_len}; leave it out of the stages")
+        for s in plan.stages:
+            if s.seq_len != cfg.seq_len:
+                die(f"stages: seq_len={s.seq_len} would cut no source: all are cut at --seq_len={cfg.seq_len}; leave it out of the stages")
+            count, per_micro = s.tokens / s.seq_len, s.micro_tokens // s.seq_len
+            if s.accum * world * per_micro != count or not per_micro:
+                die(f"{count:g} sources a step (tokens / seq_len) do not divide into {s.accum} x {world} micro-batches of {per_micro}")
         texts = {questions is None for rows in self.sources.values() for _, questions in rows}
         for kind, what, keys in ((True, "text", "w_ae w_lm"), (False, "questions", "w_ans w_first w_k w_kd w_ae_qa latent_questions")):
             vain = [f"{key}={getattr(cfg, key)}" for key in keys.split() if getattr(cfg, key) != getattr(LatentConfig, key)]
@@ -352,8 +356,6 @@ class Stream:
             raise StopIteration
         row, rng = self.plan(self.step), random.Random(f"{self.cfg.seed}/{self.step}")
         count, per_micro = row.tokens // row.seq_len, row.micro_tokens // row.seq_len
-        if row.accum * self.world * per_micro != count or not per_micro:
-            die(f"{count} sources a step (tokens / seq_len) do not divide into {row.accum} x {self.world} micro-batches of {per_micro}")
         mix = row.mix or {name: float(len(rows)) for name, rows in self.sources.items()}
         if unknown := set(mix) - set(self.sources):
             die(f"mix names {sorted(unknown)[0]!r}, but data holds {', '.join(self.sources)}")

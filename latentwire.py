@@ -184,7 +184,7 @@ class Interlingua(nn.Module):
             shape |= {"arch": "encoder", "vocab_size": 257, "max_len": 1 << 20, "gate_noise": False}
             reader = build_transformer(configurator.from_dict(ModelConfig, shape, "config"))
         else:
-            lm = frozen(cfg.latent_reader) if cfg.latent_reader else self.lms[0]
+            lm = dict(zip(cfg.lms, self.lms, strict=True)).get(path := cfg.latent_reader or cfg.lms[0]) or frozen(path)
             causal = not trained and lm.encoder is None
             reader = reader_of(lm, cfg.latent_layers, causal, cfg.latent_blocks, cfg.seed)
             old = reader.cfg.n_layer - cfg.latent_blocks
@@ -380,6 +380,8 @@ def load(path, device="cpu"):
 def check(cfg):
     if not cfg.lms:
         die("objective=latent needs frozen models: --lms=\"('out/a', 'out/b')\"")
+    if len(set(cfg.lms)) < len(cfg.lms):
+        die(f"lms={cfg.lms} names one model twice")
     if cfg.parallel == "fsdp":
         die("parallel=fsdp does not shard frozen models; use --parallel=ddp, with --sequential and smaller micro_tokens if memory is short")
     if (cfg.calibration == "fixed") != (cfg.prefix_rms > 0):

@@ -364,6 +364,7 @@ def test_few_at_a_time_and_what_was_left_out_is_counted(overfit, tmp_path, monke
     latent.main([*args, "--batch=3"])
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert max(sizes) == 3 and metrics["samples"] == 8 and metrics["dropped"] == 1 and metrics["cut"] == 1
+    assert "; 1 passages were longer" in (table := (tmp_path / "table.md").read_text()) and "; 1 questions left out" in table
     latent.main([*args, "--batch=64", "--samples=5"])
     again = json.loads((tmp_path / "metrics.json").read_text())
     assert again["samples"] == 5 and again["dropped"] == 1 and max(sizes) == 5

@@ -410,6 +410,13 @@ def test_an_encoder_is_taken_over_as_it_was_set_up(models, tmp_path, capsys):
         assert said.replace("{}", str(tmp_path)).replace("{m}", str(models)) in error and error.count("\n") == 1
 
 
+def test_a_reader_among_the_frozen_models_is_loaded_once(models, monkeypatch):
+    loaded, real = [], lw.frozen
+    monkeypatch.setattr(lw, "frozen", lambda path: loaded.append(path[-1]) or real(path))
+    lw.build(config(models, latent_reader=str(models / "b")))
+    assert loaded == ["a", "b"]
+
+
 def test_a_reader_keeps_its_own_gate():
     """The layers of an encoder come with the gate they were trained with, those of a decoder with theirs."""
     shape = dict(vocab_size=257, n_layer=1, n_head=2, d_model=16, max_len=32, ffn="polyglu", gate_noise=False)
@@ -507,6 +514,15 @@ def test_settings_that_nothing_in_the_data_heeds_are_named(models, capsys):
         with pytest.raises(SystemExit):
             latent_data.Stream(cfg, optim.Plan(cfg, 1), 0, 1, sides, reader, print)
         assert "seq_len=24 would cut no source" in capsys.readouterr().err
+    for tokens, stages, said in ((100, (), "2.08333 sources"), (96, ({"start": 0}, {"start": 4, "rows": 3, "accum": 2}), "")):
+        cfg = config(models, data=str(models / "qa.jsonl"), stages=stages, **keys | {"tokens_per_step": tokens})
+        if not said:
+            steps = list(latent_data.Stream(cfg, optim.Plan(cfg, 1), 0, 1, sides, reader, print))
+            assert [(len(micros), len(micros[0]["z_cu"]) - 1) for micros in steps] == [(1, 2)] * 4 + [(2, 3)] * 4
+            continue
+        with pytest.raises(SystemExit):
+            latent_data.Stream(cfg, optim.Plan(cfg, 1), 0, 1, sides, reader, print)
+        assert said in capsys.readouterr().err
 
 
 def test_slots_look_like_words(models):
@@ -594,6 +610,7 @@ def test_a_frozen_reader_is_known_by_its_weights(models):
 def test_settings_that_contradict_each_other_stop(models):
     for bad in (
         {"lms": ()},
+        {"lms": (str(models / "a"), str(models / "a"))},
         {"calibration": "fixed"},
         {"prefix_rms": 1.0},
         {"latent_encoder": "sent", "latent_blocks": 1},

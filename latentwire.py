@@ -214,12 +214,12 @@ class Interlingua(nn.Module):
         return super()._apply(fn, *args, **kwargs)
 
     def set_dtype(self, dtype):
-        """Of activations; the matrices of frozen models take it too, for no step of an optimizer will ever need more of them."""
+        """Of activations; frozen matrices that no checkpoint holds take it too, for no step of an optimizer will ever need more of them."""
         for model in (*self.lms, *self.encoder.readers):
-            model.set_dtype(dtype)
-        for module in (module for model in self.others() for module in model.modules()):
-            if isinstance(module, (Linear, Embedding)):
-                module.weight.data = module.weight.data.to(dtype)
+            saved = self.cfg.latent_from and model not in self.others()
+            for module in model.set_dtype(dtype).modules():
+                if isinstance(module, (Linear, Embedding)) and not (saved or module.weight.requires_grad):
+                    module.weight.data = module.weight.data.to(dtype)
         return self
 
     @property

@@ -376,7 +376,9 @@ def test_frozen_layers_are_read_where_they_lie(models, tmp_path, capsys):
     assert any(".blocks.2." in name for name in weights)
     again, batch = lw.load(tmp_path / "run")[0], micro_batch(model, cfg)
     assert torch.equal(model.eval().slots(batch), again.slots(batch))
-    lw.build(whole(models, latent_frozen=True, latent_blocks=1, latent_from=str(tmp_path / "run"), seed=99))  # its own blocks' seed
+    third = lw.build(whole(models, latent_frozen=True, latent_blocks=1, latent_from=str(tmp_path / "run"), seed=99))  # its own blocks' seed
+    third.set_dtype(torch.bfloat16)  # what its checkpoint will hold stays whole
+    assert all(torch.equal(value, weights[name]) for name, value in third.state_dict().items() if name.startswith("encoder."))
     lm = lw.frozen(models / "a")
     lm.embed.weight.data[0, 0] += 1
     checkpoint.save(tmp_path / "a", 0, lm, None, {"config": configurator.to_dict(lm.cfg), "tau": 1.0}, 1)

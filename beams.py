@@ -95,7 +95,8 @@ def greedy(lm, prompts, stops, max_new: int) -> list[list[int]]:
     ids, embeds = (x, None) if x.dim() == 2 else (torch.zeros(x.shape[:2], dtype=torch.long, device=x.device), x)
     last = lm.step(ids, cache, lengths, embeds=embeds)[torch.arange(len(prompts)), torch.tensor(lengths) - 1]
     out, live = [[] for _ in prompts], set(range(len(prompts)))
-    for _ in range(max_new):
+    for n in range(max_new):
+        last = lm.step(ids[:, None], cache)[:, 0] if n else last
         ids = lm.predict(last).argmax(-1)
         for i, t in enumerate(ids.tolist()):
             if t in stops:
@@ -104,5 +105,4 @@ def greedy(lm, prompts, stops, max_new: int) -> list[list[int]]:
                 out[i].append(t)
         if not live:
             break
-        last = lm.step(ids[:, None], cache)[:, 0]
     return out

@@ -337,14 +337,17 @@ def frozen(path):
 
 def take_encoder(encoder, cfg, lm):
     """`latent_from`: another run's encoder, frozen. What makes its packets others than they were there is named first, then shapes."""
-    state, weights = checkpoint.read_state(checkpoint.resolve(cfg.latent_from)), latent_weights(cfg.latent_from)
+    state, weights = read(cfg.latent_from)
     keys = f"latent_encoder latent_layers latent_blocks latent_dim compress latent_ratio {'seq_len' if cfg.latent_ratio else 'latent_len'} "
     keys += " ".join(key for key in needs.SHAPE.split() if own_blocks(cfg) and key not in ("gate", "init_std", "remat"))
     other, lms = checkpoint.differing(state, cfg, keys), state["config"]["lms"]
     theirs, ours = state["config"]["latent_reader"] or lms[0], cfg.latent_reader or cfg.lms[0]
-    if lm and theirs != ours:  # the same one may have moved
-        where = lms.index(theirs) if theirs in lms else "?"
-        other += [("latent_reader", theirs, ours)] if f"lm{where}_sha256_{fingerprint(lm).hex()}" not in weights else []
+    if (
+        lm
+        and theirs != ours
+        and not any(path == theirs and f"lm{i}_sha256_{fingerprint(lm).hex()}" in weights for i, path in enumerate(lms))
+    ):
+        other += [("latent_reader", theirs, ours)]  # the same one may have moved
     if other:
         mine, saved = (", ".join(f"{each[0]}={each[i]}" for each in other) for i in (2, 1))
         die(f"{mine}, but {cfg.latent_from} has {saved}: set --{saved.replace(', ', ' --')}, or choose another --latent_from")
@@ -362,18 +365,19 @@ def layouts(cfg):
     return [latent_data.Side(tokenizer.load(path), cfg) for path in cfg.lms], latent_data.Reader(reader, cfg)
 
 
-def latent_weights(path):
-    return checkpoint.read_tensors(folder := checkpoint.resolve(path), checkpoint.FILES[0], checkpoint.read_state(folder))
+def read(path):
+    """-> (state, weights) of a latent run."""
+    state = checkpoint.read_state(folder := checkpoint.resolve(path))
+    if (objective := state["config"].get("objective", "lm")) != "latent":
+        die(f"{path}: a run of objective={objective}, not latent")
+    return state, checkpoint.read_tensors(folder, checkpoint.FILES[0], state)
 
 
 def load(path, device="cpu"):
     """A latent run -> (Interlingua in eval mode, state), as checkpoint.load does for the others."""
-    folder = checkpoint.resolve(path)
-    state = checkpoint.read_state(folder)
-    if (objective := state["config"].get("objective", "lm")) != "latent":
-        die(f"{path}: a run of objective={objective}, not latent")
-    model = Interlingua(SimpleNamespace(**state["config"] | {"latent_from": ""}))
-    checkpoint.put_weights(model, latent_weights(folder), folder)
+    state, weights = read(path)
+    model = Interlingua(SimpleNamespace(**vars(latent_data.LatentConfig()) | state["config"] | {"latent_from": ""}))
+    checkpoint.put_weights(model, weights, path)
     return model.to(device).eval(), state
 
 

@@ -9,7 +9,8 @@
 
 Every reference answer is kept; a question without an answer has answers [""]. Hotpot's context is all of its paragraphs as given, each
 "Title: sentences", in either layout ([[title, sentences], ...] or {"title": [...], "sentences": [...]}); --oracle keeps the gold
-supporting sentences only and marks every row with "oracle": true, for that is no longer the task. Read next: latentwire.py.
+supporting sentences only and marks every row with "oracle": true, for that is no longer the task. `read_rows` is how training and
+evaluation read what is written here. Read next: latent_data.py.
 """
 
 import sys

@@ -366,14 +366,20 @@ def saved(out, cfg):
     return model
 
 
-def test_frozen_layers_are_read_where_they_lie(models, tmp_path, capsys):
+def test_frozen_layers_are_read_where_they_lie(models, tmp_path, capsys, monkeypatch):
     """latent_frozen: they are no part of the checkpoint, their hash is; blocks and norm, which are trained, are."""
+
+    def older(state):  # of a run from before a setting was there: its default is what was done
+        state["config"].pop("adapter_hidden", None)
+        return state
+
     model = saved(tmp_path / "run", cfg := config(models, latent_frozen=True, latent_blocks=1))
     frozen = {f"encoder.reader.{name}" for name, p in model.encoder.reader.named_parameters() if not p.requires_grad}
-    weights = lw.latent_weights(tmp_path / "run")
+    weights = lw.read(tmp_path / "run")[1]
     assert len(frozen) > 9 and not frozen & set(weights) and {"encoder.reader.encoder.norm.weight"} < set(weights)
     assert sum(name.startswith("encoder.reader_sha256_") for name in weights) == 1
     assert any(".blocks.2." in name for name in weights)
+    monkeypatch.setattr(checkpoint, "read_state", lambda folder, real=checkpoint.read_state: older(real(folder)))
     again, batch = lw.load(tmp_path / "run")[0], micro_batch(model, cfg)
     assert torch.equal(model.eval().slots(batch), again.slots(batch))
     third = lw.build(whole(models, latent_frozen=True, latent_blocks=1, latent_from=str(tmp_path / "run"), seed=99))  # its own blocks' seed
@@ -405,6 +411,7 @@ def test_an_encoder_is_taken_over_as_it_was_set_up(models, tmp_path, capsys):
         (pool | {"n_head": 4}, "n_head=4, but {}/pool has n_head=2"),
         (pool | {"seq_len": 63}, "seq_len=63, but {}/pool has seq_len=64"),
         (pool | {"latent_ratio": 0}, "latent_ratio=0, but {}/pool has latent_ratio=4"),
+        ({"latent_from": str(models / "a")}, "{m}/a: a run of objective=lm, not latent"),
     ):
         with pytest.raises(SystemExit):
             lw.build(whole(models, **{"latent_from": str(tmp_path / "lm")} | changed))
@@ -576,13 +583,13 @@ def test_train_resumes_to_the_bit_and_keeps_the_frozen_frozen(models, tmp_path, 
     assert state["step"] == 6 and not model.training
     other = {**state["config"], "lms": [str(models / "b"), str(models / "a")]}  # readers swapped: refused
     with pytest.raises(SystemExit):
-        checkpoint.put_weights(lw.Interlingua(SimpleNamespace(**other)), lw.latent_weights(tmp_path / "one"), "here")
+        checkpoint.put_weights(lw.Interlingua(SimpleNamespace(**other)), lw.read(tmp_path / "one")[1], "here")
     assert "another architecture" in capsys.readouterr().err
     size, texts = lw.answers(model, TEXTS[0], "Where?", bits=4, max_new_tokens=4)
     assert size == 16 + 2 + 12 and len(texts) == 2
     third = dict(latent_from=str(tmp_path / "one"), lms=(str(models / "b"),), latent_reader=str(models / "a"))
     joined = run_train(models, tmp_path / "third", save_every=6, **third)
-    new, old = lw.latent_weights(tmp_path / "third"), lw.latent_weights(tmp_path / "one")
+    new, old = lw.read(tmp_path / "third")[1], lw.read(tmp_path / "one")[1]
     assert joined and all(torch.equal(v, old[k]) for k, v in new.items() if k.startswith("encoder."))  # only the adapter moved
     with pytest.raises(SystemExit):
         lw.build(train.Config(**vars(settings_of(**third, latent_dim=16))))
@@ -595,7 +602,7 @@ def test_a_run_around_frozen_layers_resumes_to_the_bit(models, tmp_path):
     keys = dict(latent_frozen=True, latent_blocks=1, max_steps=4, stages=())
     whole = run_train(models, tmp_path / "one", **keys)
     assert run_train(models, tmp_path / "one", f"--resume={tmp_path}/one/step-000002", **keys)["step-000004"] == whole["step-000004"]
-    model, weights = lw.load(tmp_path / "one")[0], lw.latent_weights(tmp_path / "one")
+    model, weights = lw.load(tmp_path / "one")[0], lw.read(tmp_path / "one")[1]
     layers = {name for name, _ in model.named_parameters() if ".blocks." in name}
     assert {name for name in weights if ".blocks." in name} == {name for name in layers if ".blocks.2." in name}
 

@@ -342,11 +342,7 @@ def take_encoder(encoder, cfg, lm):
     keys += " ".join(key for key in needs.SHAPE.split() if own_blocks(cfg) and key not in ("gate", "init_std", "remat"))
     other, lms = checkpoint.differing(state, cfg, keys), state["config"]["lms"]
     theirs, ours = state["config"]["latent_reader"] or lms[0], cfg.latent_reader or cfg.lms[0]
-    if (
-        lm
-        and theirs != ours
-        and not any(path == theirs and f"lm{i}_sha256_{fingerprint(lm).hex()}" in weights for i, path in enumerate(lms))
-    ):
+    if lm and theirs != ours and not any(p == theirs and f"lm{i}_sha256_{fingerprint(lm).hex()}" in weights for i, p in enumerate(lms)):
         other += [("latent_reader", theirs, ours)]  # the same one may have moved
     if other:
         mine, saved = (", ".join(f"{each[0]}={each[i]}" for each in other) for i in (2, 1))

@@ -672,3 +672,10 @@ def test_greedy_by_cache_is_the_argmax_of_whole_forwards(models):
             for _ in range(4):
                 ids.append(int(F.softmax(lm.logits(torch.tensor([ids]))[0, -1], -1).argmax()))
             assert ids[len(prompt) :] == got
+    lm = build(ModelConfig(vocab_size=257, n_layer=2, n_head=2, d_model=32, max_len=64, init_std=0.3, tie=False)).eval()
+    ids, (got,) = list(b"abc"), lw.greedy(lm, [torch.tensor(list(b"abc"))], (), 6)
+    for token in got:
+        assert int(lm.logits(torch.tensor([ids]))[0, -1].argmax()) == token
+        ids.append(token)
+    assert len(set(got)) > 3  # no model that says one word again and again
+    assert lw.greedy(lm, [torch.tensor(list(b"abc"))], got[2:3], 6) == [got[:2]] and lw.greedy(lm, [torch.tensor([1])], (), 0) == [[]]

@@ -338,8 +338,8 @@ def frozen(path):
 def take_encoder(encoder, cfg, lm):
     """`latent_from`: another run's encoder, frozen. What makes its packets others than they were there is named first, then shapes."""
     state, weights = read(cfg.latent_from)
-    keys = f"latent_encoder latent_layers latent_blocks latent_dim compress latent_ratio {'seq_len' if cfg.latent_ratio else 'latent_len'} "
-    keys += " ".join(key for key in needs.SHAPE.split() if own_blocks(cfg) and key not in ("gate", "init_std", "remat"))
+    keys = "latent_encoder latent_dim compress latent_ratio " + ("seq_len " if cfg.latent_ratio else "latent_len ")
+    keys += needs.SHAPE.removesuffix("init_std remat") if own_blocks(cfg) else "latent_layers latent_blocks latent_frozen"
     other, lms = checkpoint.differing(state, cfg, keys), state["config"]["lms"]
     theirs, ours = state["config"]["latent_reader"] or lms[0], cfg.latent_reader or cfg.lms[0]
     if lm and theirs != ours and not any(p == theirs and f"lm{i}_sha256_{fingerprint(lm).hex()}" in weights for i, p in enumerate(lms)):
@@ -347,8 +347,8 @@ def take_encoder(encoder, cfg, lm):
     if other:
         mine, saved = (", ".join(f"{each[0]}={each[i]}" for each in other) for i in (2, 1))
         die(f"{mine}, but {cfg.latent_from} has {saved}: set --{saved.replace(', ', ' --')}, or choose another --latent_from")
-    checkpoint.put_weights(encoder, {k[8:]: v for k, v in weights.items() if k.startswith("encoder.")}, cfg.latent_from)
-    encoder.requires_grad_(False)
+    mine = {name.removeprefix("encoder."): t for name, t in weights.items() if name.startswith("encoder.")}
+    checkpoint.put_weights(encoder.requires_grad_(False), mine, cfg.latent_from)
 
 
 def own_blocks(cfg) -> bool:

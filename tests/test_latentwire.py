@@ -405,6 +405,7 @@ def test_an_encoder_is_taken_over_as_it_was_set_up(models, tmp_path, capsys):
     pool = dict(latent_encoder="pool", latent_ratio=4, latent_from=str(tmp_path / "pool"))
     lw.build(whole(models, **pool))
     for changed, said in (
+        ({"latent_frozen": True}, "latent_frozen=True, but {}/lm has latent_frozen=False"),
         ({"compress": "all"}, "compress=all, but {}/lm has compress=context: set --compress=context,"),
         ({"latent_len": 4, "latent_dim": 9}, "latent_dim=9, latent_len=4, but {}/lm has latent_dim=8, latent_len=3: set --latent_dim=8"),
         ({"latent_reader": str(models / "b")}, "latent_reader={m}/b, but {}/lm has latent_reader={m}/a: set --latent_reader={m}/a"),

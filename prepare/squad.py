@@ -19,6 +19,7 @@ from pathlib import Path
 import configurator
 from files import write_rows
 from prepare import sources
+from tokenizer import scalar
 
 DEFAULTS = dict(
     source=str,  # file, or name of a dataset
@@ -59,6 +60,7 @@ def field(row, key, where, kind=str):
         configurator.die(f"{where} has no {key!r}, only {', '.join(sorted(map(str, row)))}")
     if not isinstance(row[key], kind):
         configurator.die(f"{where}: {key}={str(row[key])[:40]!r} is {'no text' if kind is str else 'no list'}")
+    row[key] = scalar(row[key]) if kind is str else row[key]  # half a surrogate pair, which JSON can write, is no character
     return row[key]
 
 
@@ -68,7 +70,7 @@ def references(given, where):
     a = [x.get("text") if isinstance(x, dict) else x for x in (a if isinstance(a, list) else [] if a is None else [a])]
     if not all(isinstance(x, (str, int, float)) for x in a):
         configurator.die(f"{where}: answers={str(given)[:40]} holds no text: give a list of strings")
-    return [str(x) for x in a] or [""]
+    return [scalar(str(x)) for x in a] or [""]
 
 
 def read_rows(path):
@@ -118,7 +120,7 @@ def hotpot_row(row, where: str, number: int, oracle: bool):
         kept = [s for i, s in enumerate(sentences) if not oracle or (title, i) in wanted]
         if kept:
             parts.append(f"{title}: " + " ".join(s.strip() for s in kept))
-    out = {"context": "\n".join(parts), "question": question, "answers": [answer], "id": str(row.get("_id", row.get("id", number)))}
+    out = {"context": scalar("\n".join(parts)), "question": question, "answers": [answer], "id": str(row.get("_id", row.get("id", number)))}
     return out | ({"oracle": True} if oracle else {})
 
 

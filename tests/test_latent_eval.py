@@ -416,6 +416,14 @@ def test_only_a_line_feed_ends_a_row(tmp_path):
         sources.read(tmp_path / "z.jsonl")
 
 
+def test_half_a_character_is_none(tmp_path):
+    (tmp_path / "x.json").write_text(r'[{"context": "a\ud800", "question": "b\ud800?", "answers": ["c\udc00"], "id": "1"}]')
+    want = [{"context": "a\ufffd", "question": "b\ufffd?", "answers": ["c\ufffd"], "id": "1"}]
+    assert latent_data.read_rows(tmp_path / "x.json") == want
+    squad.main([f"--source={tmp_path}/x.json", f"--out={tmp_path}"])
+    assert sources.read(tmp_path / "train.jsonl") == want
+
+
 def test_rows_without_what_is_needed_are_refused(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"context": "c"}\n')
     with pytest.raises(SystemExit):

@@ -1,11 +1,12 @@
 """Beam search: the likeliest text instead of a drawn one. `python sample.py --ckpt=out/RUN --beams=4 --temperature=0`
-And what it shares with drawing: reading prompts, moving the rows of a cache.
+And what it shares with drawing: reading prompts, moving the rows of a cache; and `greedy`, for prompts of ids or of input embeddings.
 
 Hypotheses of all prompts share one cache, whose rows are reordered as beams die and split. Finished ones compete by their mean
 log-probability per token, the end token included; one beam is greedy decoding. Read next: sample.py, which calls this.
 """
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from configurator import die
 from model import flat
@@ -84,3 +85,24 @@ def search(model, prompts, max_new_tokens, stops, beams, allowed=None, enc=None)
     for p, values in enumerate(score.tolist()):
         done[p] += [(value / len(ids), ids) for value, ids in zip(values, live[p], strict=True)] if len(done[p]) < beams else []
     return [max(ended)[1] for ended in done]
+
+
+def greedy(lm, prompts, stops, max_new: int) -> list[list[int]]:
+    """Greedy continuations of prompts given as ids [(T_i,)] or as input embeddings [(T_i, d)], up to the first of `stops`."""
+    lengths = [len(p) for p in prompts]
+    cache = lm.new_cache(len(prompts), max(lengths) + max_new)
+    x = pad_sequence(prompts, batch_first=True)  # (B, T) or (B, T, d)
+    ids, embeds = (x, None) if x.dim() == 2 else (torch.zeros(x.shape[:2], dtype=torch.long, device=x.device), x)
+    last = lm.step(ids, cache, lengths, embeds=embeds)[torch.arange(len(prompts)), torch.tensor(lengths) - 1]
+    out, live = [[] for _ in prompts], set(range(len(prompts)))
+    for n in range(max_new):
+        last = lm.step(ids[:, None], cache)[:, 0] if n else last
+        ids = lm.predict(last).argmax(-1)
+        for i, t in enumerate(ids.tolist()):
+            if t in stops:
+                live.discard(i)
+            elif i in live:
+                out[i].append(t)
+        if not live:
+            break
+    return out

@@ -231,7 +231,7 @@ def fit(model, weights, where, state=None, way="--init_from"):
             if other := differing(state, model.cfg, SHAPES) if state else ():
                 mine, saved = (", ".join(f"{each[0]}={each[i]}" for each in other) for i in (2, 1))
                 die(f"{mine}, but {Path(where).parent} has {saved}: set --{saved.replace(', ', ' --')}, or choose another {way}")
-            die(f"{where}: {name} is {theirs} there, {ours} in the model; is it a checkpoint of another architecture?")
+            die(f"{where}: {name} is {theirs} there, {ours} in the model; is it of another architecture, or around other frozen models?")
     return own
 
 

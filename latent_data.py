@@ -12,7 +12,6 @@ import re
 import struct
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -20,7 +19,8 @@ import torch
 
 import data
 from configurator import die
-from prepare import prompts, sources
+from prepare import prompts
+from prepare.squad import read_rows
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,7 @@ TEXT = {  # anchor -> the question's part; the passage stands before it as "Cont
     "none": f"\nQuestion: {QUESTION}\n",
 }
 REPEAT = "\nText:"  # asks for the source back
+LONGEST = 16  # characters to a token: of a book no more is tokenised than could be read
 
 
 class Side:
@@ -155,7 +156,10 @@ class Side:
         if self.all:  # the packet ends with the question, and the anchor calls for the answer again
             tail = "Answer:" if self.anchor == "text" else tail.split(QUESTION)[1]
         self.head, self.tail = self.cut(head.removesuffix("Context: ")), self.cut(tail)
-        self.ids = lru_cache(maxsize=1 << 16)(lambda text: tuple(tok.encode(text)))
+        self.short = lru_cache(maxsize=1 << 14)(lambda text: tuple(tok.encode(text)))
+
+    def ids(self, text):  # questions come back in every epoch; so do passages, but keeping thousands of them takes gigabytes
+        return self.short(text) if len(text) <= 256 else tuple(self.tok.encode(text))
 
     def cut(self, text):
         """Markers such as <|im_start|> become ids; they never can from the user's text, which is put in later."""
@@ -246,9 +250,14 @@ class Reader:
             ids = keep[: self.limit - 1 - len(tail)] + tail
         return ids + [self.tok.eos_id]
 
-    def fits(self, text):  # -> how many characters of it are read
-        ids = self.tok.encode(text)
-        return len(text) if len(ids) < self.limit else len(self.tok.decode(ids[: self.limit - 1]))
+    def fits(self, context, question=None):
+        """-> how many characters of it are read. No token is shorter than a byte (but for a mark in front), few are longer than 16."""
+        if question is None and len(context.encode()) + 1 < self.limit:
+            return len(context)
+        taken = 0 if question is None else len(self.tok.encode(f"Context: \nQuestion: {question}\nAnswer: "))
+        room, context = max(0, self.limit - 1 - taken), context[: LONGEST * self.limit]
+        ids = self.tok.encode(context)
+        return len(context) if len(ids) <= room else len(self.tok.decode(ids[:room]))
 
     def slots(self, n):
         return -(-n // self.cfg.latent_ratio) if self.cfg.latent_ratio else self.cfg.latent_len
@@ -274,32 +283,6 @@ class Reader:
             "pool_to": torch.from_numpy(np.repeat(np.arange(len(j)), size)),  # (P,) ... and the slot that pools them
             "tokens": int(lengths.sum()),
         }
-
-
-def references(row):
-    """A list of strings or numbers, of {text}, SQuAD's {text: [...]}, or a single one -> strings; [""]: a question without an answer."""
-    a = row["answers"]["text"] if isinstance(row["answers"], dict) else row["answers"]
-    a = a if isinstance(a, list) else [] if a is None else [a]
-    return [str(x["text"] if isinstance(x, dict) else x) for x in a] or [""]
-
-
-def read_rows(path):
-    """{context, question, answers, id} and {text} rows of a jsonl, json or parquet file, or of a folder's train.jsonl."""
-    path = Path(path)
-    path = path / "train.jsonl" if path.is_dir() else path
-    if not path.is_file():
-        die(f"{path} does not exist; write it with `python -m prepare.factqa` or `python -m prepare.squad`")
-    for n, row in enumerate(rows := sources.read(path), 1):
-        if not isinstance(row, dict):
-            die(f"{path}: row {n} is {str(row)[:40]!r}, no object: write {{context, question, answers}} or {{text}}")
-        if {"context", "question", "answers"} <= set(row):
-            try:
-                row["answers"] = references(row)
-            except KeyError:
-                die(f"{path}: row {n}: answers={str(row['answers'])[:40]} holds no text: give a list of strings")
-        elif "text" not in row:
-            die(f"{path}: row {n}: a row is {{context, question, answers}} or {{text}}, not {sorted(row)}")
-    return rows
 
 
 def sources_of(rows, cfg, sides):
@@ -340,6 +323,17 @@ class Stream:
             if not self.sources[name]:
                 die(f"data: {path} holds nothing that can be asked ({dropped} rows not aligned to the tokens of the answer)")
             log(f"data: {name}: {len(self.sources[name]):,} sources; {dropped} questions dropped, whose answer begins inside a token")
+        for s in plan.stages:
+            if s.seq_len != cfg.seq_len:
+                die(f"stages: seq_len={s.seq_len} would cut no source: all are cut at --seq_len={cfg.seq_len}; leave it out of the stages")
+            count, per_micro = s.tokens / s.seq_len, s.micro_tokens // s.seq_len
+            if s.accum * world * per_micro != count or not per_micro:
+                die(f"{count:g} sources a step (tokens / seq_len) do not divide into {s.accum} x {world} micro-batches of {per_micro}")
+        texts = {questions is None for rows in self.sources.values() for _, questions in rows}
+        for kind, what, keys in ((True, "text", "w_ae w_lm"), (False, "questions", "w_ans w_first w_k w_kd w_ae_qa latent_questions")):
+            vain = [f"{key}={getattr(cfg, key)}" for key in keys.split() if getattr(cfg, key) != getattr(LatentConfig, key)]
+            if vain and kind not in texts:
+                log(f"data: without effect here: {', '.join(vain)} (needs {what} in --data)")
         self.taken = dict.fromkeys(self.sources, 0)
         known = {name: hashlib.blake2b(repr(rows).encode(), digest_size=8).hexdigest() for name, rows in self.sources.items()}
         keys = "seq_len compress latent_questions seed anchor bos calibration prefix_rms".split()
@@ -362,8 +356,6 @@ class Stream:
             raise StopIteration
         row, rng = self.plan(self.step), random.Random(f"{self.cfg.seed}/{self.step}")
         count, per_micro = row.tokens // row.seq_len, row.micro_tokens // row.seq_len
-        if row.accum * self.world * per_micro != count or not per_micro:
-            die(f"{count} sources a step (tokens / seq_len) do not divide into {row.accum} x {self.world} micro-batches of {per_micro}")
         mix = row.mix or {name: float(len(rows)) for name, rows in self.sources.items()}
         if unknown := set(mix) - set(self.sources):
             die(f"mix names {sorted(unknown)[0]!r}, but data holds {', '.join(self.sources)}")
@@ -390,31 +382,36 @@ class Stream:
         """[(context, questions or None, a random number)] -> one micro-batch for the encoder and every model."""
         cfg, texts, later = self.cfg, [], []
         for context, questions, u in chosen:
-            rest, source = "", context
+            rest, source, read = "", context, context
             if questions is None:  # continuation: from 40 to 70 % of what can be read, at a space
                 border = context.find(" ", int((fits := self.reader.fits(context)) * (0.4 + 0.3 * u)), fits)
-                context, rest = (context[:border], context[border:]) if border > 0 else (context[:fits], "")
-                source = context if rest else source  # what is too long is counted
+                rest = context[border : border + LONGEST * cfg.seq_len] if border > 0 else ""
+                read = context[: border if rest else fits]
+                source = read if rest else source  # what is too long is counted
             elif cfg.latent_questions and len(questions) > cfg.latent_questions:
                 questions = random.Random(u).sample(questions, cfg.latent_questions)
-            texts.append(self.reader.source(source, questions[0][0] if questions and cfg.compress == "all" else None))
-            later.append((context, questions, rest))
+            carried = questions[0][0] if questions and cfg.compress == "all" else None
+            texts.append(self.reader.source(source, carried))
+            if questions and cfg.w_ae_qa and len(texts[-1]) == self.reader.limit:  # nobody can repeat what was never read
+                read = context[: self.reader.fits(context, carried)]
+            later.append((context, questions, read, rest))
         batch = self.reader.collate(texts)
         z = batch["z_cu"].tolist()
         for m, side in enumerate(self.sides):
             docs, teacher = [], []
-            for i, (context, questions, rest) in enumerate(later):
+            for i, (context, questions, read, rest) in enumerate(later):
                 slots, room = z[i + 1] - z[i], cfg.seq_len
                 for question, answer in questions or ():
                     gold = side.gold(question, answer)
                     docs.append((side.prompt(question, slots=slots), z[i], gold, "ans"))
-                    teacher.append((side.prompt(question, context=context), 0, gold[: cfg.first_k], "kd"))
+                    if cfg.w_kd:
+                        teacher.append((side.prompt(question, context=context), 0, gold[: cfg.first_k], "kd"))
                 if cfg.w_ae if questions is None else cfg.w_ae_qa:
-                    back, kind = [*side.ids(context), side.tok.eos_id], "ae" if questions is None else "ae_qa"
+                    back, kind = [*side.ids(read), side.tok.eos_id], "ae" if questions is None else "ae_qa"
                     docs.append((side.bare(slots, REPEAT), z[i], back[:room], kind))
                 if rest and cfg.w_lm:
                     docs.append((side.bare(slots), z[i], list(side.ids(rest))[:room], "lm"))
             if not docs:
                 die("a micro-batch of text with w_ae=0 asks nothing: give w_ae a weight, or drop the text from --data")
-            batch |= pack(docs, f"{m}.") | (pack(teacher, f"{m}.teacher.") if cfg.w_kd and teacher else {})
+            batch |= pack(docs, f"{m}.") | (pack(teacher, f"{m}.teacher.") if teacher else {})
         return batch

@@ -14,6 +14,7 @@ text in order. Read next: latent_data.py (layouts, batches), eval/latent.py (wha
 import dataclasses
 import hashlib
 import math
+import sys
 from types import SimpleNamespace
 
 import torch
@@ -24,7 +25,9 @@ from torch.utils.checkpoint import checkpoint as recompute
 import checkpoint
 import configurator
 import latent_data
+import needs
 import tokenizer
+from beams import greedy
 from configurator import die
 from latent_data import WIDTHS, decode, encode
 from machine import to_device
@@ -34,7 +37,7 @@ from model import build as build_transformer
 # ---- the encoder --------------------------------------------------------------------------------------------------------
 
 
-def reader_of(lm: Transformer, layers: int, causal: bool, blocks: int = 0) -> Transformer:
+def reader_of(lm: Transformer, layers: int, causal: bool, blocks: int = 0, seed: int = 0) -> Transformer:
     """The first layers of a pretrained model as a model of its own, without a head; bidirectional unless `causal`.
 
     A decoder and an encoder have the same blocks, so only the mask is lifted. `blocks` more of the same shape are put on top.
@@ -44,7 +47,7 @@ def reader_of(lm: Transformer, layers: int, causal: bool, blocks: int = 0) -> Tr
         die(f"latent_layers={keep}, but the reader has {lm.cfg.n_layer}; use 0 for all")
     to = "decoder" if causal else "encoder"
     act = lm.cfg.act if isinstance(lm.cfg.act, str) else (*lm.cfg.act[:keep], *lm.cfg.act[-1:] * blocks)
-    shape = dict(arch=to, n_layer=keep + blocks, act=act, tie=True, max_len=1 << 20, gate_enc=gate, gate_noise=False)
+    shape = dict(arch=to, n_layer=keep + blocks, act=act, tie=True, max_len=1 << 20, gate_enc=gate, gate_noise=False, seed=seed)
     reader = build_transformer(dataclasses.replace(lm.cfg, **shape))
     old = {k.replace(side + ".", to + ".", 1): v for k, v in lm.state_dict().items() if k.startswith((side, "embed"))}
     new = reader.state_dict()
@@ -129,9 +132,7 @@ class Adapter(nn.Module):
 
     def forward(self, z):
         x = self.net(z)
-        if self.gain is None:
-            return x
-        return x * (x.square().mean(-1, keepdim=True) + 1e-12).rsqrt() * (self.rms * self.gain)
+        return x if self.gain is None else x * (x.square().mean(-1, keepdim=True) + 1e-12).rsqrt() * (self.rms * self.gain)
 
 
 def over_wire(z, z_cu, bits):
@@ -171,10 +172,9 @@ class Interlingua(nn.Module):
         check(cfg)
         self.cfg = cfg
         self.lms = [frozen(path) for path in cfg.lms]
-        for path, lm in zip(cfg.lms, self.lms, strict=True):
-            if lm.cfg.arch != "decoder":
-                die(f"{path} is an {lm.cfg.arch}; packets are read by decoders (an encoder may be the latent_reader)")
         for m, lm in enumerate(self.lms):  # a checkpoint fits these very models and no others: its tensors' names say so
+            if lm.cfg.arch != "decoder":
+                die(f"{cfg.lms[m]} is an {lm.cfg.arch}; packets are read by decoders (an encoder may be the latent_reader)")
             self.register_buffer(f"lm{m}_sha256_{fingerprint(lm).hex()}", torch.ones(1))
         self.register_buffer("tau", torch.ones(()), persistent=False)
         torch.manual_seed(cfg.seed)
@@ -184,21 +184,26 @@ class Interlingua(nn.Module):
             shape |= {"arch": "encoder", "vocab_size": 257, "max_len": 1 << 20, "gate_noise": False}
             reader = build_transformer(configurator.from_dict(ModelConfig, shape, "config"))
         else:
-            lm = frozen(cfg.latent_reader) if cfg.latent_reader else self.lms[0]
-            reader = reader_of(lm, cfg.latent_layers, causal=not trained and lm.encoder is None, blocks=cfg.latent_blocks)
+            lm = dict(zip(cfg.lms, self.lms, strict=True)).get(path := cfg.latent_reader or cfg.lms[0]) or frozen(path)
+            causal = not trained and lm.encoder is None
+            reader = reader_of(lm, cfg.latent_layers, causal, cfg.latent_blocks, cfg.seed)
             old = reader.cfg.n_layer - cfg.latent_blocks
             for name, p in reader.named_parameters():
                 p.requires_grad_(trained and (not cfg.latent_frozen or block_number(name) >= old or "coder.norm." in name))
         slots = -(-(cfg.seq_len + 1) // cfg.latent_ratio) if cfg.latent_ratio else cfg.latent_len
         self.encoder = Encoder(cfg, reader, trained, slots)
-        if not trained:  # it is no part of the checkpoint, so its name is, and latent_from compares it too
-            self.encoder.register_buffer(f"reader_sha256_{fingerprint(reader).hex()}", torch.ones(1))
+        if known := {name for name, p in reader.named_parameters() if not p.requires_grad}:  # no part of the checkpoint: their hash is
+            self.encoder.register_buffer(f"reader_sha256_{fingerprint(reader, known).hex()}", torch.ones(1))
+
+            def leave_out(module, state, prefix, info):
+                for name in known:
+                    del state[prefix + name]
+
+            reader.register_state_dict_post_hook(leave_out)
         self.adapters = nn.ModuleList(Adapter(cfg, lm) for lm in self.lms)
         self.sides, self.reader = layouts(cfg)
         if cfg.latent_from:
-            theirs = {k[8:]: v for k, v in latent_weights(cfg.latent_from).items() if k.startswith("encoder.")}
-            checkpoint.put_weights(self.encoder, theirs, cfg.latent_from)  # names the first shape that differs
-            self.encoder.requires_grad_(False)
+            take_encoder(self.encoder, cfg, None if own_blocks(cfg) else lm)
 
     def others(self):  # the frozen models: unregistered, they follow by hand
         return [*self.lms, *(r for r in self.encoder.readers if r is not getattr(self.encoder, "reader", None))]
@@ -209,12 +214,12 @@ class Interlingua(nn.Module):
         return super()._apply(fn, *args, **kwargs)
 
     def set_dtype(self, dtype):
-        """Of activations; the matrices of frozen models take it too, for no step of an optimizer will ever need more of them."""
+        """Of activations; frozen matrices that no checkpoint holds take it too, for no step of an optimizer will ever need more of them."""
         for model in (*self.lms, *self.encoder.readers):
-            model.set_dtype(dtype)
-        for module in (module for model in self.others() for module in model.modules()):
-            if isinstance(module, (Linear, Embedding)):
-                module.weight.data = module.weight.data.to(dtype)
+            saved = self.cfg.latent_from and model not in self.others()
+            for module in model.set_dtype(dtype).modules():
+                if isinstance(module, (Linear, Embedding)) and not (saved or module.weight.requires_grad):
+                    module.weight.data = module.weight.data.to(dtype)
         return self
 
     @property
@@ -235,10 +240,9 @@ class Interlingua(nn.Module):
         words = self.lms[m].embed_tokens(ids)
         return words if z is None else words.index_copy(0, slot_at, self.adapters[m](z).to(words.dtype))
 
-    def side_sums(self, m, z, batch):
+    def side_sums(self, m, z, part, teacher):
         """One forward of model m; answers, reconstruction and continuation are documents of the same flat batch."""
         lm, cfg = self.lms[m], self.cfg
-        part = {k[len(f"{m}.") :]: v for k, v in batch.items() if k.startswith(f"{m}.")}
         embeds = self.embeds(m, part["ids"], part["slot_at"], z[part["slot_z"]])
         hidden = lm(part | {"embeds": embeds})  # (N, d_m)
         out = {}
@@ -246,9 +250,6 @@ class Interlingua(nn.Module):
             if f"{kind}.at" in part:
                 out[kind] = lm.nll(hidden[part[f"{kind}.at"]], part[f"{kind}.goal"])[0]
         if "ans.at" in part:
-            teacher = None
-            if cfg.w_kd:
-                teacher = self.teacher(lm, {k[len("teacher.") :]: v for k, v in part.items() if k.startswith("teacher.")})
             logits = lm.predict(hidden[part["ans.at"]])
             out |= answer_sums(logits, part["ans.goal"], part["ans.step"], cfg.first_k, teacher, cfg.kd_tau)
         return {f"{term}/{m}": value for term, value in out.items()}
@@ -259,22 +260,26 @@ class Interlingua(nn.Module):
         return lm.predict(lm(part)[part["kd.at"]])
 
     def forward(self, batch):
-        z = self.slots(batch, batch["bits"])
-        out = {}
-        for m in range(len(self.lms)):
-            if self.cfg.sequential:  # activations of one model live at a time: kept as z, made again in its turn of the backward
-                out |= recompute(self.side_sums, m, z, batch, use_reentrant=False)
-            else:
-                out |= self.side_sums(m, z, batch)
+        z, out = self.slots(batch, batch["bits"]), {}
+        for m, lm in enumerate(self.lms):
+            part = {k.removeprefix(f"{m}."): v for k, v in batch.items() if k.startswith(f"{m}.")}
+            text = {k.removeprefix("teacher."): v for k, v in part.items() if k.startswith("teacher.")}
+            given = m, z, part, self.teacher(lm, text) if text else None  # logits of the first k tokens: small enough to be kept
+            # sequential: activations of one model live at a time, kept as z, made again in its turn of the backward
+            out |= recompute(self.side_sums, *given, use_reentrant=False) if self.cfg.sequential else self.side_sums(*given)
         return out
 
     # -- answering
 
     @torch.no_grad()
-    def packets(self, sources, bits):
-        """Lists of source ids -> the payloads, and what their decoder makes of them, a list of (M, d_z)."""
+    def latents(self, sources):
+        """Lists of source ids -> what their packets hold, a list of (M, d_z)."""
         batch = to_device(self.reader.collate(sources), self.device)
-        payloads = [encode(part, bits) for part in self.encoder(batch).split(batch["z_cu"].diff().tolist())]
+        return self.encoder(batch).split(batch["z_cu"].diff().tolist())
+
+    def sent(self, latents, bits):
+        """-> the payloads, and what their decoder makes of them."""
+        payloads = [encode(z, bits) for z in latents]
         return payloads, [decode(p).to(self.device) for p in payloads]
 
     @torch.no_grad()
@@ -284,37 +289,16 @@ class Interlingua(nn.Module):
         return self.embeds(m, ids.clamp(min=0), (ids < 0).nonzero()[:, 0], packet)
 
 
-def greedy(lm, prompts, stops, max_new: int) -> list[list[int]]:
-    """Greedy continuations of prompts given as ids [(T_i,)] or as input embeddings [(T_i, d)], up to the first of `stops`."""
-    lengths = [len(p) for p in prompts]
-    cache = lm.new_cache(len(prompts), max(lengths) + max_new)
-    x = nn.utils.rnn.pad_sequence(prompts, batch_first=True)  # (B, T) or (B, T, d)
-    ids, embeds = (x, None) if x.dim() == 2 else (torch.zeros(x.shape[:2], dtype=torch.long, device=x.device), x)
-    last = lm.step(ids, cache, lengths, embeds=embeds)[torch.arange(len(prompts)), torch.tensor(lengths) - 1]
-    out, live = [[] for _ in prompts], set(range(len(prompts)))
-    for _ in range(max_new):
-        ids = lm.predict(last).argmax(-1)
-        for i, t in enumerate(ids.tolist()):
-            if t in stops:
-                live.discard(i)
-            elif i in live:
-                out[i].append(t)
-        if not live:
-            break
-        last = lm.step(ids[:, None], cache)[:, 0]
-    return out
-
-
 @torch.no_grad()
 def answers(model: Interlingua, context: str, question: str, bits: int = 16, max_new_tokens: int = 32, only=None):
     """Text in, (bytes on the wire, [answer of each frozen model, or of `only` that one]) out; what sample.py prints."""
     source = model.reader.source(context, question if model.cfg.compress == "all" else None)
-    (payload,), (packet,) = model.packets([source], bits)
+    (payload,), (packet,) = model.sent(model.latents([source]), bits)
     texts = []
-    for m in range(len(model.lms)) if only is None else [only]:
-        lm, side = model.lms[m], model.sides[m]
-        prompt = model.prompt_embeds(m, side.prompt(question, slots=len(packet)), packet)
-        texts.append(side.tok.decode(greedy(lm, [prompt], side.stops, max_new_tokens)[0]).strip())
+    for m, side in enumerate(model.sides):
+        if only in (None, m):
+            prompt = model.prompt_embeds(m, side.prompt(question, slots=len(packet)), packet)
+            texts.append(side.tok.decode(greedy(model.lms[m], [prompt], side.stops, max_new_tokens)[0]).strip())
     return len(payload), texts
 
 
@@ -326,6 +310,9 @@ def say(path, prompt: str, max_new_tokens: int, where) -> None:
     model, state = load(path)
     model.set_dtype(where.dtype).to(where.device)
     size, texts = answers(model, context, question, max_new_tokens=max_new_tokens)
+    if model.reader.cut:
+        read = model.reader.fits(context, question if model.cfg.compress == "all" else None)
+        print(f"of {len(context)} characters the first {read} were read: seq_len={model.cfg.seq_len}", file=sys.stderr)
     print(f"{len(context.encode())} bytes of text, {size} on the wire at 16 bits")
     for name, text in zip(state["config"]["lms"], texts, strict=True):
         print(f"{name}: {text}")
@@ -334,10 +321,10 @@ def say(path, prompt: str, max_new_tokens: int, where) -> None:
 # ---- what train.py asks for ---------------------------------------------------------------------------------------------
 
 
-def fingerprint(lm) -> bytes:
-    """sha256 over the name and bytes of every tensor."""
+def fingerprint(lm, names=None) -> bytes:
+    """sha256 over the name and bytes of every tensor, or of those named."""
     digest = hashlib.sha256()
-    for name, t in sorted(lm.state_dict().items()):
+    for name, t in sorted((name, t) for name, t in lm.state_dict().items() if names is None or name in names):
         digest.update(name.encode() + str(tuple(t.shape)).encode())
         digest.update(t.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.digest()
@@ -346,6 +333,22 @@ def fingerprint(lm) -> bytes:
 def frozen(path):
     """The model of a run directory, without gradients."""
     return checkpoint.load(path)[0].requires_grad_(False).eval()
+
+
+def take_encoder(encoder, cfg, lm):
+    """`latent_from`: another run's encoder, frozen. What makes its packets others than they were there is named first, then shapes."""
+    state, weights = read(cfg.latent_from)
+    keys = "latent_encoder latent_dim compress latent_ratio " + ("seq_len " if cfg.latent_ratio else "latent_len ")
+    keys += needs.SHAPE.removesuffix("init_std remat") if own_blocks(cfg) else "latent_layers latent_blocks latent_frozen"
+    other, lms = checkpoint.differing(state, cfg, keys), state["config"]["lms"]
+    theirs, ours = state["config"]["latent_reader"] or lms[0], cfg.latent_reader or cfg.lms[0]
+    if lm and theirs != ours and not any(p == theirs and f"lm{i}_sha256_{fingerprint(lm).hex()}" in weights for i, p in enumerate(lms)):
+        other += [("latent_reader", theirs, ours)]  # the same one may have moved
+    if other:
+        mine, saved = (", ".join(f"{each[0]}={each[i]}" for each in other) for i in (2, 1))
+        die(f"{mine}, but {cfg.latent_from} has {saved}: set --{saved.replace(', ', ' --')}, or choose another --latent_from")
+    mine = {name.removeprefix("encoder."): t for name, t in weights.items() if name.startswith("encoder.")}
+    checkpoint.put_weights(encoder.requires_grad_(False), mine, cfg.latent_from)
 
 
 def own_blocks(cfg) -> bool:
@@ -358,38 +361,39 @@ def layouts(cfg):
     return [latent_data.Side(tokenizer.load(path), cfg) for path in cfg.lms], latent_data.Reader(reader, cfg)
 
 
-def latent_weights(path):
-    folder = checkpoint.resolve(path)
-    return checkpoint.read_tensors(folder, checkpoint.FILES[0], checkpoint.read_state(folder))
+def read(path):
+    """-> (state, weights) of a latent run."""
+    state = checkpoint.read_state(folder := checkpoint.resolve(path))
+    if (objective := state["config"].get("objective", "lm")) != "latent":
+        die(f"{path}: a run of objective={objective}, not latent")
+    return state, checkpoint.read_tensors(folder, checkpoint.FILES[0], state)
 
 
 def load(path, device="cpu"):
     """A latent run -> (Interlingua in eval mode, state), as checkpoint.load does for the others."""
-    folder = checkpoint.resolve(path)
-    state = checkpoint.read_state(folder)
-    if (objective := state["config"].get("objective", "lm")) != "latent":
-        die(f"{path}: a run of objective={objective}, not latent")
-    model = Interlingua(SimpleNamespace(**state["config"] | {"latent_from": ""}))
-    checkpoint.put_weights(model, latent_weights(folder), folder)
+    state, weights = read(path)
+    model = Interlingua(SimpleNamespace(**vars(latent_data.LatentConfig()) | state["config"] | {"latent_from": ""}))
+    checkpoint.put_weights(model, weights, path)
     return model.to(device).eval(), state
 
 
 def check(cfg):
     if not cfg.lms:
         die("objective=latent needs frozen models: --lms=\"('out/a', 'out/b')\"")
+    if len(set(cfg.lms)) < len(cfg.lms):
+        die(f"lms={cfg.lms} names one model twice")
     if cfg.parallel == "fsdp":
         die("parallel=fsdp does not shard frozen models; use --parallel=ddp, with --sequential and smaller micro_tokens if memory is short")
     if (cfg.calibration == "fixed") != (cfg.prefix_rms > 0):
         die(f"calibration={cfg.calibration}, prefix_rms={cfg.prefix_rms}: fixed needs --prefix_rms above 0, nothing else reads it")
-    for key in ("latent_reader", "latent_layers", "latent_blocks", "latent_frozen"):
-        if getattr(cfg, key) and own_blocks(cfg):
-            die(f"{key} belongs to an encoder that starts from a model; latent_encoder={cfg.latent_encoder} has its own blocks")
     if cfg.latent_encoder in ("query", "sent") and (cfg.latent_blocks or cfg.latent_frozen):
         die(f"latent_encoder={cfg.latent_encoder} reads a model as it stands; drop latent_blocks and latent_frozen")
-    if cfg.adapter_hidden and cfg.adapter == "linear":
-        die(f"adapter_hidden={cfg.adapter_hidden}: adapter=linear has no inner layer; drop one of the two")
     if bad := set(cfg.wire_bits) - set(WIDTHS):
         die(f"wire_bits={sorted(bad)}: the codec has {WIDTHS}")
+    if cfg.wire_bits and cfg.wire_start >= 1:
+        die(f"wire_start={cfg.wire_start}: the run ends before a packet is quantised; set it below 1, or drop wire_bits")
+    if not any(weights(cfg).values()):
+        die("every weight of the loss (w_ans, w_first, w_k, ...) is 0: nothing would be learned")
 
 
 build = Interlingua
@@ -402,16 +406,12 @@ def open_stream(cfg, plan, rank, world):
 def counts(batch) -> dict[str, float]:
     """Targets of each term and model in this micro-batch, known before the forward; every rank names every term."""
     out = dict.fromkeys(batch["terms"], 0.0)
-    for key, goal in batch.items():
-        m, _, kind = key.removesuffix(".goal").partition(".")
-        if key.endswith(".goal") and kind == "ans":
-            step = batch[f"{m}.ans.step"]
-            sizes = {"ans": len(goal), "k": (step < batch["first_k"]).sum(), "first": (step == 0).sum()}
-            sizes |= {"kd": sizes["k"], "first_right": sizes["first"]}
-        elif key.endswith(".goal") and kind in ("ae", "ae_qa", "lm"):
-            sizes = {kind: len(goal)}
-        else:
-            continue
+    for key in [key for key in batch if key.endswith(".goal")]:
+        m, kind = key.removesuffix(".goal").split(".", 1)
+        sizes = {kind: len(batch[key])}
+        if kind == "ans":
+            k, first = ((step := batch[f"{m}.ans.step"]) < batch["first_k"]).sum(), (step == 0).sum()
+            sizes |= {"k": k, "kd": k, "first": first, "first_right": first}
         out |= {f"{term}/{m}": float(n) for term, n in sizes.items() if f"{term}/{m}" in out}
     return out
 

@@ -47,6 +47,8 @@ NEEDS = (  # what it takes, and which settings; a key without a value: it must b
     ("auto_mix", "domain_source"),
     ("domains", "domains_every"),
     ("latent_ratio=0", "latent_len"),
+    ("latent_encoder=lm|query|sent", "latent_reader latent_layers latent_blocks latent_frozen"),
+    ("adapter=mlp", "adapter_hidden"),
     ("w_kd", "kd_tau"),
     ("w_k or w_kd", "first_k"),
     ("wire_bits", "wire_start"),
@@ -55,7 +57,7 @@ NEEDS = (  # what it takes, and which settings; a key without a value: it must b
 
 
 POSITIVE = """vocab_size n_layer n_head d_model max_len gate_block seq_len tokens_per_step decay_share tau_max tau_min max_enc max_dec
-    contrast_tau contrast_pairs contrast_micro fp8_history kd_tau latent_dim""".split()
+    contrast_tau contrast_pairs contrast_micro fp8_history kd_tau latent_dim latent_len first_k""".split()
 
 
 def possible(cfg):

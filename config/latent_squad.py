@@ -7,7 +7,7 @@
 #     torchrun --nproc_per_node=4 train.py config/latent_squad.py
 #     python -m eval.latent --ckpt=out/latent_squad --samples=2000
 #
-# Memory per GPU: 16 + 15 GB of frozen bf16 weights; the reader is a copy of Llama's first eight layers (fp32, 9 GB) with two trained
+# Memory per GPU: 16 + 15 GB of frozen bf16 weights; the reader is a copy of Llama's first eight layers (4.5 GB) with two trained
 # blocks on top (2 x 218M parameters x 16 bytes = 7 GB); activations of 16 passages. 87,599 questions on 18,891 passages: a step is 64
 # passages with up to three questions each, so 3,000 steps are ten passes. About 150 tokens go into 32 slots, 4.7 to one. In bytes int4
 # is 4,624 against some 750 of text and loses; --latent_dim=32 sends 592. Untested at this scale; what there is to beat is the published

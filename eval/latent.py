@@ -109,12 +109,12 @@ def summary(arm):
 
 
 def seconds(model, m, rows, bits, opt):
-    """Median seconds of one question, all included: tokenising, encoder, codec, reading, answering. -> (text, packet)"""
+    """Median seconds of one question, all included: tokenising, encoder, codec, reading, answering, words. -> (text, packet)"""
     side, times = model.sides[m], ([], [])
 
     def by_text(row):
         ids = torch.tensor(side.prompt(row["question"], context=row["context"]), device=model.device)
-        latentwire.greedy(model.lms[m], [ids], side.stops, opt.max_new_tokens)
+        side.tok.decode(latentwire.greedy(model.lms[m], [ids], side.stops, opt.max_new_tokens)[0])
 
     def by_packet(row):
         latentwire.answers(model, row["context"], row["question"], bits, opt.max_new_tokens, only=m)
@@ -122,6 +122,7 @@ def seconds(model, m, rows, bits, opt):
     wait = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
     for row in rows[:17]:
         for kind, answer in enumerate((by_text, by_packet)):
+            side.short.cache_clear()  # both tokenise what they read
             wait()
             start = time.perf_counter()
             answer(row)
@@ -236,10 +237,10 @@ def evaluate(opt) -> dict:
 
     sources = [model.reader.source(r["context"], r["question"] if cfg["compress"] == "all" else None) for r in rows]
     cut, packets, payload_bytes = model.reader.cut, {}, {}
+    latents = [z for i in range(0, len(rows), opt.batch) for z in model.latents(sources[i : i + opt.batch])]
     for bits in opt.bits:
-        pairs = [model.packets(sources[i : i + opt.batch], bits) for i in range(0, len(rows), opt.batch)]
-        packets[bits] = [p for _, ps in pairs for p in ps]
-        payload_bytes[bits] = [len(p) for ps, _ in pairs for p in ps]
+        payloads, packets[bits] = model.sent(latents, bits)
+        payload_bytes[bits] = [len(p) for p in payloads]
 
     results, metrics = {}, {"arms": {}, "intervals": {}}
     with torch.no_grad():
@@ -250,10 +251,9 @@ def evaluate(opt) -> dict:
                     kept[f"{name}/{m}"] = run_arm(model, m, rows, prompts, vectors, by_ids, opt)
                     write_json(str(cache), {"key": key, "arms": kept})
                 results[name, m] = kept[f"{name}/{m}"]
-            text_time, latent_time = seconds(model, m, rows, opt.bits[0], opt)
             metrics["arms"][path] = {name: summary(results[name, m]) for name in arms}
-            metrics["arms"][path]["text"]["seconds"] = text_time
-            metrics["arms"][path][f"latent{opt.bits[0]}"]["seconds"] = latent_time
+            for name, time_ in zip(("text", f"latent{opt.bits[0]}"), seconds(model, m, rows, opt.bits[0], opt), strict=True):
+                metrics["arms"][path][name]["seconds"] = time_
             metrics["intervals"][path] = differences(results, m, rows, opt)
         metrics["joint"] = joint(model, rows, results, packets, opt)
     raw = [r["context"].encode() if cfg["compress"] == "context" else f"{r['context']}\n{r['question']}".encode() for r in rows]

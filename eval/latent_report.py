@@ -18,7 +18,9 @@ def table(metrics) -> str:
         lines.append(f"| {arm} | {f'{size:.0f}' if size else ''} | " + " | ".join(cells) + " |")
     j = metrics["joint"]
     lines += ["", f"joint EM {j['em']:.3f}, agreement {j['agreement']:.3f}, oracle {j['oracle']:.3f}; n = {metrics['samples']}"]
-    lines += [f"M = {metrics['latent_len']:g}, {metrics['tokens_per_slot']:.1f} source tokens per slot"]
+    unread = f"; {metrics['cut']} passages were longer than the encoder reads" if metrics["cut"] else ""
+    left = f"; {metrics['dropped']} questions left out, whose answer begins inside a token" if metrics["dropped"] else ""
+    lines += [f"M = {metrics['latent_len']:g}, {metrics['tokens_per_slot']:.1f} source tokens per slot{unread}{left}"]
     zstd = f"{wire['zstd']:.0f}" if wire["zstd"] else "not measured (it comes with pyarrow)"
     lines += [f"text {wire['text_bytes']:.0f} bytes, zlib {wire['zlib']:.0f}, zstd {zstd}", ""]
     for lm in lms:

@@ -14,6 +14,7 @@ tells the model to guess). `natural.jsonl` holds short English paragraphs (docst
 """
 
 import ast
+import contextlib
 import functools
 import hashlib
 import json
@@ -65,12 +66,11 @@ for _line in FACTS.strip().splitlines():
         ATTRIBUTES[_name], VALUES[_name] = (_ways, _question), []
     else:
         VALUES[_name] += _line.split()
+FILES = ("train", "dev", "test", "lm", "natural")
 WOMEN = "Anna Maria Clara Nina Lena Eva Olga Irma Rosa Vera Ida Tina Emma Lucy Jane Alice Sara Ruth Julia Laura".split()
 MEN = "Ivan Hugo Otto Karl Paul Omar Juan Luis Erik Lars Tom Jack Adam Noah Leon Felix Max Emil Oscar Peter".split()
-FAMILY = (
-    "Lind Berg Holm Ward Cole Reed Shaw Webb Hill Ford Lane Nash Park Rios Vega Diaz Luna Soto Cruz Ruiz Mora Silva Costa Rossi "
-    "Bruno Conti Greco Meyer Weber Koch Wolf Braun Stein Novak Horak Kovac Toth Nagy Varga Popov"
-).split()
+FAMILY = """Lind Berg Holm Ward Cole Reed Shaw Webb Hill Ford Lane Nash Park Rios Vega Diaz Luna Soto Cruz Ruiz Mora Silva Costa Rossi
+    Bruno Conti Greco Meyer Weber Koch Wolf Braun Stein Novak Horak Kovac Toth Nagy Varga Popov""".split()
 DEFAULTS = dict(
     out="data/factqa",  # folder of the jsonl files
     facts=6,  # facts about the person asked about
@@ -120,12 +120,9 @@ def attempt(rng, cfg, split, count, avoid):
         name, pronoun = person(rng)
     facts, sentences = [], []
     for i, attribute in enumerate(rng.sample(list(ATTRIBUTES), count)):
-        value = values(attribute, cfg, rng)
-        for _ in range(200):
-            if split_of(name, attribute, value, cfg.seed) == split:
-                break
-            value = values(attribute, cfg, rng)
-        else:  # a combination of this split need not exist for this person when there are few values
+        tries = (values(attribute, cfg, rng) for _ in range(201))
+        value = next((v for v in tries if split_of(name, attribute, v, cfg.seed) == split), None)
+        if value is None:  # a combination of this split need not exist for this person when there are few values
             return None
         facts.append((attribute, value))
         subject, owner = (name, name + "'s") if i == 0 else (pronoun, "Her" if pronoun == "She" else "His")
@@ -144,10 +141,11 @@ def passage(rng, cfg, split: str, facts: int | None = None) -> tuple[str, list[t
 
 def paragraphs(path: str, count: int) -> list[str]:
     """Short English paragraphs of 80 to 400 bytes, from one text file or from the docstrings every machine has."""
-    texts, kinds = [Path(path).read_text(encoding="utf-8")] if path else [], (ast.Module, ast.ClassDef, ast.FunctionDef)
+    with sources.damaged(path, UnicodeDecodeError):
+        texts = [Path(path).read_text(encoding="utf-8")] if path else []
     for file in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")) if not path else ():
         tree = ast.parse(file.read_text(encoding="utf-8"))
-        texts += [ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, kinds)]
+        texts += [ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))]
     out = [p for p in (" ".join(p.split()) for text in texts for p in text.split("\n\n")) if 80 <= len(p.encode()) <= 400]
     out or configurator.die(f"natural={path}: no paragraph of 80 to 400 bytes between empty lines; give another text")
     random.Random(0).shuffle(out)
@@ -169,11 +167,9 @@ def generate(cfg) -> None:
             for j, (question, answer) in enumerate(qa if split == "train" else qa[:1]):
                 rows.append({"context": text, "question": question, "answers": [answer], "id": f"{split}-{i}-{j}"})
         write_rows(out / f"{split}.jsonl", rows)
-    rng, rows = random.Random(f"{cfg.seed}-lm"), []
-    for i in range(cfg.lm_docs):  # half of the documents are easier: with few facts the lookup is learned sooner
-        text, qa = passage(rng, cfg, "train", cfg.facts if i % 2 else rng.randint(1, cfg.facts))
-        rows.append({"context": text, "qa": qa})
-    write_rows(out / "lm.jsonl", rows)
+    rng = random.Random(f"{cfg.seed}-lm")  # half of the documents are easier: with few facts the lookup is learned sooner
+    drawn = (passage(rng, cfg, "train", cfg.facts if i % 2 else rng.randint(1, cfg.facts)) for i in range(cfg.lm_docs))
+    write_rows(out / "lm.jsonl", ({"context": text, "qa": qa} for text, qa in drawn))
     write_rows(out / "natural.jsonl", ({"text": p} for p in natural))
 
 
@@ -221,14 +217,18 @@ def main(argv=None) -> None:
     cfg = configurator.args(DEFAULTS, sys.argv[1:] if argv is None else argv, __doc__)
     if not 2 <= cfg.values <= 32 or not 1 <= cfg.facts <= len(ATTRIBUTES) or not 1 <= cfg.value_words < cfg.values:
         configurator.die(f"values={cfg.values} facts={cfg.facts} value_words={cfg.value_words}: values 2..32, facts 1..8, words < values")
-    if not 0 <= cfg.distractors <= len(ATTRIBUTES) or cfg.passage_every < 1:
-        configurator.die(f"distractors={cfg.distractors} passage_every={cfg.passage_every}: 0..8 distractors, passage_every above 0")
-    note = Path(cfg.out) / "settings.json"
-    if not note.exists() or json.loads(note.read_text()) != settings_of(cfg):  # what is done is not done twice
+    if not 0 <= cfg.distractors <= len(ATTRIBUTES) or (cfg.bpe and cfg.bpe < 257):
+        configurator.die(f"distractors={cfg.distractors} bpe={cfg.bpe}: 0..8 distractors; 257 ids or more, or 0 for bytes")
+    if low := [f"{key}={getattr(cfg, key)}" for key in (*FILES[:3], "lm_docs", "natural_docs", "passage_every") if getattr(cfg, key) < 1]:
+        configurator.die(f"{low[0]} must be above 0")
+    note, done = Path(cfg.out) / "settings.json", None
+    with contextlib.suppress(OSError, ValueError):
+        done = json.loads(note.read_text())
+    if done != settings_of(cfg) or not all((note.parent / f"{name}.jsonl").is_file() for name in FILES):  # what is done is not done twice
         note.unlink(missing_ok=True)  # a kill below must not leave the old settings beside the new rows
         generate(cfg)
         write_json(note, settings_of(cfg))
-    size = sum(len(row["context"].encode()) for row in sources.read(Path(cfg.out) / "test.jsonl")) / max(cfg.test, 1)
+    size = sum(len(row["context"].encode()) for row in sources.read(Path(cfg.out) / "test.jsonl")) / cfg.test
     bits = cfg.facts * math.log2(math.comb(cfg.values, cfg.value_words))
     print(f"{cfg.out}: {cfg.train}/{cfg.dev}/{cfg.test} passages, {size:.0f} bytes each, of which {bits:.0f} bits are values")
     if cfg.shards:

@@ -9,7 +9,8 @@
 
 Every reference answer is kept; a question without an answer has answers [""]. Hotpot's context is all of its paragraphs as given, each
 "Title: sentences", in either layout ([[title, sentences], ...] or {"title": [...], "sentences": [...]}); --oracle keeps the gold
-supporting sentences only and marks every row with "oracle": true, for that is no longer the task. Read next: latentwire.py.
+supporting sentences only and marks every row with "oracle": true, for that is no longer the task. `read_rows` is how training and
+evaluation read what is written here. Read next: latent_data.py.
 """
 
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 import configurator
 from files import write_rows
 from prepare import sources
+from tokenizer import scalar
 
 DEFAULTS = dict(
     source=str,  # file, or name of a dataset
@@ -44,61 +46,119 @@ def read(source: str, split: str):
     return sources.read(path)
 
 
-def squad_article(article):
+def listed(rows, where):
+    if not isinstance(rows, list):
+        configurator.die(f"{where} holds {str(rows)[:40]!r}, no list of rows")
+    return rows
+
+
+def field(row, key, where, kind=str):
+    """row[key], or one line that says what stands in its place."""
+    if not isinstance(row, dict):
+        configurator.die(f"{where} is {str(row)[:40]!r}; a row is an object of context, question, answers")
+    if key not in row:
+        configurator.die(f"{where} has no {key!r}, only {', '.join(sorted(map(str, row)))}")
+    if not isinstance(row[key], kind):
+        configurator.die(f"{where}: {key}={str(row[key])[:40]!r} is {'no text' if kind is str else 'no list'}")
+    row[key] = scalar(row[key]) if kind is str else row[key]  # half a surrogate pair, which JSON can write, is no character
+    return row[key]
+
+
+def references(given, where):
+    """A list of strings or numbers, of {text}, SQuAD's {text: [...]}, or a single one -> strings; [""]: a question without an answer."""
+    a = given.get("text", given) if isinstance(given, dict) else given
+    a = [x.get("text") if isinstance(x, dict) else x for x in (a if isinstance(a, list) else [] if a is None else [a])]
+    if not all(isinstance(x, (str, int, float)) for x in a):
+        configurator.die(f"{where}: answers={str(given)[:40]} holds no text: give a list of strings")
+    return [scalar(str(x)) for x in a] or [""]
+
+
+def read_rows(path):
+    """{context, question, answers, id} and {text} rows of a jsonl, json or parquet file, or of a folder's train.jsonl."""
+    path = Path(path)
+    path = path / "train.jsonl" if path.is_dir() else path
+    if not path.is_file():
+        configurator.die(f"{path} does not exist; write it with `python -m prepare.factqa` or `python -m prepare.squad`")
+    for n, row in enumerate(rows := listed(sources.read(path), path), 1):
+        where = f"{path}: row {n}"
+        if isinstance(row, dict) and "text" in row and not {"context", "question", "answers"} <= set(row):
+            field(row, "text", where)
+            continue
+        row.pop("text", None) if isinstance(row, dict) else None
+        field(row, "context", where), field(row, "question", where)
+        row["answers"] = references(field(row, "answers", where, object), where)
+    return rows
+
+
+def pairs(row, key, second, where):
+    """[[title, x], ...], also where it is written {"title": [...], second: [...]}"""
+    found = field(row, key, where, (list, dict))
+    if isinstance(found, dict):
+        titles, others = (field(found, name, f"{where}: {key}", list) for name in ("title", second))
+        found = list(zip(titles, others, strict=False)) if len(titles) == len(others) else [None]
+    if not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in found):
+        configurator.die(f"{where}: {key} is no list of [title, {second}]")
+    return [tuple(pair) for pair in found]
+
+
+def squad_article(article, where: str, number: int):
     """The official nesting: data -> paragraphs -> qas."""
-    for paragraph in article["paragraphs"]:
-        for qa in paragraph["qas"]:
-            answers = [] if qa.get("is_impossible") else [a["text"] for a in qa["answers"] or ()]
-            yield {"context": paragraph["context"], "question": qa["question"], "answers": answers or [""], "id": str(qa["id"])}
+    for i, paragraph in enumerate(field(article, "paragraphs", where, list)):
+        for j, qa in enumerate(field(paragraph, "qas", here := f"{where}, paragraph {i}", list)):
+            question = field(qa, "question", there := f"{here}, question {j}")
+            answers = [] if qa.get("is_impossible") else qa.get("answers")
+            row = {"context": field(paragraph, "context", here), "question": question, "answers": references(answers, there)}
+            yield row | {"id": str(qa.get("id", f"{number}-{i}-{j}"))}
 
 
-def hotpot_row(row, number: int, oracle: bool):
-    if missing := {"question", "answer"} - set(row):
-        configurator.die(f"row {number} has no {min(missing)!r}, only {', '.join(sorted(row))}")
-    context, facts = row["context"], row["supporting_facts"] if oracle else ()
-    if isinstance(context, dict):
-        context = list(zip(context["title"], context["sentences"], strict=True))
-    if isinstance(facts, dict):
-        facts = list(zip(facts["title"], facts["sent_id"], strict=True))
-    wanted, parts = {(title, i) for title, i in facts}, []
-    for title, sentences in context:
+def hotpot_row(row, where: str, number: int, oracle: bool):
+    question, answer = field(row, "question", where), field(row, "answer", where)
+    wanted, parts = pairs(row, "supporting_facts", "sent_id", where) if oracle else (), []
+    for title, sentences in pairs(row, "context", "sentences", where):
+        if not isinstance(sentences, list) or not all(isinstance(s, str) for s in sentences):
+            configurator.die(f"{where}: the paragraph {title!r} is no list of sentences")
         kept = [s for i, s in enumerate(sentences) if not oracle or (title, i) in wanted]
         if kept:
             parts.append(f"{title}: " + " ".join(s.strip() for s in kept))
-    out = {"context": "\n".join(parts), "question": row["question"], "answers": [row["answer"]], "id": str(row.get("_id", row.get("id")))}
+    out = {"context": scalar("\n".join(parts)), "question": question, "answers": [answer], "id": str(row.get("_id", row.get("id", number)))}
     return out | ({"oracle": True} if oracle else {})
 
 
-def flat_row(row, number: int):
+def flat_row(row, where: str, number: int):
     """Rows of `datasets`, of the evaluation packages ({"doc": {"query", "answers_text"}}) or of one's own."""
-    row = row.get("doc", row)
-    if "query" in row:
-        context, _, question = row["query"].partition("Background: ")[2].rpartition("\nQuestion: ")
-        return {"context": context, "question": question.removesuffix("\nAnswer:"), "answers": row["answers_text"], "id": str(row["id"])}
-    if missing := {"context", "question"} - set(row):
-        configurator.die(f"row {number} has no {sorted(missing)[0]!r}, only {', '.join(sorted(row))}; a row is context, question, answers")
-    answers = row.get("answers", row.get("answer", []))
-    answers = answers["text"] if isinstance(answers, dict) else [answers] if isinstance(answers, str) else answers
-    return {"context": row["context"], "question": row["question"], "answers": list(answers or [""]), "id": str(row.get("id", number))}
+    row, name = row.get("doc", row), str(row.get("id", number))
+    if isinstance(row, dict) and "query" in row:
+        context, _, question = field(row, "query", where).partition("Background: ")[2].rpartition("\nQuestion: ")
+        out = {"context": context, "question": question.removesuffix("\nAnswer:"), "answers": field(row, "answers_text", where, object)}
+    else:
+        out = {key: field(row, key, where) for key in ("context", "question")} | {"answers": row.get("answers", row.get("answer"))}
+    return out | {"answers": references(out["answers"], where), "id": str(row.get("id", name))}
 
 
-def convert(data, oracle: bool):
-    data = data["data"] if isinstance(data, dict) and "data" in data else data
-    for number, row in enumerate(data):
+def convert(data, source, oracle: bool):
+    for number, row in enumerate(listed(data["data"] if isinstance(data, dict) and "data" in data else data, source)):
+        where = f"{source}: row {number}"
         if not isinstance(row, dict):
-            configurator.die(f"row {number} is {row!r}; a row is an object of context, question, answers")
+            field(row, "context", where)
         if oracle and "supporting_facts" not in row:
             configurator.die("oracle=True needs rows with supporting_facts; drop it")
         if "paragraphs" in row:
-            yield from squad_article(row)
+            found = squad_article(row, where, number)
         else:  # Hotpot's context is paragraphs of sentences
-            yield hotpot_row(row, number, oracle) if isinstance(row.get("context"), (list, dict)) else flat_row(row, number)
+            hotpot = isinstance(row.get("context"), (list, dict))
+            found = [hotpot_row(row, where, number, oracle) if hotpot else flat_row(row, where, number)]
+        for out in found:
+            if not out["context"].strip():
+                configurator.die(f"{where}: the context of {out['question'][:60]!r} is empty; leave it out")
+            yield out
 
 
 def main(argv=None) -> None:
     cfg = configurator.args(DEFAULTS, sys.argv[1:] if argv is None else argv, __doc__)
+    if (lowest := min((getattr(cfg, key), key) for key in ("limit", "passages", "skip_passages")))[0] < 0:
+        configurator.die(f"--{lowest[1]}={lowest[0]} must be 0 or more")
     rows, passages, seen, skipped = [], set(), set(), set()
-    for row in convert(read(cfg.source, cfg.split), cfg.oracle):
+    for row in convert(read(cfg.source, cfg.split), cfg.source, cfg.oracle):
         if len(skipped) < cfg.skip_passages or row["context"] in skipped:
             skipped.add(row["context"])
             continue
@@ -113,7 +173,8 @@ def main(argv=None) -> None:
         row["answers"] = list(dict.fromkeys(row["answers"]))
         rows.append(row)
     if not rows:
-        configurator.die(f"{cfg.source}: no question left after {len(skipped)} passages; lower --skip_passages={cfg.skip_passages}")
+        more = f" left after {len(skipped)} passages; lower --skip_passages={cfg.skip_passages}" if skipped else " in it"
+        configurator.die(f"{cfg.source}: no question{more}")
     out = Path(cfg.out)
     write_rows(out / f"{cfg.split}.jsonl", rows)
     empty = sum(row["answers"] == [""] for row in rows)

@@ -106,16 +106,25 @@ def test_a_pair_of_values_is_in_one_split_in_either_order(tmp_path):
 
 def test_factqa_stops_in_time(tmp_path, monkeypatch, capsys):
     """Too few values for that many facts: one line. And rows cut off in the middle of new settings do not pass for the old ones."""
-    small = [f"--out={tmp_path}", "--train=1", "--dev=1", "--test=1", "--lm_docs=1", "--natural_docs=1"]
+    small_sizes = ("train", "dev", "test", "lm_docs", "natural_docs")
+    small = [f"--out={tmp_path}", *(f"--{key}=1" for key in small_sizes)]
     (tmp_path / "short.txt").write_text("too short")
     wrong = {"--values=2 --facts=6": "raise --values", "--distractors=9": "distractors=9", "--distractors=-1": "distractors=-1"}
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    wrong |= {f"--natural={tmp_path}/latin.txt": "latin.txt: damaged", "--bpe=100": "bpe=100: ", "--bpe=-5": "bpe=-5: "}
+    wrong |= {"--facts=9": "facts=9"} | {f"--{key}=0": f"{key}=0 must be above 0" for key in small_sizes}
     wrong |= {"--passage_every=0": "passage_every=0", f"--natural={tmp_path}/short.txt": "no paragraph", "--value_words=0": "value_words=0"}
     for arg, said in wrong.items():
+        given = {word.partition("=")[0]: word for word in [*small, *arg.split()]}  # the last of each
         with pytest.raises(SystemExit):
-            factqa.main([*small, *arg.split()])
+            factqa.main([*given.values()])
         error = capsys.readouterr().err
         assert said in error and error.count("\n") == 1
     factqa.main(small)
+    (tmp_path / "test.jsonl").unlink()
+    factqa.main(small)  # what is missing comes back
+    (tmp_path / "settings.json").write_text("{")
+    factqa.main(small)  # nobody knows what those rows were made by
     monkeypatch.setattr(factqa, "generate", lambda cfg: 1 / 0)
     factqa.main(small)  # what is done is not done twice
     with pytest.raises(ZeroDivisionError):
@@ -156,12 +165,40 @@ def test_prepare_squad_takes_or_names_what_rows_may_look_like(tmp_path, monkeypa
     squad.main([f"--source={tmp_path}/flat.json", f"--out={tmp_path}/o"])
     assert [(r["context"], r["answers"]) for r in sources.read(tmp_path / "o" / "train.jsonl")] == [("c", [""]), ("T: a. b.", ["x"])]
     (tmp_path / "bare.json").write_text(json.dumps([{k: v for k, v in hotpot.items() if k != "answer"}]))
-    (tmp_path / "words.json").write_text(json.dumps({"version": "2"}))
+    write = lambda name, value: (tmp_path / f"{name}.json").write_text(json.dumps(value))  # noqa: E731
+    article = lambda **qa: {"data": [{"paragraphs": [{"context": "c", "qas": [{"question": "q", "id": "1"} | qa]}]}]}  # noqa: E731
+    write("words", {"version": "2"}), write("number", 3), write("deep", {"data": {"a": 1}}), write("letters", ["abc"]), write("none", [])
+    write("article", [{"paragraphs": {}}]), write("paragraph", [{"paragraphs": [{"context": "c"}]}]), write("qa", article(question=None))
+    write("spans", article(answers=[{"start": 3}])), write("null", [plain | {"context": None}]), write("empty", [plain | {"context": " "}])
+    write("titles", [hotpot | {"context": {"title": ["T"], "sentences": []}}]), write("flatly", [hotpot | {"context": ["T"]}])
+    (
+        write("facts", [hotpot | {"supporting_facts": [["U", 0]]}]),
+        write("doc", [{"doc": 3}]),
+        write("letter", [hotpot | {"context": [["T", "ab"]]}]),
+    )
+    write("query", [{"doc": {"query": "Background: c\nQuestion: q\nAnswer:"}}])
     for argv, said in (
         (["flat.json", "--oracle"], "supporting_facts"),
         (["flat.json", "--skip_passages=9"], "lower --skip_passages=9"),
         (["bare.json"], "row 0 has no 'answer'"),
-        (["words.json"], "row 0 is 'version'"),
+        (["flat.json", "--passages=-1"], "--passages=-1 must be 0 or more"),
+        (["words.json"], """words.json holds "{'version': '2'}", no list of rows"""),
+        (["number.json"], "number.json holds '3', no list"),
+        (["deep.json"], "no list of rows"),
+        (["letters.json"], "row 0 is 'abc'"),
+        (["none.json"], "none.json: no question in it"),
+        (["article.json"], "row 0: paragraphs='{}' is no list"),
+        (["paragraph.json"], "row 0, paragraph 0 has no 'qas', only context"),
+        (["qa.json"], "row 0, paragraph 0, question 0: question='None' is no text"),
+        (["spans.json"], "question 0: answers=[{'start': 3}] holds no text"),
+        (["null.json"], "row 0: context='None' is no text"),
+        (["empty.json"], "row 0: the context of 'q' is empty"),
+        (["titles.json"], "context is no list of [title, sentences]"),
+        (["flatly.json"], "context is no list of [title, sentences]"),
+        (["letter.json"], "the paragraph 'T' is no list of sentences"),
+        (["facts.json", "--oracle"], "the context of 'q' is empty"),
+        (["doc.json"], "row 0 is '3'"),
+        (["query.json"], "row 0 has no 'answers_text'"),
     ):
         with pytest.raises(SystemExit):
             squad.main([f"--source={tmp_path}/{argv[0]}", f"--out={tmp_path}/x", *argv[1:]])
@@ -253,12 +290,32 @@ def test_overfit_answers_and_the_controls_do_not(overfit, capsys):
 def test_sample_answers_from_a_packet(overfit, capsys):
     sample.main([f"--ckpt={overfit}/run", "--prompt=case 00: b\nWhich?", "--max_new_tokens=4", "--device=cpu", "--dtype=float32"])
     assert capsys.readouterr().out == f"10 bytes of text, 144 on the wire at 16 bits\n{overfit}/a: b\n{overfit}/b: b\n"
+    sample.main([f"--ckpt={overfit}/run", f"--prompt=case 00: b{'.' * 40}\nWhich?", "--max_new_tokens=4", "--device=cpu"])
+    assert capsys.readouterr().err == "of 50 characters the first 31 were read: seq_len=32\n"
     with pytest.raises(SystemExit):
         sample.main([f"--ckpt={overfit}/run", "--prompt=only one line"])
     capsys.readouterr()
     with pytest.raises(SystemExit):
         sample.main([f"--ckpt={overfit}/run", "--prompt=case 00: b\nWhich?", "--max_new_tokens=4", "--top_k=3"])
     assert "--top_k would do nothing" in capsys.readouterr().err
+
+
+def test_a_passage_is_encoded_once_and_timed_from_its_letters(overfit, tmp_path, monkeypatch):
+    """Whatever widths are asked for; and the clock runs while both arms tokenise, though other arms have read the same text before."""
+    encoded, tokenised, real = [], [], lw.Encoder.forward
+    monkeypatch.setattr(lw.Encoder, "forward", lambda self, batch: encoded.append(len(batch["z_cu"]) - 1) or real(self, batch))
+    monkeypatch.setattr(latent, "seconds", lambda *a: (0.0, 0.0))
+    args = [f"--ckpt={overfit}/run", f"--data={overfit}/train.jsonl", "--bits=16,8,4", "--resamples=9", "--max_new_tokens=1"]
+    latent.main([*args, f"--out={tmp_path}", "--batch=5"])
+    assert encoded == [5, 3]
+    monkeypatch.undo()
+    model, rows = lw.load(overfit / "run")[0], sources.read(overfit / "train.jsonl")[:3]
+    run = model.sides[0].tok.run
+    monkeypatch.setattr(model.sides[0].tok, "run", lambda text: tokenised.append(text) or run(text))
+    text = [model.sides[0].prompt(row["question"], context=row["context"]) for row in rows]
+    assert len(tokenised) == len(text) == 3
+    times = latent.seconds(model, 0, rows, 16, SimpleNamespace(max_new_tokens=1))
+    assert sum("Context: case" in text for text in tokenised) == 6 and min(times) > 0
 
 
 def test_arms_are_cached_until_something_changes(overfit, monkeypatch):
@@ -307,6 +364,7 @@ def test_few_at_a_time_and_what_was_left_out_is_counted(overfit, tmp_path, monke
     latent.main([*args, "--batch=3"])
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert max(sizes) == 3 and metrics["samples"] == 8 and metrics["dropped"] == 1 and metrics["cut"] == 1
+    assert "; 1 passages were longer" in (table := (tmp_path / "table.md").read_text()) and "; 1 questions left out" in table
     latent.main([*args, "--batch=64", "--samples=5"])
     again = json.loads((tmp_path / "metrics.json").read_text())
     assert again["samples"] == 5 and again["dropped"] == 1 and max(sizes) == 5
@@ -358,6 +416,14 @@ def test_only_a_line_feed_ends_a_row(tmp_path):
         sources.read(tmp_path / "z.jsonl")
 
 
+def test_half_a_character_is_none(tmp_path):
+    (tmp_path / "x.json").write_text(r'[{"context": "a\ud800", "question": "b\ud800?", "answers": ["c\udc00"], "id": "1"}]')
+    want = [{"context": "a\ufffd", "question": "b\ufffd?", "answers": ["c\ufffd"], "id": "1"}]
+    assert latent_data.read_rows(tmp_path / "x.json") == want
+    squad.main([f"--source={tmp_path}/x.json", f"--out={tmp_path}"])
+    assert sources.read(tmp_path / "train.jsonl") == want
+
+
 def test_rows_without_what_is_needed_are_refused(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"context": "c"}\n')
     with pytest.raises(SystemExit):
@@ -371,11 +437,23 @@ def test_answers_are_whole_however_they_are_written(tmp_path, capsys):
     write_rows(tmp_path / "x.jsonl", [{"context": "c", "question": "q", "answers": a} for a in given])
     want = [["Oslo"], ["Oslo", "in Oslo"], [""], [""], ["1950"], ["1950"], ["Oslo"], [""]]
     assert [row["answers"] for row in latent_data.read_rows(tmp_path / "x.jsonl")] == want
-    for bad in ("3", '{"context": "c", "question": "q", "answers": {"spans": ["Oslo"]}}'):
+    mine = '{"context": "c", "question": "q", "answers": %s}'
+    for bad in (
+        "3",
+        mine % '{"spans": ["Oslo"]}',
+        mine % "[null]",
+        '{"text": null}',
+        (mine % "[]").replace('"q"', "5"),
+        '{"context": "c"}',
+    ):
         (tmp_path / "y.jsonl").write_text('{"text": "t"}\n' + bad + "\n")
         with pytest.raises(SystemExit):
             latent_data.read_rows(tmp_path / "y.jsonl")
-        assert "y.jsonl: row 2" in capsys.readouterr().err
+        assert "y.jsonl: row 2" in (error := capsys.readouterr().err) and error.count("\n") == 1
+    (tmp_path / "z.json").write_text('{"data": []}')
+    with pytest.raises(SystemExit):
+        latent_data.read_rows(tmp_path / "z.json")
+    assert "no list of rows" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("setting", ["samples=0", "batch=-1", "resamples=0", "max_new_tokens=0", "bytes=-5"])

@@ -213,7 +213,7 @@ def test_alignment_is_refused_not_warned_about():
     assert side.aligned("Q?", "yes")
     merged = side.tok.run  # a tokenizer whose ": y" is one token
     side.tok.run = lambda text: np.array([999 if t == "\x07" else ord(t) for t in text.replace(": y", "\x07")], np.uint32)
-    side.ids.cache_clear()
+    side.short.cache_clear()
     assert not side.aligned("Q?", "yes") and side.aligned("Q?", "no")
     rows = [{"context": "c", "question": "Q?", "answers": [a]} for a in ("yes", "no")]
     kept, dropped = latent_data.sources_of(rows, settings_of(), [side])
@@ -227,7 +227,7 @@ def test_an_answer_is_what_follows_the_anchor():
     plain, tok.run = tok.run, lambda text: np.array([999, *text.replace(" ", "_").encode()], np.uint32)
     assert side.aligned("Q?", "yes") and side.gold("Q?", "yes") == [*b"_yes", 256] and side.gold("Q?", "") == [256]
     tok.run = plain
-    side.ids.cache_clear()
+    side.short.cache_clear()
     assert side.gold("Q?", "yes") == [*side.ids(" yes"), 256]
 
 
@@ -296,7 +296,7 @@ def test_every_encoder_trains_and_ignores_batch_mates(models, kind):
     assert not any("lms" in n or n.startswith("readers") for n in model.state_dict())
     model.eval()
     sources = [model.reader.source(t) for t in TEXTS]
-    together, alone = model.packets(sources, 32)[1], [model.packets([s], 32)[1][0] for s in sources]
+    together, alone = model.sent(model.latents(sources), 32)[1], [model.sent(model.latents([s]), 32)[1][0] for s in sources]
     for a, b in zip(together, alone, strict=True):
         assert a.shape == (3, 8) and torch.allclose(a, b, atol=1e-6)
 
@@ -309,6 +309,15 @@ def test_sequential_gradients_are_the_joint_ones(models):
         loss_of(model, micro_batch(model, cfg)).backward()
         grads.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
     assert all(torch.allclose(grads[0][n], grads[1][n], atol=1e-12) for n in grads[0])
+
+
+def test_a_teacher_is_asked_once(models, monkeypatch):
+    """Under `sequential` a model's forward is made again in the backward; what its teacher said is remembered."""
+    asked, real = [], lw.Interlingua.teacher
+    monkeypatch.setattr(lw.Interlingua, "teacher", lambda self, *a: asked.append(1) or real(self, *a))
+    model = lw.build(cfg := config(models, sequential=True, w_kd=0.5))
+    loss_of(model, micro_batch(model, cfg)).backward()
+    assert len(asked) == 2
 
 
 def test_teacher_stands_at_the_students_place(models):
@@ -343,6 +352,79 @@ def test_latent_frozen_trains_only_what_was_put_on_top(models):
         model = lw.build(config(models, latent_frozen=latent_frozen, latent_blocks=latent_blocks))
         trained = {lw.block_number(n) for n, p in model.encoder.reader.named_parameters() if p.requires_grad and ".blocks." in n}
         assert trained == ({2} if latent_frozen else {0, 1, 2})
+
+
+def whole(models, **changed):
+    return train.Config(**vars(config(models, **changed)))
+
+
+def saved(out, cfg):
+    """A run of `cfg` as train.py leaves it, but for the training."""
+    torch.manual_seed(0)
+    model = lw.build(cfg)
+    checkpoint.save(out, 1, model, None, {"config": vars(cfg) | {"objective": "latent"}}, 1)
+    return model
+
+
+def test_frozen_layers_are_read_where_they_lie(models, tmp_path, capsys, monkeypatch):
+    """latent_frozen: they are no part of the checkpoint, their hash is; blocks and norm, which are trained, are."""
+
+    def older(state):  # of a run from before a setting was there: its default is what was done
+        state["config"].pop("adapter_hidden", None)
+        return state
+
+    model = saved(tmp_path / "run", cfg := config(models, latent_frozen=True, latent_blocks=1))
+    frozen = {f"encoder.reader.{name}" for name, p in model.encoder.reader.named_parameters() if not p.requires_grad}
+    weights = lw.read(tmp_path / "run")[1]
+    assert len(frozen) > 9 and not frozen & set(weights) and {"encoder.reader.encoder.norm.weight"} < set(weights)
+    assert sum(name.startswith("encoder.reader_sha256_") for name in weights) == 1
+    assert any(".blocks.2." in name for name in weights)
+    monkeypatch.setattr(checkpoint, "read_state", lambda folder, real=checkpoint.read_state: older(real(folder)))
+    again, batch = lw.load(tmp_path / "run")[0], micro_batch(model, cfg)
+    assert torch.equal(model.eval().slots(batch), again.slots(batch))
+    third = lw.build(whole(models, latent_frozen=True, latent_blocks=1, latent_from=str(tmp_path / "run"), seed=99))  # its own blocks' seed
+    third.set_dtype(torch.bfloat16)  # what its checkpoint will hold stays whole
+    assert all(torch.equal(value, weights[name]) for name, value in third.state_dict().items() if name.startswith("encoder."))
+    lm = lw.frozen(models / "a")
+    lm.embed.weight.data[0, 0] += 1
+    checkpoint.save(tmp_path / "a", 0, lm, None, {"config": configurator.to_dict(lm.cfg), "tau": 1.0}, 1)
+    (tmp_path / "a" / "tokenizer").symlink_to(models / "a" / "tokenizer")
+    other = lw.build(SimpleNamespace(**vars(cfg) | {"latent_reader": str(tmp_path / "a")}))
+    with pytest.raises(SystemExit):
+        checkpoint.put_weights(other, weights, tmp_path)
+    assert "around other frozen models" in capsys.readouterr().err
+
+
+def test_an_encoder_is_taken_over_as_it_was_set_up(models, tmp_path, capsys):
+    """latent_from: the same tensors under other settings would write other packets; the settings are named."""
+    saved(tmp_path / "lm", config(models)), saved(tmp_path / "pool", config(models, latent_encoder="pool", latent_ratio=4, act="silu"))
+    (tmp_path / "moved").symlink_to(models / "a")  # the same model in another place, among the run's own or not
+    lw.build(whole(models, latent_from=str(tmp_path / "lm"), latent_reader=str(tmp_path / "moved")))
+    own = dict(latent_from=str(tmp_path / "lm"), calibration="none", adapter="linear", wire_bits=(4,), first_k=2, seq_len=32)
+    lw.build(whole(models, **own))  # how packets are read is this run's own affair
+    pool = dict(latent_encoder="pool", latent_ratio=4, latent_from=str(tmp_path / "pool"))
+    lw.build(whole(models, **pool))
+    for changed, said in (
+        ({"latent_frozen": True}, "latent_frozen=True, but {}/lm has latent_frozen=False"),
+        ({"compress": "all"}, "compress=all, but {}/lm has compress=context: set --compress=context,"),
+        ({"latent_len": 4, "latent_dim": 9}, "latent_dim=9, latent_len=4, but {}/lm has latent_dim=8, latent_len=3: set --latent_dim=8"),
+        ({"latent_reader": str(models / "b")}, "latent_reader={m}/b, but {}/lm has latent_reader={m}/a: set --latent_reader={m}/a"),
+        (pool | {"n_head": 4}, "n_head=4, but {}/pool has n_head=2"),
+        (pool | {"seq_len": 63}, "seq_len=63, but {}/pool has seq_len=64"),
+        (pool | {"latent_ratio": 0}, "latent_ratio=0, but {}/pool has latent_ratio=4"),
+        ({"latent_from": str(models / "a")}, "{m}/a: a run of objective=lm, not latent"),
+    ):
+        with pytest.raises(SystemExit):
+            lw.build(whole(models, **{"latent_from": str(tmp_path / "lm")} | changed))
+        error = capsys.readouterr().err
+        assert said.replace("{}", str(tmp_path)).replace("{m}", str(models)) in error and error.count("\n") == 1
+
+
+def test_a_reader_among_the_frozen_models_is_loaded_once(models, monkeypatch):
+    loaded, real = [], lw.frozen
+    monkeypatch.setattr(lw, "frozen", lambda path: loaded.append(path[-1]) or real(path))
+    lw.build(config(models, latent_reader=str(models / "b")))
+    assert loaded == ["a", "b"]
 
 
 def test_a_reader_keeps_its_own_gate():
@@ -391,6 +473,66 @@ def test_what_follows_a_long_text_follows_what_was_read(models):
     assert bytes(batch["0.lm.goal"].tolist()).decode() == text[len(read) :][:64] and len(batch["0.ae.goal"]) == len(read) + 1
     batch = micro_batch(model, cfg, ["y" * 90], qa=False)  # no space: what was read is repeated, and nothing follows
     assert len(batch["0.ae.goal"]) == 64 and "0.lm.goal" not in batch and model.reader.cut == 1
+
+
+def test_nobody_repeats_or_tokenises_what_is_not_read(models, monkeypatch):
+    """A passage longer than the encoder takes: what is asked back is what was read. Of a book no more is tokenised than could be read."""
+    text = "".join(f"{i:02d} " for i in range(90))
+    for compress, question in (("context", "Where?"), ("all", "W?")):
+        model = lw.build(cfg := config(models, w_ae_qa=0.1, compress=compress))  # model 1's tokens are longer than the encoder's bytes
+        stream = latent_data.Stream.__new__(latent_data.Stream)
+        stream.cfg, stream.sides, stream.reader = cfg, model.sides, model.reader
+        monkeypatch.setattr(model.sides[1].tok, "run", lambda t: np.arange(len(t) // 4, dtype=np.uint32))
+        batch = stream.collate([(text, [(question, "Oslo")], 0.5)])
+        read = bytes(batch["ids"][:-1].tolist()).decode().removeprefix("Context: ").split("\nQuestion")[0]
+        assert text.startswith(read) and len(read) < 64 and bytes(batch["0.ae_qa.goal"].tolist()[:-1]).decode() == read
+        assert len(batch["1.ae_qa.goal"]) == len(read) // 4 + 1
+    sizes, real = [], model.reader.tok.run
+    monkeypatch.setattr(model.reader.tok, "run", lambda t: sizes.append(len(t)) or real(t))
+    assert len(model.reader.source(text[:50])) == 51 and model.reader.fits(text[:50]) == 50 and len(sizes) == 1
+    sizes.clear()
+    batch = micro_batch(model, config(models), [text * 500], qa=False)
+    assert max(sizes) <= 16 * 64 and len(batch["0.lm.goal"]) == 64
+
+
+def test_only_short_texts_are_kept():
+    """Passages would fill the memory; and whatever is kept or not comes back alike."""
+    side = latent_data.Side(toy_tokenizer(), settings_of())
+    for text in ("Where?", "x" * 257):
+        assert side.ids(text) == tuple(text.encode()) and side.ids(text) == side.ids(text)
+    assert side.short.cache_info().currsize == 1 and side.aligned("Q" * 300, "yes")
+    assert side.gold("Q" * 240, "x" * 30) == [*b" " + b"x" * 30, 256]  # its start is kept, the whole is not
+
+
+def test_settings_that_nothing_in_the_data_heeds_are_named(models, capsys):
+    """Text without questions, questions without text, and a length of a stage that would cut nothing."""
+    sides, reader = lw.layouts(config(models))
+    keys = dict(seq_len=48, tokens_per_step=96, max_steps=8, objective="latent")
+    for file, changed, said in (
+        ("qa", {"w_ae": 0.3, "w_kd": 1.0}, "w_ae=0.3 (needs text in --data)"),
+        ("text", {"w_ae": 0.3, "w_kd": 1.0, "latent_questions": 2}, "w_kd=1.0, latent_questions=2 (needs questions in --data)"),
+        ("qa", {}, ""),
+    ):
+        lines, cfg = [], config(models, data={file: str(models / f"{file}.jsonl")}, **keys, **changed)
+        latent_data.Stream(cfg, optim.Plan(cfg, 1), 0, 1, sides, reader, lines.append)
+        assert [line for line in lines if "without effect" in line] == [f"data: without effect here: {said}"] * bool(said)
+    for length in (24, 48):
+        cfg = config(models, data=str(models / "qa.jsonl"), stages=({"start": 0}, {"start": 4, "seq_len": length}), **keys)
+        if length == 48:
+            latent_data.Stream(cfg, optim.Plan(cfg, 1), 0, 1, sides, reader, print)
+            continue
+        with pytest.raises(SystemExit):
+            latent_data.Stream(cfg, optim.Plan(cfg, 1), 0, 1, sides, reader, print)
+        assert "seq_len=24 would cut no source" in capsys.readouterr().err
+    for tokens, stages, said in ((100, (), "2.08333 sources"), (96, ({"start": 0}, {"start": 4, "rows": 3, "accum": 2}), "")):
+        cfg = config(models, data=str(models / "qa.jsonl"), stages=stages, **keys | {"tokens_per_step": tokens})
+        if not said:
+            steps = list(latent_data.Stream(cfg, optim.Plan(cfg, 1), 0, 1, sides, reader, print))
+            assert [(len(micros), len(micros[0]["z_cu"]) - 1) for micros in steps] == [(1, 2)] * 4 + [(2, 3)] * 4
+            continue
+        with pytest.raises(SystemExit):
+            latent_data.Stream(cfg, optim.Plan(cfg, 1), 0, 1, sides, reader, print)
+        assert said in capsys.readouterr().err
 
 
 def test_slots_look_like_words(models):
@@ -442,19 +584,28 @@ def test_train_resumes_to_the_bit_and_keeps_the_frozen_frozen(models, tmp_path, 
     assert state["step"] == 6 and not model.training
     other = {**state["config"], "lms": [str(models / "b"), str(models / "a")]}  # readers swapped: refused
     with pytest.raises(SystemExit):
-        checkpoint.put_weights(lw.Interlingua(SimpleNamespace(**other)), lw.latent_weights(tmp_path / "one"), "here")
+        checkpoint.put_weights(lw.Interlingua(SimpleNamespace(**other)), lw.read(tmp_path / "one")[1], "here")
     assert "another architecture" in capsys.readouterr().err
     size, texts = lw.answers(model, TEXTS[0], "Where?", bits=4, max_new_tokens=4)
     assert size == 16 + 2 + 12 and len(texts) == 2
     third = dict(latent_from=str(tmp_path / "one"), lms=(str(models / "b"),), latent_reader=str(models / "a"))
     joined = run_train(models, tmp_path / "third", save_every=6, **third)
-    new, old = lw.latent_weights(tmp_path / "third"), lw.latent_weights(tmp_path / "one")
+    new, old = lw.read(tmp_path / "third")[1], lw.read(tmp_path / "one")[1]
     assert joined and all(torch.equal(v, old[k]) for k, v in new.items() if k.startswith("encoder."))  # only the adapter moved
     with pytest.raises(SystemExit):
-        lw.build(settings_of(**third, latent_dim=16))
-    assert "another architecture" in capsys.readouterr().err
+        lw.build(train.Config(**vars(settings_of(**third, latent_dim=16))))
+    assert "latent_dim=16, but" in capsys.readouterr().err
     train.main(arguments(models, tmp_path / "none", max_steps=8, save_every=0) + ["--benchmark=1"])
     assert capsys.readouterr().out.split()[-4] == "-"  # jsonl has no bytes per token
+
+
+def test_a_run_around_frozen_layers_resumes_to_the_bit(models, tmp_path):
+    keys = dict(latent_frozen=True, latent_blocks=1, max_steps=4, stages=())
+    whole = run_train(models, tmp_path / "one", **keys)
+    assert run_train(models, tmp_path / "one", f"--resume={tmp_path}/one/step-000002", **keys)["step-000004"] == whole["step-000004"]
+    model, weights = lw.load(tmp_path / "one")[0], lw.read(tmp_path / "one")[1]
+    layers = {name for name, _ in model.named_parameters() if ".blocks." in name}
+    assert {name for name in weights if ".blocks." in name} == {name for name in layers if ".blocks.2." in name}
 
 
 def test_a_frozen_reader_is_known_by_its_weights(models):
@@ -469,13 +620,14 @@ def test_a_frozen_reader_is_known_by_its_weights(models):
 def test_settings_that_contradict_each_other_stop(models):
     for bad in (
         {"lms": ()},
+        {"lms": (str(models / "a"), str(models / "a"))},
         {"calibration": "fixed"},
         {"prefix_rms": 1.0},
-        {"latent_encoder": "pool", "latent_layers": 1},
         {"latent_encoder": "sent", "latent_blocks": 1},
         {"parallel": "fsdp"},
         {"wire_bits": (5,)},
-        {"adapter": "linear", "adapter_hidden": 8},
+        {"wire_bits": (4,), "wire_start": 1.0},
+        dict.fromkeys("w_ans w_first w_k w_kd w_ae w_lm w_ae_qa".split(), 0.0),
     ):
         with pytest.raises(SystemExit):
             lw.check(SimpleNamespace(**vars(config(models)) | bad))
@@ -521,3 +673,10 @@ def test_greedy_by_cache_is_the_argmax_of_whole_forwards(models):
             for _ in range(4):
                 ids.append(int(F.softmax(lm.logits(torch.tensor([ids]))[0, -1], -1).argmax()))
             assert ids[len(prompt) :] == got
+    lm = build(ModelConfig(vocab_size=257, n_layer=2, n_head=2, d_model=32, max_len=64, init_std=0.3, tie=False)).eval()
+    ids, (got,) = list(b"abc"), lw.greedy(lm, [torch.tensor(list(b"abc"))], (), 6)
+    for token in got:
+        assert int(lm.logits(torch.tensor([ids]))[0, -1].argmax()) == token
+        ids.append(token)
+    assert len(set(got)) > 3  # no model that says one word again and again
+    assert lw.greedy(lm, [torch.tensor(list(b"abc"))], got[1:2], 6) == [got[:1]] and lw.greedy(lm, [torch.tensor([1])], (), 0) == [[]]

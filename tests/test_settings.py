@@ -39,6 +39,7 @@ def test_every_setting_is_read_by_the_code_and_touched_by_a_test():
 def test_numbers_that_no_run_can_have_are_refused(capsys):
     impossible = {"micro_tokens": -64, "seq_len": 0, "n_layer": 0, "gate_block": 0, "lr": -1.0, "decay_share": 0.0, "betas": (1.5, 0.9)}
     impossible |= {"chunk": -1, "remat": -1, "tau_min": 0.0, "fp8_history": 0, "tau_max": 0.05, "mix_decay_start": 1.0}
+    impossible |= {"latent_len": 0, "first_k": 0}
     for key, value in (*impossible.items(), ("stages", ({"seq_len": 64}, {"rows": 0}))):
         with pytest.raises(SystemExit):
             needs.possible(Config(**{"mix": {"a": 1.0}, "mix_end": {"a": 1.0}} | {key: value}))
@@ -77,6 +78,8 @@ def test_what_would_do_nothing_is_refused_when_typed_and_named_when_inherited(ca
         ({"objective": "latent", "decay_embed": False}, "decay_embed", "objective=lm|denoise|contrast"),
         ({"objective": "latent", "latent_ratio": 4, "latent_len": 9}, "latent_len", "latent_ratio=0"),
         ({"objective": "latent", "kd_tau": 2.0}, "kd_tau", "w_kd"),
+        ({"objective": "latent", "latent_encoder": "pool", "latent_layers": 1}, "latent_layers", "latent_encoder=lm|query|sent"),
+        ({"objective": "latent", "adapter": "linear", "adapter_hidden": 8}, "adapter_hidden", "adapter=mlp"),
         ({"objective": "latent", "ffn": "polyglu", "tau_max": 2.0}, "tau_max", "objective=lm|denoise|contrast"),
         ({"arch": "encoder", "ffn": "polyglu", "gate": "static"}, "gate", "arch=decoder|encdec"),
         ({"precision": "te", "fp8_stats_every": 9}, "fp8_stats_every", "precision=fp8"),

@@ -344,8 +344,7 @@ class Stream:
         return {"step": self.step, "taken": dict(self.taken), "order": self.order}
 
     def load(self, state):
-        if state.get("order", self.order) != self.order:
-            die(f"the checkpoint read {state['order']}, not {self.order}: resume with its data and settings, or use --init_from")
+        data.expect_order(state["order"], self.order)
         self.step, self.taken = state["step"], dict(state["taken"])
 
     def __iter__(self):

@@ -335,9 +335,9 @@ class Stream:
             if vain and kind not in texts:
                 log(f"data: without effect here: {', '.join(vain)} (needs {what} in --data)")
         self.taken = dict.fromkeys(self.sources, 0)
-        known = {name: hashlib.blake2b(repr(rows).encode(), digest_size=8).hexdigest() for name, rows in self.sources.items()}
+        known = [f"{name}={hashlib.blake2b(repr(rows).encode(), digest_size=8).hexdigest()}" for name, rows in self.sources.items()]
         keys = "seq_len compress latent_questions seed anchor bos calibration prefix_rms".split()
-        self.order = " ".join(f"{key}={getattr(cfg, key)}" for key in keys) + f" data={known}"
+        self.order = " ".join([*(f"{key}={getattr(cfg, key)}" for key in keys), *known])  # all that decides it
 
     @property
     def state(self):

@@ -14,17 +14,17 @@ import typing
 from contextlib import suppress
 from pathlib import Path
 
-from prelude import die
+from prelude import die, execute
 
 NAMES = """learning_rate lr, batch_size tokens_per_step, gradient_accumulation_steps micro_tokens, block_size seq_len, max_iters max_steps,
     n_embd d_model, dim d_model, grad_clip clip, model ckpt, start prompt"""  # in other programs, where likeness would not lead to ours
 
 
 def coerce(value, kind):
-    """`value` as `kind`, or TypeError. Only int -> float and list -> tuple are promoted; a bool is no int."""
+    """`value` as `kind`, or TypeError. Only int -> float, 1e3 -> int and list -> tuple are promoted; a bool is no int."""
     kind = kind if kind is not typing.Any else tuple if isinstance(value, list) else type(value)  # untyped: equal to what JSON gives back
     origin, inner = typing.get_origin(kind) or kind, typing.get_args(kind)
-    value = float(value) if kind is float and type(value) is int else value
+    value = kind(value) if (kind, type(value)) in ((float, int), (int, float)) and value % 1 == 0 else value
     for option in inner if origin in (typing.Union, types.UnionType) else ():
         with suppress(TypeError):
             return coerce(value, option)
@@ -43,11 +43,13 @@ def typed(kinds, key, readings, where):
     """The first of `readings` that fits the type of `key`."""
     if key not in kinds:
         near = [k for k in (*re.findall(rf"\b{re.escape(key)} (\w+)", NAMES), *difflib.get_close_matches(key, kinds, 1, 0.5)) if k in kinds]
-        die(f"{where}: unknown key '{key}'; " + (f"did you mean '{near[0]}'?" if near else "--help lists every key"))
+        near = [f"'{k}'" for k in near[:1]] + [f"'_{key}', as names of your own are written"] * (".py, line " in where)
+        die(f"{where}: unknown key '{key}'; " + (f"did you mean {' or '.join(near)}?" if near else "--help lists every key"))
     for reading in readings:
         with suppress(TypeError):
             return coerce(reading, kinds[key])
-    die(f"{where}: {key} = {readings[0]!r} is not " + re.sub(r"typing\.|<class '|'>", "", str(kinds[key])))
+    kind = re.sub(r"Literal\[(.*?)\]", r"one of \1", re.sub(r"typing\.|<class |'|>", "", str(kinds[key])))
+    die(f"{where}: {key} = {readings[0]!r} is not {kind}")
 
 
 def parse(values, kinds, argv, usage, rows):
@@ -75,14 +77,9 @@ def load(cls, argv, usage=""):
     for path in map(Path, files if not wanted else ()):
         space = copy.deepcopy(values)  # even a default dict changed in place must not reach the class
         path.is_file() or die(f"{path}: no such config file; settings are written --key=value")
-        try:
-            exec(compile(path.read_text(encoding="utf-8"), path, "exec"), space)  # noqa: S102
-        except (SyntaxError, NameError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError,
-                ImportError, AssertionError, RuntimeError) as error:  # fmt: skip
-            at = getattr(error, "lineno", 0) or getattr(error.__traceback__.tb_next, "tb_lineno", "?")
-            die(f"{path}, line {at}: {type(error).__name__}: {error}")
+        lines = execute(path, space)
         given = {k: v for k, v in space.items() if k[0] != "_" and not isinstance(v, types.ModuleType)}
-        values |= {key: typed(kinds, key, [value], path) for key, value in given.items()}
+        values |= {key: typed(kinds, key, [value], f"{path}{lines.get(key, '')}") for key, value in given.items()}
     source = "\n".join(map(inspect.getsource, filter(dataclasses.is_dataclass, cls.__mro__ if wanted else ())))
     rows = re.findall(r"^    (\w+): .*?(?:  # (.*))?$|^    # (.*)$", source, re.MULTILINE)  # key, the comment beside it, heading
     parse(values, kinds, [arg for arg in argv if arg not in files], usage, rows)

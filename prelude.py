@@ -6,6 +6,7 @@ torch takes a second and more to import, and --help needs nothing of it: then wh
 An error that no line of ours caused keeps its traceback. Read next: configurator.py.
 """
 
+import ast
 import atexit
 import errno
 import os
@@ -13,6 +14,8 @@ import re
 import select
 import stat
 import sys
+import time
+import traceback
 import types
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -22,8 +25,24 @@ HERE = Path(__file__).parent
 
 
 def die(msg) -> NoReturn:
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(2)  # torchrun ends us meanwhile if the first rank of the machine stumbled over the same: told once, not by every rank
     print(" ".join(str(msg).split()), file=sys.stderr, flush=True)
     raise SystemExit(2)
+
+
+def execute(path, space):
+    """A config file, in the names of `space` -> {name: where it is given}. What fails is told by the line of this file that led to it."""
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"), path)
+        exec(compile(tree, path, "exec"), space)  # noqa: S102
+    except (SyntaxError, NameError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError,
+            ImportError, AssertionError, RuntimeError, OSError) as error:  # fmt: skip
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        lines += [error.lineno] if isinstance(error, SyntaxError) and error.filename == str(path) and error.lineno else []
+        die(f"{path}{''.join(f', line {n}' for n in lines[-1:])}: {type(error).__name__}: {getattr(error, 'msg', error)}")
+    given = (node for node in ast.walk(tree) if hasattr(node, "lineno") and not isinstance(getattr(node, "ctx", None), ast.Load))
+    return {getattr(node, "id", getattr(node, "name", "")): f", line {node.lineno}" for node in given}
 
 
 class Blank(types.ModuleType):

@@ -58,6 +58,7 @@ def dies(capsys, call, *words):
         ("--lr=3e-4", "lr", 3e-4),
         ("--lr=1", "lr", 1.0),
         ("--n_layer=-2", "n_layer", -2),
+        ("--n_layer=1e3", "n_layer", 1000),
         ("--compile", "compile", True),
         ("--compile=False", "compile", False),
         ("--resume", "resume", "latest"),
@@ -99,13 +100,14 @@ def test_accepts(arg, key, value):
         ("--a(b=3", ["unknown key 'a(b'"]),
         ("--n_layer=1.5", ["n_layer", "1.5", "int"]),
         ("--n_layer=True", ["n_layer", "int"]),
-        ("--n_layer=1e3", ["int"]),
+        ("--n_layer=1e-3", ["0.001 is not int\n"]),
+        ("--n_layer=1e999", ["int"]),
         ("--lr=True", ["lr", "float"]),
         ("--lr=fast", ["'fast'", "float"]),
         ("--lr", ["lr", "float"]),
         ("--out", ["out", "str"]),
         ("--compile=1", ["bool"]),
-        ("--arch=decodr", ["decodr", "'decoder', 'encoder'"]),
+        ("--arch=decodr", ["arch = 'decodr' is not one of decoder, encoder\n"]),
         ("--betas=0.9", ["betas", "tuple[float, float]"]),
         ("--betas=1,2,3", ["betas"]),
         ("--mix={'a': 'b'}", ["mix"]),
@@ -146,12 +148,17 @@ def test_a_file_cannot_change_a_default_in_place(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("lrr = 3", ["'lrr'", "'lr'"]),
-        ("n_layer = '6'", ["n_layer", "int"]),
-        ("def f(): pass", ["'f'"]),
+        ("lrr = 3", ["line 1: unknown key 'lrr'; did you mean 'lr' or '_lrr', as names of your own are written?"]),
+        ("_n = 2\n\nn_layer = '6'", ["line 3: n_layer", "int"]),
+        ("import os\ndef f(): pass", ["line 2", "did you mean '_f'"]),
+        ("for i in range(9): pass", ["line 1", "'_i'"]),
+        ("lr = 1\n\nopen('/no/such')", ["line 3", "FileNotFoundError"]),
+        ("import json\nlr = json.loads('{')", ["line 2: JSONDecodeError: Expecting property name enclosed in double quotes\n"]),
+        ("def _f():\n    return 1 / 0\n\nlr = _f()", ["line 2: ZeroDivisionError"]),
+        ("lr = '\0'", ["c.py: SyntaxError"]),
         ("lr = 1\nlr = 1 / 0", ["line 2", "ZeroDivisionError"]),
         ("lr = 1\n\nlr = lrr", ["line 3", "NameError"]),
-        ("lr = = 1", ["line 1", "SyntaxError"]),
+        ("lr = = 1", ["line 1: SyntaxError: invalid syntax\n"]),
         ("lr = 1\nimport no_such_thing", ["line 2", "ModuleNotFoundError", "no_such_thing"]),
         ("assert n_layer == 7, 'seven'", ["line 1", "AssertionError", "seven"]),
     ],
@@ -193,7 +200,7 @@ def test_args(capsys):
     for said in ("None", "'a'", "[1, 2]", '"it" "is"'):  # text stays text, also where it looks like Python
         assert configurator.args({"prompt": None}, [f"--prompt={said}"], "").prompt == said
     dies(capsys, lambda: configurator.args(keys, ["--ckpt=a"], "doc"), "--device", "required")
-    dies(capsys, lambda: configurator.args(keys, ["--ckpt=a", "--device=tpu"], "doc"), "tpu", "'cpu', 'cuda'")
+    dies(capsys, lambda: configurator.args(keys, ["--ckpt=a", "--device=tpu"], "doc"), "tpu", "one of cpu, cuda")
     dies(capsys, lambda: configurator.args(keys, ["--topk=3"], "doc"), "topk", "top_k")
     dies(capsys, lambda: configurator.args(keys, ["out/run"], "doc"), "out/run")
     with pytest.raises(SystemExit) as stop:

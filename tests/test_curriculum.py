@@ -632,6 +632,10 @@ def test_speed_table_keeps_what_ran_and_says_what_did_not(shards, tmp_path, caps
     with pytest.raises(SystemExit):
         speed.main([*settings, "--precisions=fp32"])
     assert "fp32 is none of bf16, fp8, te" in capsys.readouterr().err
+    with pytest.raises(SystemExit):  # once, not for every stage
+        speed.main([*[a for a in settings if not a.startswith("--data")], "--precisions=bf16", f"--data={tmp_path}"])
+    said = capsys.readouterr()
+    assert "no directory of shards" in said.err and not said.out
 
 
 def test_speed_measures_stages_of_one_length_that_differ():

@@ -41,7 +41,8 @@ def write_rows(path, rows):
 def lock(folder):
     """Hold a folder, made if need be, until what is returned goes or the process ends; a second holder is refused."""
     path, made = Path(os.path.realpath(folder)) / ".lock", False
-    os.makedirs(path.parent.parent, exist_ok=True)
+    if not path.parent.parent.exists():
+        os.makedirs(path.parent.parent, exist_ok=True)
     while True:
         with suppress(FileExistsError):
             path.parent.mkdir()

@@ -12,6 +12,7 @@ import errno
 import os
 import re
 import select
+import signal
 import stat
 import sys
 import time
@@ -99,6 +100,15 @@ def last_words(kind, error, trace):
     sys.__excepthook__(kind, error, trace)
 
 
+def interrupted(number, frame):
+    """Ctrl-C. A module that is being imported may swallow it, or fail at it in words of its own: then the process just ends."""
+    while frame and "importlib" not in frame.f_code.co_filename:
+        frame = frame.f_back
+    if frame:
+        os._exit(130)
+    raise KeyboardInterrupt
+
+
 def flush(more=""):
     """Whether the reader of our output is gone (`| head -1`); nothing more is written then."""
     try:
@@ -117,8 +127,12 @@ def listen(prompt):
     return sys.stdin.read() if comes else ""
 
 
-program = next((arg for arg in sys.orig_argv[1:] if arg[0] != "-"), "")  # somebody else's --help, in a script that imports us, is theirs
-if {"--help", "-h"} & set(sys.orig_argv) and (Path(program).resolve().parent == HERE or re.match(r"(prepare|eval|hub)\b", program)):
-    sys.meta_path.insert(0, Blanks)
+program = next((arg for arg in sys.orig_argv[1:] if arg[0] != "-"), "")  # in a script that imports us, --help and Ctrl-C are its own
+module = re.match(r"(prepare|eval|hub)\b", program)
+if module or Path(program).resolve().parent in (HERE, HERE / "prepare", HERE / "eval"):
+    if {"--help", "-h"} & set(sys.orig_argv):
+        sys.meta_path.insert(0, Blanks)
+    if (module or os.path.isfile(program)) and signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as behind `&`
+        signal.signal(signal.SIGINT, interrupted)
 sys.excepthook = last_words
 atexit.register(flush)

@@ -320,6 +320,17 @@ def test_a_wrong_path_and_an_interruption_need_no_traceback():
         assert (done.returncode, done.stderr) == (code, said)
 
 
+def test_an_interruption_that_an_import_would_swallow(tmp_path):
+    swallow = "import os\ntry:\n    os.kill(os.getpid(), 2)\nexcept KeyboardInterrupt:\n    pass\nraise ImportError"
+    (tmp_path / "torch.py").write_text(swallow)
+    env = os.environ | {"PYTHONPATH": f"{tmp_path}"}
+    for argv in (["sample.py", "--ckpt=x"], ["-m", "eval.perplexity", "--ckpt=x"]):
+        done = subprocess.run([sys.executable, *argv], cwd=ROOT, env=env, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (130, "")
+    code = "import prelude\ntry:\n    import torch\nexcept ImportError:\n    print('told')"  # a script of somebody else's
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True).stdout == "told\n"
+
+
 def test_other_errors_keep_their_traceback():
     done = subprocess.run([sys.executable, "-c", "import prelude; import no_such_thing"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" in done.stderr and "no_such_thing" in done.stderr

@@ -18,13 +18,14 @@ from prelude import die, execute
 
 NAMES = """learning_rate lr, batch_size tokens_per_step, gradient_accumulation_steps micro_tokens, block_size seq_len, max_iters max_steps,
     n_embd d_model, dim d_model, grad_clip clip, model ckpt, start prompt"""  # in other programs, where likeness would not lead to ours
+whole = lambda value: [int(value)] if type(value) is float and value % 1 == 0 else []  # noqa: E731  # 1e9 of a user, where an int is wanted
 
 
 def coerce(value, kind):
-    """`value` as `kind`, or TypeError. Only int -> float, 1e3 -> int and list -> tuple are promoted; a bool is no int."""
+    """`value` as `kind`, or TypeError. Only int -> float and list -> tuple are promoted; a bool is no int."""
     kind = kind if kind is not typing.Any else tuple if isinstance(value, list) else type(value)  # untyped: equal to what JSON gives back
     origin, inner = typing.get_origin(kind) or kind, typing.get_args(kind)
-    value = kind(value) if (kind, type(value)) in ((float, int), (int, float)) and value % 1 == 0 else value
+    value = float(value) if kind is float and type(value) is int else value
     for option in inner if origin in (typing.Union, types.UnionType) else ():
         with suppress(TypeError):
             return coerce(value, option)
@@ -66,7 +67,7 @@ def parse(values, kinds, argv, usage, rows):
         if equals and kinds.get(name[2:]) not in (str, str | None):  # where text is wanted, 12 stays text
             readings = [text, tuple(text.split(","))][:: -1 if "," in text else 1]  # --act=silu,gelu names two
             with suppress(ValueError, SyntaxError):
-                readings = [literal := ast.literal_eval(text), (literal,), *readings]  # --bits=16 is a tuple of one
+                readings = [literal := ast.literal_eval(text), *whole(literal), (literal,), *readings]  # --bits=16 is a tuple of one
         values[name[2:]] = typed(kinds, name[2:], readings, arg)
 
 
@@ -79,7 +80,7 @@ def load(cls, argv, usage=""):
         path.is_file() or die(f"{path}: no such config file; settings are written --key=value")
         lines = execute(path, space)
         given = {k: v for k, v in space.items() if k[0] != "_" and not isinstance(v, types.ModuleType)}
-        values |= {key: typed(kinds, key, [value], f"{path}{lines.get(key, '')}") for key, value in given.items()}
+        values |= {key: typed(kinds, key, [value, *whole(value)], f"{path}{lines.get(key, '')}") for key, value in given.items()}
     source = "\n".join(map(inspect.getsource, filter(dataclasses.is_dataclass, cls.__mro__ if wanted else ())))
     rows = re.findall(r"^    (\w+): .*?(?:  # (.*))?$|^    # (.*)$", source, re.MULTILINE)  # key, the comment beside it, heading
     parse(values, kinds, [arg for arg in argv if arg not in files], usage, rows)

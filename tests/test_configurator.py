@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass, fields
@@ -129,9 +130,9 @@ def test_a_key_given_twice_dies(capsys):
 def test_files_see_current_values_and_arguments_win(tmp_path):
     one, two = tmp_path / "one.py", tmp_path / "two.py"
     one.write_text("import math\n_depth = 2\nn_layer = n_layer * _depth\nlr = 1\nmix = {'a': 2}\n")
-    two.write_text("n_layer = n_layer + 1; mix['a'] = 3\nscaling = {'factor': [1, 2]}\n")
+    two.write_text("n_layer = n_layer + 1e0; mix['a'] = 3\nscaling = {'factor': [1, 2]}\n")
     cfg, files = configurator.load(Config, ["--lr=0.5", str(one), str(two), "--compile"])
-    assert (cfg.n_layer, cfg.lr, cfg.mix, cfg.compile) == (13, 0.5, {"a": 3.0}, True)
+    assert (cfg.n_layer, cfg.lr, cfg.mix, cfg.compile) == (13, 0.5, {"a": 3.0}, True) and type(cfg.n_layer) is int
     assert files == [str(one), str(two)] and Config().mix is None
     assert cfg.scaling == {"factor": (1, 2)}  # an untyped list is stored as what JSON will give back
 
@@ -325,7 +326,8 @@ def test_an_interruption_that_an_import_would_swallow(tmp_path):
     (tmp_path / "torch.py").write_text(swallow)
     env = os.environ | {"PYTHONPATH": f"{tmp_path}"}
     for argv in (["sample.py", "--ckpt=x"], ["-m", "eval.perplexity", "--ckpt=x"]):
-        done = subprocess.run([sys.executable, *argv], cwd=ROOT, env=env, capture_output=True, text=True)
+        heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  # where the tests run in the background it is ignored
+        done = subprocess.run([sys.executable, *argv], cwd=ROOT, env=env, capture_output=True, text=True, preexec_fn=heard)
         assert (done.returncode, done.stderr) == (130, "")
     code = "import prelude\ntry:\n    import torch\nexcept ImportError:\n    print('told')"  # a script of somebody else's
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True).stdout == "told\n"

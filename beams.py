@@ -14,10 +14,13 @@ from model import flat
 
 def possible(o, dash=""):
     """Refuse the options (a dict) by which no text can be written; `dash`: as a command line names them."""
-    good = {"max_new_tokens": o["max_new_tokens"] > 0, "temperature": o["temperature"] >= 0, "num_samples": o["num_samples"] > 0}
-    good |= {"top_k": o["top_k"] >= 0, "top_p": 0 < o["top_p"] <= 1, "mode": o["mode"] in (None, "", *"RXSI"), "beams": o["beams"] > 0}
-    for key in [key for key, fine in good.items() if not fine]:
-        die(f"{dash}{key}={o[key]}: out of range; sample.py --help shows the defaults")
+    good = {key: ("1 or more", o[key] > 0) for key in ("max_new_tokens", "num_samples", "beams")}
+    good |= {"temperature": ("0 (always the likeliest) or more", o["temperature"] >= 0), "top_k": ("0 (no limit) or more", o["top_k"] >= 0)}
+    good |= {"top_p": ("above 0 and at most 1 (no limit)", 0 < o["top_p"] <= 1), "seed": ("below 2**62", abs(o["seed"]) < 2**62)}
+    good |= {"mode": ("R, X, S or I", o["mode"] in (None, "", *"RXSI"))}
+    for key, (wanted, fine) in good.items():
+        if not fine:
+            die(f"{dash}{key}={o[key]}: must be {wanted}")
     if o["beams"] > 1 and (o["temperature"] or o["num_samples"] > 1):
         die(f"{dash}beams={o['beams']} looks for one likeliest text: add {dash}temperature=0 and no {dash}num_samples")
 

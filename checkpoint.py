@@ -11,7 +11,6 @@ A save is written beside its final name, synced to the disk and renamed; a kill 
 Read next: train.py, which saves and resumes; sample.py and hub.py, which load.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -28,7 +27,7 @@ from safetensors.torch import load_file, save_file
 
 import configurator
 from configurator import die
-from files import sync, write_json
+from files import lock, sync, write_json
 from model import ModelConfig, Transformer
 
 FILES = ("model.safetensors", "optim.safetensors")
@@ -61,22 +60,6 @@ def steps(run) -> dict[int, Path]:
     """Checkpoints of a run by step number, ascending: names count, times do not."""
     found = {int(p.name[5:]): p for p in Path(run).glob("step-*") if p.name[5:].isdigit() and (p / "state.json").is_file()}
     return dict(sorted(found.items()))
-
-
-def lock(run):
-    """Hold the run directory until the returned file is closed or the process ends; a second holder is refused."""
-    if not os.path.isdir(run):
-        os.makedirs(run, exist_ok=True)
-        sync(Path(run).parent)
-    handle = open(Path(run) / ".lock", "a+")  # noqa: SIM115
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        handle.seek(0)
-        die(f"{run}: process {handle.read().strip() or 'another'} is training here; wait for it or choose another --out")
-    handle.truncate(0)
-    print(os.getpid(), end="", file=handle, flush=True)
-    return handle
 
 
 def start_run(run, cfg, info, resumed=None):
@@ -116,6 +99,8 @@ def find_resume(run, how):
         if steps(run) and not how:
             die(f"{run}: holds a run already; --resume goes on with it, --out=DIR starts another, or delete the folder")
         return resolve(run, "latest") if steps(run) else None
+    if how in ("latest", "best") and not steps(run) and (Path(run) / ".lock").exists():
+        lock(run)  # says so where another process has yet to write its first checkpoint
     found = resolve(run, how) if how in ("latest", "best") else resolve(how, "latest")
     if steps(run) and found.parent.resolve() != Path(run).resolve():  # `rotate` would take the checkpoints here for a lost future
         die(f"--resume={how} is another run than --out={run}, which holds one: choose a new --out")

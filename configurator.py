@@ -14,10 +14,11 @@ import typing
 from contextlib import suppress
 from pathlib import Path
 
-from prelude import die
+from prelude import die, execute
 
 NAMES = """learning_rate lr, batch_size tokens_per_step, gradient_accumulation_steps micro_tokens, block_size seq_len, max_iters max_steps,
     n_embd d_model, dim d_model, grad_clip clip, model ckpt, start prompt"""  # in other programs, where likeness would not lead to ours
+whole = lambda value: [int(value)] if type(value) is float and value % 1 == 0 else []  # noqa: E731  # 1e9 of a user, where an int is wanted
 
 
 def coerce(value, kind):
@@ -43,11 +44,13 @@ def typed(kinds, key, readings, where):
     """The first of `readings` that fits the type of `key`."""
     if key not in kinds:
         near = [k for k in (*re.findall(rf"\b{re.escape(key)} (\w+)", NAMES), *difflib.get_close_matches(key, kinds, 1, 0.5)) if k in kinds]
-        die(f"{where}: unknown key '{key}'; " + (f"did you mean '{near[0]}'?" if near else "--help lists every key"))
+        near = [f"'{k}'" for k in near[:1]] + [f"'_{key}', as names of your own are written"] * (".py, line " in where)
+        die(f"{where}: unknown key '{key}'; " + (f"did you mean {' or '.join(near)}?" if near else "--help lists every key"))
     for reading in readings:
         with suppress(TypeError):
             return coerce(reading, kinds[key])
-    die(f"{where}: {key} = {readings[0]!r} is not " + re.sub(r"typing\.|<class '|'>", "", str(kinds[key])))
+    kind = re.sub(r"Literal\[(.*?)\]", r"one of \1", re.sub(r"typing\.|<class |'|>", "", str(kinds[key])))
+    die(f"{where}: {key} = {readings[0]!r} is not {kind}")
 
 
 def parse(values, kinds, argv, usage, rows):
@@ -64,7 +67,7 @@ def parse(values, kinds, argv, usage, rows):
         if equals and kinds.get(name[2:]) not in (str, str | None):  # where text is wanted, 12 stays text
             readings = [text, tuple(text.split(","))][:: -1 if "," in text else 1]  # --act=silu,gelu names two
             with suppress(ValueError, SyntaxError):
-                readings = [literal := ast.literal_eval(text), (literal,), *readings]  # --bits=16 is a tuple of one
+                readings = [literal := ast.literal_eval(text), *whole(literal), (literal,), *readings]  # --bits=16 is a tuple of one
         values[name[2:]] = typed(kinds, name[2:], readings, arg)
 
 
@@ -75,14 +78,9 @@ def load(cls, argv, usage=""):
     for path in map(Path, files if not wanted else ()):
         space = copy.deepcopy(values)  # even a default dict changed in place must not reach the class
         path.is_file() or die(f"{path}: no such config file; settings are written --key=value")
-        try:
-            exec(compile(path.read_text(encoding="utf-8"), path, "exec"), space)  # noqa: S102
-        except (SyntaxError, NameError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError,
-                ImportError, AssertionError, RuntimeError) as error:  # fmt: skip
-            at = getattr(error, "lineno", 0) or getattr(error.__traceback__.tb_next, "tb_lineno", "?")
-            die(f"{path}, line {at}: {type(error).__name__}: {error}")
+        lines = execute(path, space)
         given = {k: v for k, v in space.items() if k[0] != "_" and not isinstance(v, types.ModuleType)}
-        values |= {key: typed(kinds, key, [value], path) for key, value in given.items()}
+        values |= {key: typed(kinds, key, [value, *whole(value)], f"{path}{lines.get(key, '')}") for key, value in given.items()}
     source = "\n".join(map(inspect.getsource, filter(dataclasses.is_dataclass, cls.__mro__ if wanted else ())))
     rows = re.findall(r"^    (\w+): .*?(?:  # (.*))?$|^    # (.*)$", source, re.MULTILINE)  # key, the comment beside it, heading
     parse(values, kinds, [arg for arg in argv if arg not in files], usage, rows)

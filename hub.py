@@ -13,6 +13,7 @@ left over, a parameter left empty or a config field that would change the model 
 import prelude  # isort: skip  # noqa: F401
 
 import dataclasses
+import difflib
 import json
 import shutil
 import sys
@@ -326,9 +327,12 @@ def load_anyway(cfg):
 
 def main(argv):
     commands = {"import": import_, "export": export}
+    if {"--help", "-h"} & set(argv[:1]):
+        return print(__doc__.strip())
     if not argv or argv[0] not in commands:
-        print(__doc__.strip(), file=sys.stdout if "--help" in argv else sys.stderr)
-        raise SystemExit(0 if "--help" in argv else 2)
+        near = difflib.get_close_matches(" ".join(argv[:1]), commands, 1)
+        way = f"did you mean {near[0]}?" if near else "import or export comes first; --help shows how"
+        die(f"python -m hub {' '.join(argv)}: {way}")
     defaults = {
         "import": {"from": str, "out": str, "gate": "", "dtype": "float32"},
         "export": {"ckpt": str, "to": str, "out": str, "dtype": "float32"},

@@ -88,7 +88,7 @@ class Plan:
         limits = {k: getattr(cfg, k) for k in ("max_steps", "max_tokens", "epochs") if getattr(cfg, k)}
         closed = unit == "tokens" and "tokens" in table[-1]  # the table itself says where the run ends
         if len(limits) != (0 if closed else 1):
-            die(f"set exactly one of max_steps, max_tokens, epochs (or `tokens` in every stage and none of them); got {limits or 'none'}")
+            die(f"set exactly one of --max_steps, --max_tokens, --epochs (0: unset), or `tokens` in every stage; got {limits or 'none'}")
         self.by_tokens, self.stages, border = unit == "tokens", [], 0
         for i, row in enumerate(table):
             where = f"stages[{i}]" if cfg.stages else "config"

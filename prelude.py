@@ -6,13 +6,17 @@ torch takes a second and more to import, and --help needs nothing of it: then wh
 An error that no line of ours caused keeps its traceback. Read next: configurator.py.
 """
 
+import ast
 import atexit
 import errno
 import os
 import re
 import select
+import signal
 import stat
 import sys
+import time
+import traceback
 import types
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -22,8 +26,24 @@ HERE = Path(__file__).parent
 
 
 def die(msg) -> NoReturn:
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(2)  # torchrun ends us meanwhile if the first rank of the machine stumbled over the same: told once, not by every rank
     print(" ".join(str(msg).split()), file=sys.stderr, flush=True)
     raise SystemExit(2)
+
+
+def execute(path, space):
+    """A config file, in the names of `space` -> {name: where it is given}. What fails is told by the line of this file that led to it."""
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"), path)
+        exec(compile(tree, path, "exec"), space)  # noqa: S102
+    except (SyntaxError, NameError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError,
+            ImportError, AssertionError, RuntimeError, OSError) as error:  # fmt: skip
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        lines += [error.lineno] if isinstance(error, SyntaxError) and error.filename == str(path) and error.lineno else []
+        die(f"{path}{''.join(f', line {n}' for n in lines[-1:])}: {type(error).__name__}: {getattr(error, 'msg', error)}")
+    given = (node for node in ast.walk(tree) if hasattr(node, "lineno") and not isinstance(getattr(node, "ctx", None), ast.Load))
+    return {getattr(node, "id", getattr(node, "name", "")): f", line {node.lineno}" for node in given}
 
 
 class Blank(types.ModuleType):
@@ -80,6 +100,15 @@ def last_words(kind, error, trace):
     sys.__excepthook__(kind, error, trace)
 
 
+def interrupted(number, frame):
+    """Ctrl-C. A module that is being imported may swallow it, or fail at it in words of its own: then the process just ends."""
+    while frame and "importlib" not in frame.f_code.co_filename:
+        frame = frame.f_back
+    if frame:
+        os._exit(130)
+    raise KeyboardInterrupt
+
+
 def flush(more=""):
     """Whether the reader of our output is gone (`| head -1`); nothing more is written then."""
     try:
@@ -98,8 +127,12 @@ def listen(prompt):
     return sys.stdin.read() if comes else ""
 
 
-program = next((arg for arg in sys.orig_argv[1:] if arg[0] != "-"), "")  # somebody else's --help, in a script that imports us, is theirs
-if {"--help", "-h"} & set(sys.orig_argv) and (Path(program).resolve().parent == HERE or re.match(r"(prepare|eval|hub)\b", program)):
-    sys.meta_path.insert(0, Blanks)
+program = next((arg for arg in sys.orig_argv[1:] if arg[0] != "-"), "")  # in a script that imports us, --help and Ctrl-C are its own
+module = re.match(r"(prepare|eval|hub)\b", program)
+if module or Path(program).resolve().parent in (HERE, HERE / "prepare", HERE / "eval"):
+    if {"--help", "-h"} & set(sys.orig_argv):
+        sys.meta_path.insert(0, Blanks)
+    if (module or os.path.isfile(program)) and signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as behind `&`
+        signal.signal(signal.SIGINT, interrupted)
 sys.excepthook = last_words
 atexit.register(flush)

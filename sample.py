@@ -181,13 +181,17 @@ def main(argv):
     build = lambda cfg: Transformer(dataclasses.replace(cfg, allow_noncausal=cfg.allow_noncausal or opt.allow_noncausal))  # noqa: E731
     model, state = checkpoint.load(opt.ckpt, device=where.device, build=build)
     tok = tokenizers.load(checkpoint.resolve(opt.ckpt).parent)
+    start = [{"role": "system", "content": opt.system}] if opt.system else []
+    if opt.chat and model.cfg.arch != "decoder":
+        die(f"--chat: {opt.ckpt} has arch={model.cfg.arch!r}, and only a decoder converses; give a plain --prompt")
+    if opt.chat:  # what the template refuses, it refuses before anybody has typed
+        chat_ids(tok, [*start, {"role": "user", "content": "?"}])
     options = {key: getattr(opt, key) for key in ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "mode", "beams")}
     if opt.mode and model.cfg.arch != "encdec":
         die(f"--mode={opt.mode} would do nothing here: it needs an encoder-decoder")
     if opt.beams > 1 and not model.cfg.causal:
         die(f"--beams={opt.beams} needs a cache, and gate='sequence' allows none: leave it out, or import with --gate=running")
     options |= {} if opt.mode or state["config"].get("mode_tokens", True) else {"mode": ""}
-    start = [{"role": "system", "content": opt.system}] if opt.system else []
     if talk:
         return converse(model.set_dtype(where.dtype).lean(), tok, start, options)
     prompt = prelude.listen(opt.prompt)

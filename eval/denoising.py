@@ -7,6 +7,8 @@
 Read next: denoise.py, denoise_stream.py.
 """
 
+import configurator  # isort: skip
+
 import sys
 
 import numpy as np
@@ -14,7 +16,6 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
-import configurator
 import denoise
 import denoise_stream
 import tokenizer

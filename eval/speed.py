@@ -16,7 +16,7 @@ import configurator
 import precision
 from configurator import die
 from eval import write_json
-from train import Config
+from train import Config, check_vocabulary
 
 FP8 = tuple(f.name for f in fields(precision.PrecisionConfig))
 OPTIONS = {"steps": 20, "precisions": "", "lengths": "", "out": ""}
@@ -50,6 +50,7 @@ def measure(argv):
 def table(argv, steps, precisions, lengths=()):
     """Print the table as it grows -> its rows. `argv`: config files and settings of train.py."""
     cfg = configurator.load(Config, argv)[0]
+    check_vocabulary(cfg)  # data that is missing or does not fit would fail every stage
     limits = ("--benchmark", "--max_steps", "--max_tokens", "--epochs", "--stages", "--precision", "--precision_required")
     common = [arg for arg in argv if arg.partition("=")[0] not in limits] + ["--max_tokens=0", "--epochs=0"]
     form, rows = "{:>9} {:>6} {:>9} {:>10} {:>15} {:>11} {:>12} {:>7} {:>7} {:>9}", []

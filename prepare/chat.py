@@ -19,7 +19,7 @@ import configurator
 import tokenizer
 from configurator import die
 from prepare import prompts, shards, sources
-from prepare.text import digest, hash_of, is_val, report
+from prepare.text import hash_of, is_val, read, report
 
 UNTRAINED = np.uint32(1 << 31)
 ROLES = ("system", "user", "assistant")
@@ -77,8 +77,8 @@ def encode(o, task, tok, out, count):
         if len(ids) > o.max_len:
             count[f"over {o.max_len} tokens"] += 1
             continue
-        key = digest(text for turn in turns for text in turn)
-        docs.append((len(ids), nbytes, int(is_val(key, o.val))))
+        key = read(text for turn in turns for text in turn)[0]
+        docs.append((len(ids), nbytes, int(is_val(key, o.val * 2**64))))
         out.write(ids.tobytes())
     return docs
 

@@ -202,7 +202,9 @@ def build(out, tok, tasks, job, settings, shard_tokens, max_tokens=0, max_docume
             w.close()
         shards = [s for w in writers for s in w.done]
         if not shards:
-            die(f"{out}: no document was left to write; dropped: {dict(count)}")
+            dropped = ", ".join(f"{n:,} {why}" for why, n in count.items() if n) or "the input is empty"
+            field = "; --text_field=NAME says which field holds the text" * any(why.startswith("no text in") for why in count)
+            die(f"{out}: no document was left to write ({dropped}){field or '; --from needs files with text in them'}")
         about = {"name": tok.name, "fingerprint": tok.fingerprint, "vocab_size": tok.vocab_size, "eos_id": tok.eos_id}
         manifest = {"format": 1, "dtype": "uint32", "tokenizer": about, "settings": settings, "dropped": count, "shards": shards}
         write_json(manifest_path, manifest)

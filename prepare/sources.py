@@ -2,7 +2,7 @@
 
 `tasks` cuts the input into pieces of about CHUNK bytes, always the same ones, that any number of processes can work on; `rows` and
 `documents` read one task. Bytes that are not UTF-8 become U+FFFD and the document counts as "repaired"; a line that is no JSON object
-is skipped and counted. Read next: prepare/shards.py, which runs the tasks."""
+and a file with a zero byte in its first kilobyte are skipped and counted. Read next: prepare/shards.py, which runs the tasks."""
 
 import contextlib
 import csv
@@ -33,9 +33,8 @@ def find(spec):
     for pattern in spec.split(","):
         if pattern == "stdlib":
             root = sysconfig.get_path("stdlib")
-            files = glob.glob(f"{root}/**/*.py", recursive=True)
             left_out = r"/(site-packages|dist-packages|tests?|idle_test|__pycache__|encodings)/"  # encodings: megabytes of code tables
-            files = [f for f in files if not re.search(left_out, f[len(root) :])]
+            files = [f for f in glob.glob(f"{root}/**/*.py", recursive=True) if not re.search(left_out, f[len(root) :])]
         elif os.path.isdir(pattern):
             files = [os.path.join(d, f) for d, _, names in os.walk(pattern) for f in names if f[0] != "." and not f.endswith(".json")]
         else:
@@ -198,10 +197,9 @@ def rows(task, count, columns=None):
             if line.isspace():
                 continue
             line = line.decode("ascii", "surrogateescape") if (long := columns and len(line) > LONG) else decode(line)
-            try:
+            row = None
+            with contextlib.suppress(ValueError, RecursionError):
                 row = json.loads(line)
-            except (ValueError, RecursionError):
-                row = None
             del line
             if isinstance(row, dict):
                 yield unescape(row, *columns) if long else row
@@ -212,9 +210,10 @@ def rows(task, count, columns=None):
 def documents(task, count, field):
     """Documents of one task: each an iterable of slices of its text, so that no text need be whole in memory."""
     if task[0] == "whole":
-        yield from map(blocks, task[1])
+        yield from (blocks(path) for path in task[1] if is_text(path, count))
     elif task[0] == "range" and not task[1].endswith(LINES):
-        yield from (pieces(decode(text).removesuffix("\n" if task[4] == b"\n" else "")) for text in split_range(count, *task[1:]))
+        found = split_range(count, *task[1:]) if is_text(task[1], count, not task[2]) else ()
+        yield from (pieces(decode(text).removesuffix("\n" if task[4] == b"\n" else "")) for text in found)
     else:
         for row in rows(task, count, [field]):
             text = row.get(field)
@@ -228,6 +227,12 @@ def documents(task, count, field):
                 yield pieces(sound)
             else:
                 count[f"no text in '{field}'"] += 1
+
+
+def is_text(path, count, first=True):
+    """What has a zero byte in its first kilobyte is a picture, an archive or UTF-16, and is counted."""
+    with unzipped(path) as f:
+        return b"\0" not in f.read(1024) or count.update({"binary file": int(first)})
 
 
 def blocks(path):

@@ -53,7 +53,8 @@ def subwords(texts, size, split=STAGE1):
     merges = learn(texts, size, alphabet, split)
     vocab = {t: i for i, t in enumerate(dict.fromkeys([*alphabet, *(a + b for a, b in merges)]))}
     if len(vocab) < size:
-        die(f"this text gives only {len(vocab):,} tokens of the {size:,} wanted: bring more text, or ask for fewer")
+        most = f"--transition={len(vocab)} (in prepare.text --tokenizer=bpe:{len(vocab) + len(MARKERS)}, its markers included)"
+        die(f"this text gives only {len(vocab):,} ids of the {size:,} wanted: bring more text, or ask for no more than {most}")
     return vocab, merges
 
 
@@ -91,7 +92,7 @@ def superwords(texts, size, vocab, merges):
                 more.append((left, right))
         if len(vocab) == size:
             return vocab, merges + more
-    die(f"this text gives only {len(vocab):,} tokens of the {size:,} wanted: bring more text, or ask for fewer")
+    die(f"this text gives only {len(vocab):,} ids of the {size:,} wanted: bring more text, or ask for no more than --vocab={len(vocab)}")
 
 
 def train(texts, size, transition, split=STAGE1):
@@ -130,7 +131,7 @@ def read(spec, field="text", separator=b"", max_docs=0, max_bytes=1e9, keep=None
                 held += len(text.encode())
             if held >= max_bytes or 0 < max_docs == len(texts):
                 return texts
-    return texts or die(f"--from={spec}: no text in it (field '{field}')")
+    return texts or die(f"--from={spec}: no text in it to learn from (in tables and jsonl, in the field '{field}': see --text_field)")
 
 
 def main(argv):

@@ -6,7 +6,7 @@
     python -m prepare.text --out=data/web --verify                                  (every hash; --check also decodes a sample)
 
 A file of plain text is one document (or several, with --separator='\\n\\n'); a line of jsonl and a row of a table are one each. EOS ends
-every document. Which documents are validation is decided by a hash of their text, so the same text is never on both sides.
+every document. A hash of its text decides whether a document is validation, so the same text is never on both sides; of two or more one is.
 Read next: prepare/sources.py (reading), prepare/shards.py (writing, resuming), data.py (what training does with it)."""
 
 import functools
@@ -34,7 +34,7 @@ OPTIONS = {
 NOTES = """
 
 --separator   text between documents of a plain text file ('\\n' a line each); without it a file is one document
---val         share of documents for validation; --val_from=FILES makes those the validation split instead
+--val         share of documents for validation, of two or more at least one; --val_from=FILES makes those the validation split instead
 --exclude     files (as from prepare.val) whose texts must not be trained on: dropped and counted
 --max_tokens  stop before the document that would exceed it (0: no limit)
 --part        i/n: every n-th task of the input; n machines fill one --out, and the last to end writes what one job would have
@@ -49,38 +49,55 @@ SOURCES = {  # what the published run really used
 }
 
 
-def digest(slices):
-    total = hashlib.blake2b(digest_size=8)
+def read(slices, write=None):
+    """-> (hash of a text, its characters, its bytes, whether it is blank); `write` gets every slice of it on the way."""
+    key, chars, nbytes, blank = hashlib.blake2b(digest_size=8), 0, 0, True
     for text in slices:
-        total.update(text.encode())
-    return total.digest()
+        raw = text.encode()
+        key.update(raw)
+        chars, nbytes, blank = chars + len(text), nbytes + len(raw), blank and not text.strip()
+        if write:
+            write(text)
+    return key.digest(), chars, nbytes, blank
 
 
-def is_val(key, share):
-    return int.from_bytes(key, "big") < share * 2**64
+def unfit(o, chars, blank):
+    return "blank" if blank else f"under {o.min_chars} characters" if chars < o.min_chars else ""
+
+
+def is_val(key, limit):
+    return int.from_bytes(key, "big") < limit
+
+
+def limit_of(o, files, held_out):
+    """What the hash of a held-out document lies below: --val of all hashes, or, where no document has one so low, just above the lowest.
+    Reads up to the first that has, a hundred or so; whoever asks gets the same answer."""
+    limit, keys = o.val * 2**64, set()
+    for task, _ in sources.tasks(files, o.text_field, o.separator) if o.val else ():
+        for slices in sources.documents(task, Counter(), o.text_field):
+            key, chars, _, blank = read(slices)
+            if not unfit(o, chars, blank) and key not in held_out:
+                keys.add(key)
+                if is_val(key, limit):
+                    return limit
+    return int.from_bytes(min(keys), "big") + 1 if len(keys) > 1 else limit  # a single text is for training
 
 
 def encode(o, held_out, task, tok, out, count):
     """The job of a worker, see pool.work: every document of `task` is encoded, or dropped and counted."""
     docs, forced, broken = [], task[0] == "val", sources.repaired[0]
     for slices in sources.documents(task[1] if forced else task, count, o.text_field):
-        start, chars, nbytes, blank = out.tell(), 0, 0, True
-        key = hashlib.blake2b(digest_size=8)
-        for text in slices:
-            raw = text.encode()
-            key.update(raw)
-            chars, nbytes, blank = chars + len(text), nbytes + len(raw), blank and not text.strip()
-            out.write(tok.encode_array(text).astype("<u4").tobytes())
+        start = out.tell()
+        key, chars, nbytes, blank = read(slices, lambda text: out.write(tok.encode_array(text).astype("<u4").tobytes()))
         out.write(np.uint32(tok.eos_id).tobytes())
         count["repaired"] += sources.repaired[0] > broken
-        broken = sources.repaired[0]
-        reason = "blank" if blank else f"under {o.min_chars} characters" if chars < o.min_chars else ""
-        if reason or (not forced and key.digest() in held_out):
+        broken, reason = sources.repaired[0], unfit(o, chars, blank)
+        if reason or (not forced and key in held_out):
             count[reason or "held out"] += 1
             out.seek(start)
             out.truncate()
         else:
-            docs.append(((out.tell() - start) // 4, nbytes, int(forced or is_val(key.digest(), o.val))))
+            docs.append(((out.tell() - start) // 4, nbytes, int(forced or is_val(key, o.limit))))
     return docs
 
 
@@ -88,12 +105,14 @@ def trained(o, local, held_out):
     """--tokenizer=bpe:4096: a plain byte-level BPE of that many ids, markers included, learnt from the training documents."""
     from prepare import superbpe
 
-    size = o.tokenizer.partition(":")[2]
-    if not local or not size.isdigit() or int(size) < 260:
-        die(f"--tokenizer={o.tokenizer}: write bpe:N with N of 260 or more, and --from=FILES to learn it from")
-    texts = superbpe.read(
-        local, o.text_field, o.separator, 0, 32e6, lambda text: not is_val(digest([text]), o.val) and digest([text]) not in held_out
-    )
+    size = o.tokenizer[4:]
+    if not local or not size.isdigit() or int(size) < 259 or o.tokenizer[3] != ":":
+        die(f"--tokenizer={o.tokenizer}: write bpe:8192 for 8,192 ids (259 or more), and --from=FILES to learn them from")
+
+    def keep(text):
+        return not is_val(key := read([text])[0], o.limit) and key not in held_out
+
+    texts = superbpe.read(local, o.text_field, o.separator, 0, 32e6, keep)
     print(f"learning {size} ids from {len(texts):,} documents, {sum(map(len, texts)) / 1e6:.1f}M characters", flush=True)
     vocab, _ = superbpe.subwords(texts, int(size) - len(superbpe.MARKERS))
     with tempfile.TemporaryDirectory() as scratch:  # build() keeps it, once it knows that --out may be written
@@ -174,11 +193,11 @@ def main(argv):
     o.val = 0.0 if vals else o.val
     held = list(sources.tasks(vals + (sources.find(o.exclude) if o.exclude else []), None, o.separator))
     fields = {o.text_field, "text"}  # the second is prepare.val's, whatever the training text calls its own
-    held_out = frozenset(digest(slices) for f in fields for task, _ in held for slices in sources.documents(task, Counter(), f))
+    held_out = frozenset(read(slices)[0] for f in fields for task, _ in held for slices in sources.documents(task, Counter(), f))
     if held and not held_out:
         die(f"--val_from={o.val_from} --exclude={o.exclude}: no text there in a field '{o.text_field}' or 'text'")
-
-    if o.tokenizer.startswith("bpe:"):
+    o.limit = limit_of(o, files, held_out)
+    if re.match(r"bpe:|bpe\d*$", o.tokenizer):
         tok = trained(o, local, held_out)
     else:
         tok = tokenizer.load(o.tokenizer)

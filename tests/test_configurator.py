@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass, fields
@@ -13,6 +14,7 @@ from typing import Literal
 import pytest
 
 import configurator
+import prelude
 
 ROOT = Path(__file__).parents[1]
 
@@ -58,6 +60,7 @@ def dies(capsys, call, *words):
         ("--lr=3e-4", "lr", 3e-4),
         ("--lr=1", "lr", 1.0),
         ("--n_layer=-2", "n_layer", -2),
+        ("--n_layer=1e3", "n_layer", 1000),
         ("--compile", "compile", True),
         ("--compile=False", "compile", False),
         ("--resume", "resume", "latest"),
@@ -99,13 +102,14 @@ def test_accepts(arg, key, value):
         ("--a(b=3", ["unknown key 'a(b'"]),
         ("--n_layer=1.5", ["n_layer", "1.5", "int"]),
         ("--n_layer=True", ["n_layer", "int"]),
-        ("--n_layer=1e3", ["int"]),
+        ("--n_layer=1e-3", ["0.001 is not int\n"]),
+        ("--n_layer=1e999", ["int"]),
         ("--lr=True", ["lr", "float"]),
         ("--lr=fast", ["'fast'", "float"]),
         ("--lr", ["lr", "float"]),
         ("--out", ["out", "str"]),
         ("--compile=1", ["bool"]),
-        ("--arch=decodr", ["decodr", "'decoder', 'encoder'"]),
+        ("--arch=decodr", ["arch = 'decodr' is not one of decoder, encoder\n"]),
         ("--betas=0.9", ["betas", "tuple[float, float]"]),
         ("--betas=1,2,3", ["betas"]),
         ("--mix={'a': 'b'}", ["mix"]),
@@ -126,9 +130,9 @@ def test_a_key_given_twice_dies(capsys):
 def test_files_see_current_values_and_arguments_win(tmp_path):
     one, two = tmp_path / "one.py", tmp_path / "two.py"
     one.write_text("import math\n_depth = 2\nn_layer = n_layer * _depth\nlr = 1\nmix = {'a': 2}\n")
-    two.write_text("n_layer = n_layer + 1; mix['a'] = 3\nscaling = {'factor': [1, 2]}\n")
+    two.write_text("n_layer = n_layer + 1e0; mix['a'] = 3\nscaling = {'factor': [1, 2]}\n")
     cfg, files = configurator.load(Config, ["--lr=0.5", str(one), str(two), "--compile"])
-    assert (cfg.n_layer, cfg.lr, cfg.mix, cfg.compile) == (13, 0.5, {"a": 3.0}, True)
+    assert (cfg.n_layer, cfg.lr, cfg.mix, cfg.compile) == (13, 0.5, {"a": 3.0}, True) and type(cfg.n_layer) is int
     assert files == [str(one), str(two)] and Config().mix is None
     assert cfg.scaling == {"factor": (1, 2)}  # an untyped list is stored as what JSON will give back
 
@@ -146,12 +150,17 @@ def test_a_file_cannot_change_a_default_in_place(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("lrr = 3", ["'lrr'", "'lr'"]),
-        ("n_layer = '6'", ["n_layer", "int"]),
-        ("def f(): pass", ["'f'"]),
+        ("lrr = 3", ["line 1: unknown key 'lrr'; did you mean 'lr' or '_lrr', as names of your own are written?"]),
+        ("_n = 2\n\nn_layer = '6'", ["line 3: n_layer", "int"]),
+        ("import os\ndef f(): pass", ["line 2", "did you mean '_f'"]),
+        ("for i in range(9): pass", ["line 1", "'_i'"]),
+        ("lr = 1\n\nopen('/no/such')", ["line 3", "FileNotFoundError"]),
+        ("import json\nlr = json.loads('{')", ["line 2: JSONDecodeError: Expecting property name enclosed in double quotes\n"]),
+        ("def _f():\n    return 1 / 0\n\nlr = _f()", ["line 2: ZeroDivisionError"]),
+        ("lr = '\0'", ["c.py: SyntaxError"]),
         ("lr = 1\nlr = 1 / 0", ["line 2", "ZeroDivisionError"]),
         ("lr = 1\n\nlr = lrr", ["line 3", "NameError"]),
-        ("lr = = 1", ["line 1", "SyntaxError"]),
+        ("lr = = 1", ["line 1: SyntaxError: invalid syntax\n"]),
         ("lr = 1\nimport no_such_thing", ["line 2", "ModuleNotFoundError", "no_such_thing"]),
         ("assert n_layer == 7, 'seven'", ["line 1", "AssertionError", "seven"]),
     ],
@@ -193,7 +202,7 @@ def test_args(capsys):
     for said in ("None", "'a'", "[1, 2]", '"it" "is"'):  # text stays text, also where it looks like Python
         assert configurator.args({"prompt": None}, [f"--prompt={said}"], "").prompt == said
     dies(capsys, lambda: configurator.args(keys, ["--ckpt=a"], "doc"), "--device", "required")
-    dies(capsys, lambda: configurator.args(keys, ["--ckpt=a", "--device=tpu"], "doc"), "tpu", "'cpu', 'cuda'")
+    dies(capsys, lambda: configurator.args(keys, ["--ckpt=a", "--device=tpu"], "doc"), "tpu", "one of cpu, cuda")
     dies(capsys, lambda: configurator.args(keys, ["--topk=3"], "doc"), "topk", "top_k")
     dies(capsys, lambda: configurator.args(keys, ["out/run"], "doc"), "out/run")
     with pytest.raises(SystemExit) as stop:
@@ -248,6 +257,15 @@ assert not {m for m in sys.modules if m.startswith(("torch", "numpy", "lm_eval")
         assert after.ru_utime - before.ru_utime < 1, command  # 0.2 s; torch alone is 1.5 s and more
 
 
+def test_a_file_of_a_folder_may_be_run_by_its_path(tmp_path):
+    for file in filter(re.compile(r"(prepare|eval)/(?!later_token)").match, commands()):
+        names = re.findall(r"^(?:import|from) (\w+)", (ROOT / file).read_text(), re.MULTILINE)
+        assert next(name for name in names if (ROOT / f"{name}.py").exists() or (ROOT / name).is_dir()) == "configurator", file
+    for file in ("prepare/text.py", "eval/harness.py"):
+        done = subprocess.run([sys.executable, ROOT / file, "--oot=x"], cwd=tmp_path, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (2, "--oot=x: unknown key 'oot'; did you mean 'out'?\n")
+
+
 @pytest.mark.parametrize(
     ("package", "argv", "extra"),
     [
@@ -274,6 +292,19 @@ def test_every_foreign_package_stands_in_pyproject():
             assert ours or name in {*sys.stdlib_module_names, "triton"} or f'"{name}' in known, (file, name)
 
 
+def test_an_error_of_every_rank_is_told_by_the_first_and_one_of_a_single_rank_by_itself(monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    for ended, said in ((True, ""), (False, "odd\n")):  # by torchrun while it waits, since the first rank has said the same
+        waited = []
+        monkeypatch.setattr(prelude.time, "sleep", lambda s: waited.append(s) or (ended and sys.exit(1)))  # noqa: B023
+        with pytest.raises(SystemExit):
+            prelude.die("odd")
+        assert waited == [2] and capsys.readouterr().err == said
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    dies(capsys, lambda: prelude.die("odd"), "odd")
+    assert len(waited) == 1
+
+
 def test_a_closed_pipe_is_no_error():
     for unbuffered in ("", "1"):
         env = os.environ | {"PYTHONUNBUFFERED": unbuffered}
@@ -288,6 +319,18 @@ def test_a_wrong_path_and_an_interruption_need_no_traceback():
         what = {gone: "open('/no/such')", there: "import os; os.makedirs('/dev/null', exist_ok=True)", "": "raise KeyboardInterrupt"}[said]
         done = subprocess.run([sys.executable, "-c", f"import prelude; {what}"], cwd=ROOT, capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (code, said)
+
+
+def test_an_interruption_that_an_import_would_swallow(tmp_path):
+    swallow = "import os\ntry:\n    os.kill(os.getpid(), 2)\nexcept KeyboardInterrupt:\n    pass\nraise ImportError"
+    (tmp_path / "torch.py").write_text(swallow)
+    env = os.environ | {"PYTHONPATH": f"{tmp_path}"}
+    for argv in (["sample.py", "--ckpt=x"], ["-m", "eval.perplexity", "--ckpt=x"]):
+        heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  # where the tests run in the background it is ignored
+        done = subprocess.run([sys.executable, *argv], cwd=ROOT, env=env, capture_output=True, text=True, preexec_fn=heard)
+        assert (done.returncode, done.stderr) == (130, "")
+    code = "import prelude\ntry:\n    import torch\nexcept ImportError:\n    print('told')"  # a script of somebody else's
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True).stdout == "told\n"
 
 
 def test_other_errors_keep_their_traceback():

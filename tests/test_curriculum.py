@@ -626,6 +626,8 @@ def test_speed_table_keeps_what_ran_and_says_what_did_not(shards, tmp_path, caps
     assert speed.here("cpu") == ["bf16"]
     dies(lambda: speed.main([*settings, "--lengths=17"]), "17 is no stage")
     dies(lambda: speed.main([*settings, "--precisions=fp32"]), "fp32 is none of bf16, fp8, te")
+    bare = [a for a in settings if not a.startswith("--data")]  # said once, not for every stage
+    dies(lambda: speed.main([*bare, "--precisions=bf16", f"--data={tmp_path}"]), "no directory of shards")
 
 
 def test_speed_measures_stages_of_one_length_that_differ():

@@ -183,6 +183,8 @@ def test_what_we_do_not_support_is_refused_by_name(change, word, tmp_path, capsy
 
 def test_command_line_mistakes_end_in_one_line(tmp_path, capsys):
     assert "no such file" in refused(capsys, "import", f"--from={tmp_path / 'gone'}", "--out=x")
+    assert refused(capsys, "exprt", "--out=x") == "python -m hub exprt --out=x: did you mean export?"
+    assert "import or export comes first" in refused(capsys) and "first" in refused(capsys, "--out=x", "export")
     assert "--form" in refused(capsys, "import", "--form=x")
     assert "--to=onnx" in refused(capsys, "export", "--ckpt=x", "--to=onnx", "--out=y")
     cfg = ModelConfig(n_layer=2, n_head=2, d_model=32, act=("silu", "relu"))

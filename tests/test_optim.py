@@ -179,6 +179,7 @@ def test_batch_is_split_exactly():
         ({"max_steps": 1, "seq_len": 2048}, 1, ["max_len"]),
         ({}, 1, ["max_steps", "max_tokens", "epochs", "none"]),
         ({"max_steps": 1, "max_tokens": 1}, 1, ["exactly one"]),
+        ({"max_steps": 0}, 1, ["--max_steps", "(0: unset)", "got none"]),
         ({"epochs": 1}, 1, ["epochs", "--max_steps"]),
         ({"max_steps": 9, "stages": ({"tokens": 2048},)}, 1, ["exactly one"]),
         ({"stages": ({"tokens": 2048, "lenght": 8},)}, 1, ["stages[0]", "'lenght'"]),

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -75,6 +76,20 @@ def test_every_text_once_and_no_text_on_both_sides(tmp_path, small, capsys):
     with pytest.raises(SystemExit):  # other settings never mix into the same directory
         run(f"from={tmp_path}/a.jsonl", f"out={tmp_path}/out", "val=0.3", "workers=1", "shard_tokens=5000")
     assert "another val" in capsys.readouterr().err
+
+
+def test_a_few_documents_hold_one_out_whoever_reads_them(tmp_path, small):
+    (tmp_path / "in").mkdir()
+    for i in range(9):
+        (tmp_path / "in" / f"{i}.txt").write_text(f"text number {i} " * 90)
+    args = [f"from={tmp_path}/in", "val=1e-9", "tokenizer=bpe:259"]
+    for out, more in (("1", ["workers=1"]), ("2", ["workers=2"]), ("p", ["part=0/2"]), ("p", ["part=1/2"])):
+        run(*args, f"out={tmp_path}/{out}", *more)
+    assert len(read(tmp_path / "1", "val")) == 1 and len(read(tmp_path / "1", "train")) == 8
+    assert digests(tmp_path / "1") == digests(tmp_path / "2") == digests(tmp_path / "p")
+    for some, val, n in (("0", "1e-9", 0), ("*", "0", 0), ("[01]", "1e-9", 1)):  # a single text is for training
+        run(f"from={tmp_path}/in/{some}.txt", f"val={val}", f"out={tmp_path}/{n}{val}{len(some)}", "workers=1")
+        assert sum(s["documents"] for s in data.read_manifest(tmp_path / f"{n}{val}{len(some)}")["shards"] if s["split"] == "val") == n
 
 
 def test_any_number_of_processes_gives_the_same_files(tmp_path, small):
@@ -175,11 +190,32 @@ def test_broken_input_is_repaired_or_dropped_and_counted(tmp_path, capsys):
     ]
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
     (tmp_path / "b.txt").write_bytes(b"")
+    (tmp_path / "c.png").write_bytes(b"PNG\0" + bytes(range(256)))
+    (tmp_path / "d.gz").write_bytes(gzip.compress(b"\0" * 9))
     run(f"from={tmp_path}/*", f"out={tmp_path}/out", "val=0", "min_chars=2")
     assert read(tmp_path / "out", "train") == ["good", "b\ufffd\ufffdd", "\ufffdx"]
     dropped = json.loads((tmp_path / "out" / "manifest.json").read_text())["dropped"]
-    assert {k: n for k, n in dropped.items() if n} == {"repaired": 2, "not a JSON object": 2, "no text in 'text'": 2, "blank": 1}
+    found = {"repaired": 2, "not a JSON object": 2, "no text in 'text'": 2, "blank": 1, "binary file": 2}
+    assert {k: n for k, n in dropped.items() if n} == found
     assert "2 repaired" in capsys.readouterr().out
+
+
+def test_nothing_to_write_is_said_in_words_and_a_number_of_ids_that_is_named_works(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sources, "CHUNK", 40)  # a binary file of several ranges is one file
+    (tmp_path / "a.jsonl").write_text('{"body": "x"}\n')
+    (tmp_path / "b.bin").write_bytes(b"\0\n" * 90)
+    (tmp_path / "c.txt").write_text(" \n")
+    for name, more, said in (
+        ("a.jsonl", [], "(1 no text in 'text'); --text_field=NAME"), ("b.bin", ["separator=\\n"], "(1 binary file); --from needs files"),
+        ("c.txt", [], "(1 blank); --from"), ("c.txt", ["tokenizer=bpe:300"], "no text in it to learn from"),
+        ("c.txt", ["tokenizer=bpe300"], "write bpe:8192"), (__file__, ["tokenizer=bpe:9000"], "no more than --transition="),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit):
+            run(f"from={tmp_path / name}", f"out={tmp_path}/{name[0]}", "val=0", "workers=1", *more)
+        line = capsys.readouterr().err
+        assert said in line and line.count("\n") == 1, line
+    most = re.search(r"--tokenizer=bpe:\d+", line)[0]
+    run(f"from={__file__}", f"out={tmp_path}/out", "val=0", "workers=1", most[2:])
 
 
 def test_a_long_line_and_a_long_file_in_pieces(tmp_path, monkeypatch):

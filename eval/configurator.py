@@ -1,0 +1,1 @@
+../prepare/configurator.py

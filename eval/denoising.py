@@ -7,8 +7,6 @@
 Read next: denoise.py, denoise_stream.py.
 """
 
-import configurator  # isort: skip
-
 import sys
 
 import numpy as np
@@ -16,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
+import configurator
 import denoise
 import denoise_stream
 import tokenizer

@@ -10,8 +10,6 @@ title, retrieval/queries of id, text, retrieval/qrels of query, doc and perhaps 
 passes its similarity part. Missing data: exit code 2. Read next: eval/mteb.py, prepare/sts.py, eval/sample_retrieval.json.
 """
 
-import configurator  # isort: skip
-
 import json
 import sys
 import time
@@ -21,6 +19,7 @@ import numpy as np
 import torch
 
 import checkpoint
+import configurator
 import files
 import model as M
 from configurator import die

@@ -10,8 +10,6 @@ OUT.requests.jsonl at once: a killed run goes on where it stood. Base and chat c
 Needs lm_eval (pip install -e .[eval]). Read next: eval/perplexity.py; eval/plots.py --harness=result.json.
 """
 
-import configurator  # isort: skip
-
 import hashlib
 import json
 import sys
@@ -24,6 +22,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 import checkpoint
+import configurator
 import sample
 from configurator import die
 from eval import OPEN, load_tokenizer, open_run, suffix, write_json

@@ -11,8 +11,6 @@ paired bootstrap intervals. Files in --out: metrics.json, metrics.csv, predictio
 there; --fresh runs them again. Read next: eval/answers.py (measures and budgets), latentwire.py.
 """
 
-import configurator  # isort: skip
-
 import collections
 import json
 import random
@@ -29,6 +27,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import checkpoint
+import configurator
 import latent_data
 import latentwire
 import machine

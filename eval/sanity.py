@@ -7,8 +7,6 @@ initialised model passes, with a loss near ln V. --learned reads the run's own l
 Read next: eval/denoising.py, eval/embedding.py, eval/perplexity.py for quality.
 """
 
-import configurator  # isort: skip
-
 import math
 import sys
 
@@ -16,6 +14,7 @@ import numpy as np
 import torch
 
 import checkpoint
+import configurator
 import denoise
 import denoise_stream
 import sample

@@ -9,8 +9,6 @@ is new, so both start from what the language model knows. The last four rows of 
 Read next: denoise.py (what is trained on it), train.py with config/encdec_ul2.py, prepare/sentence.py (its encoder for everybody).
 """
 
-import configurator  # isort: skip
-
 import json
 import sys
 import tempfile
@@ -20,6 +18,7 @@ import numpy as np
 import torch
 
 import checkpoint
+import configurator
 import denoise
 import denoise_stream
 import hub

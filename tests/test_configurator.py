@@ -14,7 +14,6 @@ from typing import Literal
 import pytest
 
 import configurator
-import prelude
 
 ROOT = Path(__file__).parents[1]
 
@@ -257,15 +256,6 @@ assert not {m for m in sys.modules if m.startswith(("torch", "numpy", "lm_eval")
         assert after.ru_utime - before.ru_utime < 1, command  # 0.2 s; torch alone is 1.5 s and more
 
 
-def test_a_file_of_a_folder_may_be_run_by_its_path(tmp_path):
-    for file in filter(re.compile(r"(prepare|eval)/(?!later_token)").match, commands()):
-        names = re.findall(r"^(?:import|from) (\w+)", (ROOT / file).read_text(), re.MULTILINE)
-        assert next(name for name in names if (ROOT / f"{name}.py").exists() or (ROOT / name).is_dir()) == "configurator", file
-    for file in ("prepare/text.py", "eval/harness.py"):
-        done = subprocess.run([sys.executable, ROOT / file, "--oot=x"], cwd=tmp_path, capture_output=True, text=True)
-        assert (done.returncode, done.stderr) == (2, "--oot=x: unknown key 'oot'; did you mean 'out'?\n")
-
-
 @pytest.mark.parametrize(
     ("package", "argv", "extra"),
     [
@@ -290,19 +280,6 @@ def test_every_foreign_package_stands_in_pyproject():
         for name in re.findall(r"^ *(?:import|from) (\w+)", file.read_text(), re.MULTILINE):
             ours = (ROOT / name).exists() or (ROOT / f"{name}.py").exists()
             assert ours or name in {*sys.stdlib_module_names, "triton"} or f'"{name}' in known, (file, name)
-
-
-def test_an_error_of_every_rank_is_told_by_the_first_and_one_of_a_single_rank_by_itself(monkeypatch, capsys):
-    monkeypatch.setenv("LOCAL_RANK", "3")
-    for ended, said in ((True, ""), (False, "odd\n")):  # by torchrun while it waits, since the first rank has said the same
-        waited = []
-        monkeypatch.setattr(prelude.time, "sleep", lambda s: waited.append(s) or (ended and sys.exit(1)))  # noqa: B023
-        with pytest.raises(SystemExit):
-            prelude.die("odd")
-        assert waited == [2] and capsys.readouterr().err == said
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    dies(capsys, lambda: prelude.die("odd"), "odd")
-    assert len(waited) == 1
 
 
 def test_a_closed_pipe_is_no_error():

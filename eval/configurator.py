@@ -1,1 +1,0 @@
-../prepare/configurator.py

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 
 import configurator
 from configurator import die
-from files import lock, sync, write_json
+from files import hold, sync, write_json
 from model import ModelConfig, Transformer
 
 FILES = ("model.safetensors", "optim.safetensors")
@@ -60,6 +60,18 @@ def steps(run) -> dict[int, Path]:
     """Checkpoints of a run by step number, ascending: names count, times do not."""
     found = {int(p.name[5:]): p for p in Path(run).glob("step-*") if p.name[5:].isdigit() and (p / "state.json").is_file()}
     return dict(sorted(found.items()))
+
+
+def lock(run):
+    """Hold the run directory until the process ends; a second holder is refused."""
+    if not os.path.isdir(run):
+        os.makedirs(run, exist_ok=True)
+        sync(Path(run).parent)
+    path = Path(run) / ".lock"
+    held = hold(path) or die(f"{run}: process {path.read_text() or 'another'} is training here; wait for it or choose another --out")
+    held.truncate(0)
+    print(os.getpid(), end="", file=held, flush=True)
+    return held
 
 
 def start_run(run, cfg, info, resumed=None):

@@ -1,14 +1,9 @@
-"""Files that are whole or absent: written beside their final name, synced to the disk, renamed; and folders that one process holds.
-Read next: checkpoint.py."""
+"""Files that are whole or absent: written beside their final name, synced to the disk, renamed; and locks. Read next: checkpoint.py."""
 
 import fcntl
 import json
 import os
-import weakref
-from contextlib import suppress
 from pathlib import Path
-
-from prelude import die
 
 
 def sync(path):
@@ -38,35 +33,11 @@ def write_rows(path, rows):
     write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def lock(folder):
-    """Hold a folder, made if need be, until what is returned goes or the process ends; a second holder is refused."""
-    path, made = Path(os.path.realpath(folder)) / ".lock", False
-    if not path.parent.parent.exists():
-        os.makedirs(path.parent.parent, exist_ok=True)
-    while True:
-        with suppress(FileExistsError):
-            path.parent.mkdir()
-            made = not sync(path.parent.parent)
-        with suppress(FileNotFoundError):  # `leave` of another process took the folder, or the file that we have just locked: once more
-            handle = open(path, "a+")  # noqa: SIM115
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                handle.seek(0)
-                die(f"{folder}: process {handle.read().strip() or 'another'} is training here; wait for it or choose another --out")
-            if os.path.samestat(os.fstat(handle.fileno()), os.stat(path)):
-                break
-    handle.truncate(0)
-    print(os.getpid(), end="", file=handle, flush=True)
-    weakref.finalize(handle, leave, path, made, os.dup(handle.fileno()))  # the second descriptor holds the lock until the end of it
+def hold(path):
+    """The lock of a file, until the process ends; None if another process has it."""
+    handle = open(path, "a+")  # noqa: SIM115
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return None
     return handle
-
-
-def leave(path, made, held):
-    """Where nothing was written, as by a run that was refused, nothing is left."""
-    with suppress(OSError):
-        if os.listdir(path.parent) == [path.name]:
-            path.unlink()
-            if made:
-                path.parent.rmdir()
-    os.close(held)

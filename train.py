@@ -348,10 +348,9 @@ def main(argv):
     lead, objective = machine.rank == 0, find_objective(cfg)
     scratch = tempfile.TemporaryDirectory(prefix="benchmark-") if cfg.benchmark else None  # goes, too, where the run is refused
     out = Path(scratch.name if scratch else cfg.out)
-    checkpoint.find_resume(out, cfg.resume)  # says no before the folder is touched
+    check_vocabulary(cfg, checkpoint.find_resume(out, cfg.resume))  # says no before the folder is touched
     lock = checkpoint.lock(out) if lead else None  # held until the process ends: two runs in one folder would destroy each other
     resume_from = checkpoint.find_resume(out, cfg.resume)
-    check_vocabulary(cfg, resume_from)
 
     for seed in (torch.manual_seed, np.random.seed, random.seed):  # the last two for your own code: equal runs leave equal files
         seed(cfg.seed % 2**32)

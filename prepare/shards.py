@@ -6,7 +6,6 @@ again with the same command: the open shards are cut back to that note and go on
 directory is no data set. The format is described at `data.Shards`, which reads it."""
 
 import collections
-import fcntl
 import glob
 import hashlib
 import json
@@ -98,16 +97,6 @@ def write_json(path, value):
     files.write_json(path, value, sort_keys=True)
 
 
-def hold(path):
-    """The lock of a folder, until the process ends; None if another process has it."""
-    handle = open(path, "a")  # noqa: SIM115
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return None
-    return handle
-
-
 def tidy(note, parts):
     """Away with what led to a manifest."""
     note = pathlib.Path(note)
@@ -140,7 +129,7 @@ def build(out, tok, tasks, job, settings, shard_tokens, max_tokens=0, max_docume
             return found, 0, 0
         note |= found
     os.makedirs(parts if part[1] > 1 else out, exist_ok=True)
-    lock = hold(os.path.join(parts, f"lock-{mark}") if part[1] > 1 else os.path.join(out, ".lock"))
+    lock = files.hold(os.path.join(parts, f"lock-{mark}") if part[1] > 1 else os.path.join(out, ".lock"))
     if not lock:
         die(f"{out}: another process is writing {'this part' if part[1] > 1 else 'here'}; wait for it, or choose another --out")
     tok.save(folder := os.path.join(out, "tokenizer"))
@@ -172,7 +161,7 @@ def build(out, tok, tasks, job, settings, shard_tokens, max_tokens=0, max_docume
                 os.replace(path, os.path.join(parts, f"{number}.bin"))
                 write_json(os.path.join(parts, f"{number}.json"), {"docs": docs.tolist(), "count": counted})
                 bar.update(int(size))
-            lock = all(is_stored(number) for number, _, _ in numbered()) and hold(os.path.join(out, ".lock"))
+            lock = all(is_stored(number) for number, _, _ in numbered()) and files.hold(os.path.join(out, ".lock"))
             if not lock or os.path.exists(manifest_path):
                 return None
         writers = [Writer(out, split, shard_tokens, state) for split, state in zip(("train", "val"), note["writers"], strict=True)]

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 import data
+import files
 import tokenizer
 from prepare import chat, parts, prompts, shards, sources, text
 
@@ -326,7 +327,7 @@ def test_parts_killed_and_at_once(tmp_path, small):
 def test_two_processes_on_one_directory_are_refused(tmp_path, capsys):
     corpus(tmp_path / "a.jsonl")
     (tmp_path / "out").mkdir()
-    held = shards.hold(tmp_path / "out" / ".lock")
+    held = files.hold(tmp_path / "out" / ".lock")
     with pytest.raises(SystemExit) as stop:
         run(f"from={tmp_path}/a.jsonl", f"out={tmp_path}/out", "workers=1")
     assert stop.value.code == 2 and "another process" in capsys.readouterr().err

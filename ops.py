@@ -132,6 +132,17 @@ def attention(q, k, v, mask, causal):
     return torch.bmm(scores.softmax(-1), v).view(shape[0], -1, share, *shape[2:]).flatten(1, 2)
 
 
+def attend_segments(q, k, v, segments):
+    """The same of flat tokens, not padded, q (Nq, H, E), k and v (Nk, G, E), by cpu.c, without gradients; None where it does not fit."""
+    if torch.is_grad_enabled() or q.dtype != torch.bfloat16 or not native.fits(q) or segments.max_k * q.shape[-1] > 1 << 17:
+        return None
+    (_, heads, width), y = q.shape, torch.empty_like(q, memory_format=torch.contiguous_format)
+    q, k, v = (t if t.stride()[1:] == (width, 1) else t.contiguous() for t in (q, k, v))
+    sizes, cu = (segments.count, heads, k.shape[1], width, int(segments.causal)), (segments.cu_q.int(), segments.cu_k.int())
+    native.call("attend_segments", q, *sizes, *cu, q.stride(0), k.stride(0), v.stride(0), q, k, v, y)
+    return y
+
+
 # ---- the gate of PolyGLU ------------------------------------------------------------------------------------------------
 
 

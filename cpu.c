@@ -360,26 +360,49 @@ void linear_few(int half, int threads, int64_t rows, int64_t in, int64_t out, co
     }
 }
 
+/* Sums of neighbours, of a and then of b: four rounds of it make of sixteen vectors the sum of each. */
+static INLINE Lanes fold(Lanes a, Lanes b) {
+#ifdef __clang__
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+           __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+#else
+    const Pairs even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+    return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, even + 1);
+#endif
+}
+
 /* One query of each of `share` heads (B, G, share, E) over the keys and values of its group, k and v (B, G, keys, E) in fp32, their
-   strides batch and head, a key behind the other. */
+   strides batch and head, a key behind the other, E a multiple of 16. Sixteen keys at a time: a sum across a vector costs more than its
+   products. */
 void attend_one(int half, int threads, int64_t B, int64_t G, int64_t share, int64_t keys, int64_t E, int64_t batch, int64_t head,
                 const float *q, const float *k, const float *v, float *y) {
+    typedef float Loose __attribute__((vector_size(64), aligned(4)));
     PARALLEL(B *G *share *keys *E)
     for (int64_t h = 0; h < B * G * share; h++) {
         const float *key = k + h / share / G * batch + h / share % G * head, *value = v + (key - k);
-        float score[keys], out[E], top = -INFINITY, sum = 0;
-        for (int64_t i = 0; i < keys; i++) {
-            float s = 0;
-#pragma omp simd reduction(+ : s)
-            for (int64_t e = 0; e < E; e++) s += q[h * E + e] * key[i * E + e];
-            score[i] = s / sqrtf(E), top = MAX(top, score[i]);
+        float score[keys + 16], top = -INFINITY, sum = 0, scale = 1 / sqrtf(E);
+        for (int64_t first = 0; first < keys; first += 16) {
+            Lanes dots[16] = {0};
+            for (int64_t e = 0; e < E; e += 16)
+#pragma GCC unroll 16
+                for (int i = 0; i < 16; i++) /* past the last key that one again */
+                    dots[i] += *(Loose *)(q + h * E + e) * *(Loose *)(key + MIN(first + i, keys - 1) * E + e);
+            for (int n = 16; n > 1; n /= 2)
+                for (int i = 0; i < n / 2; i++) dots[i] = fold(dots[2 * i], dots[2 * i + 1]);
+            memcpy(score + first, dots, sizeof(Lanes));
         }
+#pragma omp simd reduction(max : top)
+        for (int64_t i = 0; i < keys; i++) top = MAX(top, score[i]);
 #pragma omp simd reduction(+ : sum)
-        for (int64_t i = 0; i < keys; i++) sum += score[i] = exp_(score[i] - top);
-        memset(out, 0, E * sizeof(float));
-        for (int64_t i = 0; i < keys; i++)
-            for (int64_t e = 0; e < E; e++) out[e] += score[i] * value[i * E + e];
-        for (int64_t e = 0; e < E; e++) y[h * E + e] = out[e] / sum;
+        for (int64_t i = 0; i < keys; i++) sum += score[i] = exp_((score[i] - top) * scale);
+        for (int64_t e = 0; e < E; e += 16) {
+            Lanes out[4] = {0};
+            int64_t i = 0;
+            for (; i + 4 <= keys; i += 4)
+                for (int j = 0; j < 4; j++) out[j] += score[i + j] * *(Loose *)(value + (i + j) * E + e);
+            for (; i < keys; i++) out[0] += score[i] * *(Loose *)(value + i * E + e);
+            *(Loose *)(y + h * E + e) = (out[0] + out[1] + out[2] + out[3]) / sum;
+        }
     }
 }
 

@@ -1,6 +1,6 @@
-/* What eager PyTorch does wastefully on a CPU, in one pass each: PolyGLU, SwiGLU, RMSNorm with rotary positions, the loss, and a decoded
-   token's products and attention. An eager operator reads and writes all of its tensor and waits for its slowest thread; a feed-forward of
-   PolyGLU is seventy of them forward and back (LOG.md).
+/* What eager PyTorch does wastefully on a CPU, in one pass each: PolyGLU, SwiGLU, RMSNorm with rotary positions, the loss, attention
+   without gradients, a decoded token's products. An eager operator reads and writes all of its tensor and waits for its slowest thread; a
+   feed-forward of PolyGLU is seventy of them forward and back (LOG.md).
 
    native.py compiles this file once and calls it; where it cannot, the plain formulas of ops.py and kernels.py do the same. Conventions:
    arrays are fp32, or where `half` says so bf16; arithmetic is fp32. Work is cut by the shapes alone, never by the number of threads, so

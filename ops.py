@@ -135,7 +135,8 @@ def attention(q, k, v, mask, causal):
 
 
 def attend_segments(q, k, v, segments):
-    """The same of flat tokens, not padded, q (Nq, H, E), k and v (Nk, G, E), by cpu.c, without gradients; None where it does not fit."""
+    """The same of flat tokens, not padded, q (Nq, H, E), k and v (Nk, G, E), by cpu.c, without gradients; None where it does not fit,
+    nor the keys and values of a segment on a thread's stack."""
     if torch.is_grad_enabled() or q.dtype != torch.bfloat16 or not native.fits(q) or segments.max_k * q.shape[-1] > 1 << 17:
         return None
     (_, heads, width), y = q.shape, torch.empty_like(q, memory_format=torch.contiguous_format)

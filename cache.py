@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 
 import lean
-import native
 from configurator import die
 
 
@@ -78,7 +77,7 @@ class Cache:
         k, v = self.seen[0][layer], self.seen[1][layer]
         if self.enc is not None:
             k, v = (torch.cat((e, own), dim=2) for e, own in zip(self.enc[layer], (k, v), strict=True))
-        if width == 1 and self.mask is None and self.enc is None and native.fits(q) and k.dtype == torch.float32:
+        if width == 1 and self.mask is None and self.enc is None and lean.attends(q, k):
             return lean.attend_one(q.float(), k, v).flatten(1, 2).to(self.out)
         causal = self.mask is None and width > 1
         y = F.scaled_dot_product_attention(q, k, v, self.mask, is_causal=causal, enable_gqa=q.shape[1] != groups)

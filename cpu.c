@@ -1,6 +1,6 @@
-/* What eager PyTorch does wastefully on a CPU, in one pass each: PolyGLU, SwiGLU, RMSNorm with rotary positions, the loss, and a decoded
-   token's products and attention. An eager operator reads and writes all of its tensor and waits for its slowest thread; a feed-forward of
-   PolyGLU is seventy of them forward and back (LOG.md).
+/* What eager PyTorch does wastefully on a CPU, in one pass each: PolyGLU, SwiGLU, RMSNorm with rotary positions, the loss, attention
+   without gradients, a decoded token's products. An eager operator reads and writes all of its tensor and waits for its slowest thread; a
+   feed-forward of PolyGLU is seventy of them forward and back (LOG.md).
 
    native.py compiles this file once and calls it; where it cannot, the plain formulas of ops.py and kernels.py do the same. Conventions:
    arrays are fp32, or where `half` says so bf16; arithmetic is fp32. Work is cut by the shapes alone, never by the number of threads, so
@@ -40,7 +40,11 @@ static void store(void *to, int64_t at, const float *from, int n, int half) {
     }
     uint16_t *bits = (uint16_t *)to + at;
     const uint32_t *wide = (const uint32_t *)from;
-    for (int i = 0; i < n; i++) { /* to the nearest, ties to even; what is not a number stays none */
+    int i = 0;
+#ifdef __AVX512BF16__
+    for (; i + 16 <= n; i += 16) _mm256_storeu_si256((__m256i *)(bits + i), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from + i)));
+#endif
+    for (; i < n; i++) { /* to the nearest, ties to even; what is not a number stays none */
         uint32_t x = wide[i], nearest = x + 0x7fff + (x >> 16 & 1);
         bits[i] = ((x & 0x7fffffff) > 0x7f800000 ? x | 0x400000 : nearest) >> 16;
     }
@@ -49,7 +53,7 @@ static void store(void *to, int64_t at, const float *from, int n, int half) {
 /* exp to 1 ulp: 2^n times the Taylor series of what is left, |r| <= ln 2 / 2. From -87 down it stays at 1.6e-38, for
    numbers below the normal ones take a processor a hundred times as long; from 88 up at 1.7e38. NaN stays NaN. */
 static inline float exp_(float x) {
-    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+    x = x < -87.0f ? -87.0f : x, x = x > 88.0f ? 88.0f : x; /* two instructions; nested, five */
     float n = rintf(x * 1.44269504f), r = x - n * 0.693359375f + n * 2.12194440e-4f; /* ln 2 in two parts, the first exact */
     float series = 1 + r * (1 + r * (1 / 2.0f + r * (1 / 6.0f + r * (1 / 24.0f + r * (1 / 120.0f + r * (1 / 720.0f + r * (1 / 5040.0f)))))));
     union { int32_t bits; float value; } power = {((int32_t)n + 127) << 23};
@@ -321,29 +325,28 @@ void cross_entropy(int half, int threads, int64_t n, int64_t vocab, int64_t padd
 typedef float Lanes __attribute__((vector_size(64)));
 typedef uint32_t Pairs __attribute__((vector_size(64))); /* two bf16 each: inputs 2i and 2i + 1 of one output */
 
-/* sum + x[0] w[0] + x[1] w[1]: by the instruction that multiplies bf16 where there is one (x is rounded to it), else in fp32 */
-static INLINE Lanes multiply(Lanes sum, const float *x, uint32_t rounded, Pairs w) {
+/* sum + x w of both numbers of a pair: by the instruction that multiplies bf16 where there is one, else in fp32 */
+static INLINE Lanes multiply(Lanes sum, uint32_t x, Pairs w) {
+    Pairs both = x - (Pairs){0};
 #ifdef __AVX512BF16__
-    Pairs both = rounded - (Pairs){0};
     return (Lanes)_mm512_dpbf16_ps((__m512)sum, (__m512bh)both, (__m512bh)w);
 #else
-    return sum + x[0] * (Lanes)(w << 16) + x[1] * (Lanes)(w & 0xffff0000);
+    return sum + (Lanes)(both << 16) * (Lanes)(w << 16) + (Lanes)(both & 0xffff0000) * (Lanes)(w & 0xffff0000);
 #endif
 }
 
-/* 32 outputs of `rows` rows, a constant wherever this is inlined, so that the sums stay in registers */
-static INLINE void product(const int rows, int64_t in, const float *x, const uint32_t *rounded, const Pairs *w, float *y, int64_t out,
-                           int64_t first) {
+/* 32 outputs of `rows` rows of pairs, a constant wherever this is inlined, so that the sums stay in registers */
+static INLINE void product(const int rows, int64_t pairs, const uint32_t *x, const Pairs *w, float *y, int64_t out, int64_t first) {
     Lanes sum[8][2] = {0};
-    for (int64_t i = 0; i < in; i += 2, w += 2)
+    for (int64_t i = 0; i < pairs; i++)
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++)
-            for (int j = 0; j < 2; j++) sum[r][j] = multiply(sum[r][j], x + r * in + i, rounded[(r * in + i) / 2], w[j]);
+            for (int j = 0; j < 2; j++) sum[r][j] = multiply(sum[r][j], x[r * pairs + i], w[2 * i + j]);
     for (int r = 0; r < rows; r++) memcpy(y + r * out + first, sum[r], MIN(32, out - first) * sizeof(float));
 }
 
-/* y (rows, out) = x (rows, in) w^T in fp32, at most 8 rows, `in` even; w in bf16, in blocks of 32 outputs: (out / 32, in / 2, 32, 2), at
-   a multiple of 64 bytes */
+/* y (rows, out) = x (rows, in) w^T in fp32, x rounded to bf16, at most 8 rows, `in` even; w in bf16, in blocks of 32 outputs:
+   (out / 32, in / 2, 32, 2), at a multiple of 64 bytes */
 void linear_few(int half, int threads, int64_t rows, int64_t in, int64_t out, const float *x, const void *w, float *y) {
     uint32_t rounded[rows * in / 2];
     store(rounded, 0, x, rows * in, 1);
@@ -351,31 +354,105 @@ void linear_few(int half, int threads, int64_t rows, int64_t in, int64_t out, co
     for (int64_t first = 0; first < out; first += 32) {
         const Pairs *block = (const Pairs *)w + first / 32 * in;
         switch (rows) {
-#define CASE(n) case n: product(n, in, x, rounded, block, y, out, first); break;
+#define CASE(n) case n: product(n, in / 2, rounded, block, y, out, first); break;
             CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
         }
     }
 }
 
+/* Sums of neighbours, of a and then of b: four rounds of it make of sixteen vectors the sum of each. */
+static INLINE Lanes fold(Lanes a, Lanes b) {
+#ifdef __clang__
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+           __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+#else
+    const Pairs even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+    return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, even + 1);
+#endif
+}
+
 /* One query of each of `share` heads (B, G, share, E) over the keys and values of its group, k and v (B, G, keys, E) in fp32, their
-   strides batch and head, a key behind the other. */
+   strides batch and head, a key behind the other, E a multiple of 16. Sixteen keys at a time: a sum across a vector costs more than its
+   products. */
 void attend_one(int half, int threads, int64_t B, int64_t G, int64_t share, int64_t keys, int64_t E, int64_t batch, int64_t head,
                 const float *q, const float *k, const float *v, float *y) {
+    typedef float Loose __attribute__((vector_size(64), aligned(4)));
     PARALLEL(B *G *share *keys *E)
     for (int64_t h = 0; h < B * G * share; h++) {
         const float *key = k + h / share / G * batch + h / share % G * head, *value = v + (key - k);
-        float score[keys], out[E], top = -INFINITY, sum = 0;
-        for (int64_t i = 0; i < keys; i++) {
-            float s = 0;
-#pragma omp simd reduction(+ : s)
-            for (int64_t e = 0; e < E; e++) s += q[h * E + e] * key[i * E + e];
-            score[i] = s / sqrtf(E), top = MAX(top, score[i]);
+        float score[keys + 16], top = -INFINITY, sum = 0, scale = 1 / sqrtf(E);
+        for (int64_t first = 0; first < keys; first += 16) {
+            Lanes dots[16] = {0};
+            for (int64_t e = 0; e < E; e += 16)
+#pragma GCC unroll 16
+                for (int i = 0; i < 16; i++) /* past the last key that one again */
+                    dots[i] += *(Loose *)(q + h * E + e) * *(Loose *)(key + MIN(first + i, keys - 1) * E + e);
+            for (int n = 16; n > 1; n /= 2)
+                for (int i = 0; i < n / 2; i++) dots[i] = fold(dots[2 * i], dots[2 * i + 1]);
+            memcpy(score + first, dots, sizeof(Lanes));
         }
+#pragma omp simd reduction(max : top)
+        for (int64_t i = 0; i < keys; i++) top = MAX(top, score[i]);
 #pragma omp simd reduction(+ : sum)
-        for (int64_t i = 0; i < keys; i++) sum += score[i] = exp_(score[i] - top);
-        memset(out, 0, E * sizeof(float));
-        for (int64_t i = 0; i < keys; i++)
-            for (int64_t e = 0; e < E; e++) out[e] += score[i] * value[i * E + e];
-        for (int64_t e = 0; e < E; e++) y[h * E + e] = out[e] / sum;
+        for (int64_t i = 0; i < keys; i++) sum += score[i] = exp_((score[i] - top) * scale);
+        for (int64_t e = 0; e < E; e += 16) {
+            Lanes out[4] = {0};
+            int64_t i = 0;
+            for (; i + 4 <= keys; i += 4)
+                for (int j = 0; j < 4; j++) out[j] += score[i + j] * *(Loose *)(value + (i + j) * E + e);
+            for (; i < keys; i++) out[0] += score[i] * *(Loose *)(value + i * E + e);
+            *(Loose *)(y + h * E + e) = (out[0] + out[1] + out[2] + out[3]) / sum;
+        }
+    }
+}
+
+/* ---- attention without gradients, of documents side by side ------------------------------------------------------------ */
+
+/* y (Nq, H, E) = softmax(q k^T / sqrt(E)) v in bf16, E even: queries from[s]:from[s + 1] of segment s over its keys at[s]:at[s + 1], H / G
+   heads on each of G; rows of q, k, v lie so many numbers apart. causal: the last query sees every key. Keys and values are laid out once
+   for the heads that share them; then eight queries at a time multiply all of their keys, by pairs of bf16 as above. */
+void attend_segments(int half, int threads, int64_t S, int64_t H, int64_t G, int64_t E, int64_t causal, const int32_t *from,
+                     const int32_t *at, int64_t q_row, int64_t k_row, int64_t v_row, const uint16_t *q, const uint16_t *k,
+                     const uint16_t *v, void *y) {
+    int64_t share = H / G;
+    PRAGMA(omp parallel for schedule(dynamic) num_threads(threads))
+    for (int64_t task = 0; task < S * G; task++) {
+        int64_t s = task / G, g = task % G, n = from[s + 1] - from[s], m = at[s + 1] - at[s], even = (m + 1) / 2 * 2;
+        Pairs keys[(m + 31) / 32 * E + 1], values[(E + 31) / 32 * even + 1]; /* (m / 32, E / 2, 32, 2), (E / 32, m / 2, 32, 2) */
+        for (int64_t i = 0; i < m; i++)
+            for (int64_t e = 0; e < E / 2; e++)
+                memcpy((uint32_t *)(keys + i / 32 * E + 2 * e) + i % 32, k + (at[s] + i) * k_row + g * E + 2 * e, 4);
+        for (int64_t i = 0; i < m; i += 2)
+            for (int64_t first = 0; first < E; first += 32) {
+                const uint16_t *one = v + (at[s] + i) * v_row + g * E + first, *two = i + 1 < m ? one + v_row : one; /* or p = 0 */
+                uint32_t *pairs = (uint32_t *)(values + first / 32 * even + i);
+                for (int64_t e = 0; e < MIN(32, E - first); e++) pairs[e] = one[e] | (uint32_t)two[e] << 16;
+            }
+        for (int64_t r = 0; r < n * share; r += 8) { /* row r: token r / share, head r % share */
+            int64_t last = MIN(r + 8, n * share) - 1, seen = MAX(0, causal ? last / share + 1 + m - n : m), wide = (seen + 31) / 32 * 32;
+            float score[8 * wide + 1], out[8 * E], sum[8];
+            uint32_t x[4 * MAX(E, wide)], pairs = (seen + 1) / 2;
+            for (int64_t j = 0; j < 8; j++) { /* past the last row that one again */
+                int64_t row = MIN(r + j, last);
+                memcpy(x + j * E / 2, q + (from[s] + row / share) * q_row + (g * share + row % share) * E, 2 * E);
+            }
+            for (int64_t i = 0; i < wide; i += 32) product(8, E / 2, x, keys + i / 32 * E, score, wide, i);
+            for (int64_t j = 0; j < 8; j++) {
+                int64_t row = MIN(r + j, last), mine = MAX(0, causal ? row / share + 1 + m - n : m);
+                float *p = score + j * wide, top = -1e30f, total = 1e-30f, scale = 1 / sqrtf(E); /* no keys: 0 */
+                for (int64_t i = mine; i < wide; i++) p[i] = -INFINITY;
+#pragma omp simd reduction(max : top)
+                for (int64_t i = 0; i < wide; i++) top = MAX(top, p[i]);
+#pragma omp simd reduction(+ : total)
+                for (int64_t i = 0; i < wide; i++) total += p[i] = exp_((p[i] - top) * scale);
+                store(x, 2 * j * pairs, p, 2 * pairs, 1);
+                sum[j] = 1 / total;
+            }
+            for (int64_t e = 0; e < E; e += 32) product(8, pairs, x, values + e / 32 * even, out, E, e);
+            for (int64_t j = 0; r + j <= last; j++) {
+                for (int64_t e = 0; e < E; e++) out[j * E + e] *= sum[j];
+                store(y, ((from[s] + (r + j) / share) * H + g * share + (r + j) % share) * E, out + j * E, E, 1);
+            }
+        }
     }
 }

@@ -45,6 +45,11 @@ def laid_out(weight, rows, bias=None):
     return lambda x: torch.ops.mkldnn._linear_pointwise.default(x, packed, bias, "none", [], "")
 
 
+def attends(q, k):
+    """Whether attend_one takes this query and these keys."""
+    return q.shape[-1] % 16 == 0 and k.dtype == torch.float32 and native.fits(q)
+
+
 def attend_one(q, k, v):
     """One query of each head, q (B, G, share, E), over keys and values (B, G, K, E) in fp32."""
     (batch, groups, share, width), y = q.shape, torch.empty_like(q, memory_format=torch.contiguous_format)

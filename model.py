@@ -31,7 +31,7 @@ from cache import Cache
 from configurator import die, from_dict
 from flash import varlen
 from kernels import ACTIVATIONS, glu, gumbel, polyglu_mix
-from ops import Gather, Thin, WindowMean, attention, full, linear_cross_entropy, matmul32, norm_rotate, rms_norm, rotate
+from ops import Gather, Thin, WindowMean, attend_segments, attention, full, linear_cross_entropy, matmul32, norm_rotate, rms_norm, rotate
 
 Gate = Literal["running", "lagged", "token", "static", "sequence"]
 
@@ -173,7 +173,8 @@ class Segments:
         fits = q.dtype == torch.bfloat16 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
         if q.device.type != "cpu" and fits:  # `meta` too: tests trace it as a GPU would run it
             return varlen(q, k, v, self.cu_q, self.cu_k, self.sizes, self.causal)
-        return self.attend_padded(q, k, v)
+        y = attend_segments(q, k, v, self)
+        return self.attend_padded(q, k, v) if y is None else y
 
     def attend_padded(self, q, k, v):
         if self.calls is None:
@@ -679,7 +680,8 @@ class Embedder(nn.Module):
         return [[*ids, self.tok.eos_id] if self.append_eos or not ids else ids for ids in rows]
 
     @torch.no_grad()
-    def encode(self, texts, batch_size: int = 1 << 30, max_length: int = 0, batch_tokens: int = 8192):
+    def encode(self, texts, batch_size: int = 1 << 30, max_length: int = 0, batch_tokens: int = 0):
+        batch_tokens = batch_tokens or (2048 if self.model.embed.weight.device.type == "cpu" else 8192)  # few enough for a CPU's last cache
         rows = self.rows([texts] if isinstance(texts, str) else texts, max_length)
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
         vectors, at = torch.empty(len(rows), self.model.cfg.d_model, device=self.model.embed.weight.device), 0

@@ -23,6 +23,7 @@ from files import sync
 SOURCE = Path(__file__).with_name("cpu.c")
 FLAGS = "-O3 -march=native -std=gnu11 -fno-math-errno -fno-trapping-math -fopenmp -shared -fPIC"
 KINDS = {"int": ctypes.c_int, "int64_t": ctypes.c_int64, "float": ctypes.c_float}
+PLAIN = {int, float, type(None)}
 
 
 @functools.cache
@@ -63,16 +64,20 @@ def compiled() -> tuple[ctypes.CDLL | None, str]:
 
 def fits(x, table=None) -> bool:
     """Whether cpu.c can stand for the plain formula: x in fp32 or bf16 on a CPU that has it, tables in fp32, outside of torch.compile."""
-    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16) or torch.compiler.is_compiling():
+    if not x.is_cpu or x.dtype not in (torch.float32, torch.bfloat16) or torch.compiler.is_compiling():
         return False
     plain = type(x) in (torch.Tensor, torch.nn.Parameter)  # not one that stands for memory elsewhere, or for none
     return plain and compiled()[0] is not None and (table is None or table.dtype == torch.float32)
 
 
+def address(x, name):
+    if not (where := x.data_ptr()) and x.numel():
+        raise RuntimeError(f"{name}: a tensor without memory of its own (sharded?), which cpu.c would take for none")
+    return where
+
+
 def call(name, like, *tensors):
     """The function `name` of cpu.c, in the dtype of `like`, on as many threads as torch uses. `tensors`, and what numbers it takes, stay
     referred to until C returns: some are temporaries of the caller's."""
-    raw = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in tensors]
-    if any(p == 0 and isinstance(a, torch.Tensor) and a.numel() for a, p in zip(tensors, raw, strict=True)):
-        raise RuntimeError(f"{name}: a tensor without memory of its own (sharded?), which cpu.c would take for none")
+    raw = [a if type(a) in PLAIN else address(a, name) for a in tensors]
     getattr(compiled()[0], name)(like.dtype == torch.bfloat16, torch.get_num_threads(), *raw)

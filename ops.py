@@ -52,17 +52,18 @@ class _NormRotate(torch.autograd.Function):
         x, weight, cos, sin = ctx.saved_tensors
         x3, w, weights, layout = _laid_out(x, weight)
         size, dx = 32, torch.empty_like(x, memory_format=torch.contiguous_format)  # rows of a task
-        dw = None if w is None else w.new_zeros(-(-len(x3) // size), *w.shape)
+        dw = None if w is None else w.new_zeros(-(-layout[0] // size), weights, x.shape[-1])
         native.call("norm_backward", x, *layout, size, dy.contiguous(), x3, w, weights, ctx.eps, cos, sin, dx, dw)
         return dx, None if dw is None else dw.sum(0).view(weight.shape).to(weight.dtype), None, None, None
 
 
 def _laid_out(x, weight):
-    """As cpu.c wants them: x (N, H, E), weight in fp32 (H or 1, E), the number of its rows; N, H, E and the strides of x."""
+    """As cpu.c wants them: x, its weight in fp32, how many rows that has; N, H, E of x (N, H, E), and its strides."""
     x = x if x.stride(-1) == 1 else x.contiguous()
-    x = x.flatten(0, -3) if x.dim() > 2 else x.view(-1, 1, x.shape[-1]) if x.dim() == 1 else x.unsqueeze(-2)
-    w = None if weight is None else weight.detach().float().contiguous().view(-1, x.shape[-1])
-    return x, w, 1 if w is None else len(w), (*x.shape, *x.stride()[:2])
+    x = x if x.dim() < 4 else x.flatten(0, -3)
+    (n, heads), (row, head) = (*x.shape[:-1], 1, 1)[:2], (*x.stride()[:-1], 0, 0)[:2]
+    w = None if weight is None else weight.detach().float().contiguous()
+    return x, w, 1 if w is None else w.numel() // x.shape[-1], (n, heads, x.shape[-1], row, head)
 
 
 def _native(x, weight, eps, cos, sin):
@@ -76,7 +77,8 @@ def _norm_rotate(x, weight, eps, cos, sin):
     if not native.fits(x, cos):
         return _plain(x, weight, eps, cos, sin)
     if cos is not None:
-        cos, sin = (t.expand(len(x), -1, -1).contiguous() for t in (cos, sin))
+        cos, sin = (t if len(t) == len(x) else t.expand(len(x), -1, -1) for t in (cos, sin))
+        cos, sin = cos.contiguous(), sin.contiguous()
     return (_NormRotate.apply if torch.is_grad_enabled() else _native)(x, weight, eps, cos, sin)
 
 
@@ -130,6 +132,18 @@ def attention(q, k, v, mask, causal):
     if mask is not None:
         scores.view(shape[0], -1, share, shape[2], k.shape[1]).masked_fill_(~mask.unsqueeze(-3), -math.inf)  # (S, G, share, n, m)
     return torch.bmm(scores.softmax(-1), v).view(shape[0], -1, share, *shape[2:]).flatten(1, 2)
+
+
+def attend_segments(q, k, v, segments):
+    """The same of flat tokens, not padded, q (Nq, H, E), k and v (Nk, G, E), by cpu.c, without gradients; None where it does not fit,
+    nor the keys and values of a segment on a thread's stack."""
+    if torch.is_grad_enabled() or q.dtype != torch.bfloat16 or not native.fits(q) or segments.max_k * q.shape[-1] > 1 << 17:
+        return None
+    (_, heads, width), y = q.shape, torch.empty_like(q, memory_format=torch.contiguous_format)
+    q, k, v = (t if t.stride()[1:] == (width, 1) else t.contiguous() for t in (q, k, v))
+    sizes, cu = (segments.count, heads, k.shape[1], width, int(segments.causal)), (segments.cu_q.int(), segments.cu_k.int())
+    native.call("attend_segments", q, *sizes, *cu, q.stride(0), k.stride(0), v.stride(0), q, k, v, y)
+    return y
 
 
 # ---- the gate of PolyGLU ------------------------------------------------------------------------------------------------

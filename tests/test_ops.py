@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+import native
+from model import Segments
 from ops import linear_cross_entropy, norm_rotate, rotate
 
 
@@ -66,3 +68,53 @@ def test_heads_normed_and_turned_against_float64(dtype, way):
         assert ((a.double() - b).abs() <= bound * (b.abs() + 1)).all()
     with torch.no_grad():
         assert torch.equal(norm_rotate(x, weight, 1e-6, tables, dtype), y)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    ("queries", "keys", "heads", "width"),
+    [
+        ((3, 1, 40, 257), (3, 1, 40, 257), (6, 2), 64),
+        ((3, 0, 9), (5, 4, 33), (4, 4), 24),
+        ((65, 2), (131, 77), (3, 1), 70),
+        ((1, 7), (1, 8), (2, 2), 128),
+    ],
+)
+def test_attention_of_documents_side_by_side_against_float64(queries, keys, heads, width, causal, way):
+    """Lengths around the 8 queries and 32 keys that cpu.c takes at a time, scores around -128, queries and values that are slices."""
+    torch.manual_seed(0)
+    (h, g), n, m = heads, sum(queries), sum(keys)
+    q, k = torch.randn(n, h + 1, width).bfloat16()[:, :h], (3 * torch.randn(m, g, width)).bfloat16()
+    v = torch.randn(m, h + g, width).bfloat16()[:, h:]
+    q[..., 0], k[..., 0] = 2, -64 * width**0.5 if way == "cpu.c" else 0  # scores that the formula would round to halves
+    cu_q, cu_k = (torch.tensor([0, *sizes]).cumsum(0).int() for sizes in (queries, keys))
+    attend = lambda: Segments(cu_q, max(queries), cu_k, max(keys), causal).attend(q, k, v)  # noqa: E731
+    with torch.no_grad():
+        y = attend()
+    assert y.dtype == torch.bfloat16 and y.shape == (n, h, width)
+    for a, b, c, d in zip(cu_q, cu_q[1:], cu_k, cu_k[1:], strict=False):
+        scores = q[a:b].double().transpose(0, 1) @ k[c:d].double().repeat_interleave(h // g, 1).permute(1, 2, 0) / width**0.5
+        later = torch.ones_like(scores, dtype=torch.bool).triu(1 + int(d - c - b + a)) if causal else torch.tensor(False)
+        want = scores.masked_fill(later, -torch.inf).softmax(-1) @ v[c:d].double().repeat_interleave(h // g, 1).transpose(0, 1)
+        error = (y[a:b].double() - want.transpose(0, 1)).abs()
+        assert (error < (0.02 if way == "cpu.c" else 0.12)).all() and (error.mean() < 0.002 or way == "formula" or a == b)
+    if way == "formula":
+        assert torch.equal(y, attend())  # with gradients
+
+
+def test_attention_neither_of_other_documents_nor_of_threads():
+    """A document alone, among others, on one thread and on two: the same bits."""
+    torch.manual_seed(0)
+    sizes = torch.randint(1, 90, (12,)).tolist()
+    cu, threads = torch.tensor([0, *sizes]).cumsum(0).int(), torch.get_num_threads()
+    q, k, v = (torch.randn(sum(sizes), heads, 32).bfloat16() for heads in (4, 2, 2))
+    with torch.no_grad():
+        y = Segments(cu, 90, causal=False).attend(q, k, v)
+        torch.set_num_threads(3 - min(threads, 2))
+        again = Segments(cu, 90, causal=False).attend(q, k, v)
+        torch.set_num_threads(threads)
+        alone = [
+            Segments(torch.tensor([0, b - a]).int(), 90, causal=False).attend(q[a:b], k[a:b], v[a:b])
+            for a, b in zip(cu, cu[1:], strict=False)
+        ]
+    assert torch.equal(y, again) and (torch.equal(y, torch.cat(alone)) or native.compiled()[0] is None)

@@ -122,12 +122,14 @@ def test_products_of_a_few_rows_against_float64(rows, ins, outs):
 
 
 @pytest.mark.skipif(native.compiled()[0] is None, reason="no cpu.c here")
-def test_attention_of_one_query_against_float64():
+@pytest.mark.parametrize(("keys", "width"), [(1, 16), (37, 48), (40, 64)])
+def test_attention_of_one_query_against_float64(keys, width):
     g = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(size, generator=g) for size in ((2, 3, 5, 24), (2, 3, 40, 24), (2, 3, 40, 24)))
-    k, v = (30 * k)[:, :, :37], v[:, :, :37]  # a view of a longer cache, scores that overflow
-    want = (q.double() @ k.double().mT / 24**0.5).softmax(-1) @ v.double()
-    strided = torch.cat((q, q), -1)[..., :24]
+    q, k, v = (torch.randn(size, generator=g) for size in ((2, 3, 5, width), (2, 3, 40, width), (2, 3, 40, width)))
+    k, v = (30 * k)[:, :, :keys], v[:, :, :keys]  # a view of a longer cache, scores that overflow
+    want = (q.double() @ k.double().mT / width**0.5).softmax(-1) @ v.double()
+    strided = torch.cat((q, q), -1)[..., :width]
+    assert lean.attends(q, k) and not lean.attends(q[..., :8], k[..., :8])
     for given in (q, strided):
         torch.testing.assert_close(lean.attend_one(given, k, v).double(), want, rtol=1e-4, atol=1e-4)
 

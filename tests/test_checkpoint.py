@@ -50,16 +50,6 @@ def save(run, step, trio, **more):
     return checkpoint.save(run, step, model, optimizer, state, **{"keep": 2} | more)
 
 
-def dies(capsys, call, *words):
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        call()
-    message = capsys.readouterr().err
-    assert stop.value.code == 2 and message.count("\n") == 1, message
-    for word in words:
-        assert word in message, message
-
-
 def names(run):
     return sorted(p.name for p in Path(run).glob("step-*"))
 
@@ -142,11 +132,11 @@ def test_saving_a_step_again_replaces_it(tmp_path):
     assert not list(tmp_path.glob(".tmp*"))
 
 
-def test_resolve(tmp_path, capsys):
+def test_resolve(tmp_path, dies):
     trio = make()
-    dies(capsys, lambda: checkpoint.resolve(tmp_path / "none"), "no checkpoint")
+    dies(lambda: checkpoint.resolve(tmp_path / "none"), "no checkpoint")
     save(tmp_path, 1, trio)
-    dies(capsys, lambda: checkpoint.resolve(tmp_path, "best"), "best")
+    dies(lambda: checkpoint.resolve(tmp_path, "best"), "best")
     assert checkpoint.resolve(tmp_path).name == "step-000001"
     save(tmp_path, 2, trio, is_best=True)
     save(tmp_path, 3, trio)
@@ -158,27 +148,27 @@ def test_resolve(tmp_path, capsys):
     assert checkpoint.resolve(tmp_path).name == "step-000003"
 
 
-def test_find_resume(tmp_path, capsys):
+def test_find_resume(tmp_path, dies):
     run = tmp_path / "run"
     assert checkpoint.find_resume(run, "") is None and checkpoint.find_resume(run, "auto") is None
-    dies(capsys, lambda: checkpoint.find_resume(run, "latest"), "no checkpoint")
+    dies(lambda: checkpoint.find_resume(run, "latest"), "no checkpoint")
     trio = make()
     save(run, 1, trio, is_best=True)
     save(run, 2, trio)
-    dies(capsys, lambda: checkpoint.find_resume(run, ""), "--resume", "--out")
+    dies(lambda: checkpoint.find_resume(run, ""), "--resume", "--out")
     assert checkpoint.find_resume(run, "auto").name == checkpoint.find_resume(run, "latest").name == "step-000002"
     assert checkpoint.find_resume(run, "best").name == "step-000001"
     assert checkpoint.find_resume(tmp_path / "other", str(run / "step-000001")).name == "step-000001"
     assert checkpoint.find_resume(tmp_path / "other", str(run)).name == "step-000002"
     save(tmp_path / "other", 9, trio)  # its checkpoints are later than those of `run`: rotation would delete them
     for how in (run, run / "step-000001", run / "best"):
-        dies(capsys, lambda how=how: checkpoint.find_resume(tmp_path / "other", str(how)), f"--resume={how}", "another run", "--out")
+        dies(lambda how=how: checkpoint.find_resume(tmp_path / "other", str(how)), f"--resume={how}", "another run", "--out")
     assert checkpoint.find_resume(run, str(run / "best")).name == "best" and names(tmp_path / "other") == ["step-000009"]
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "optim.safetensors", "state.json"])
 @pytest.mark.parametrize("harm", ["flip", "cut", "remove"])
-def test_damage_is_one_line(tmp_path, capsys, file, harm):
+def test_damage_is_one_line(tmp_path, dies, file, harm):
     trio = make()
     train(*trio[1:], 1)
     save(tmp_path, 1, trio)
@@ -190,7 +180,7 @@ def test_damage_is_one_line(tmp_path, capsys, file, harm):
     (folder / file).write_bytes(data if harm == "flip" else data[: len(data) // 2])
     if harm == "remove":
         (folder / file).unlink()
-    dies(capsys, lambda: checkpoint.load_training(folder, *trio[1:]), file if (file, harm) != ("state.json", "remove") else "no checkpoint")
+    dies(lambda: checkpoint.load_training(folder, *trio[1:]), file if (file, harm) != ("state.json", "remove") else "no checkpoint")
 
 
 @pytest.mark.parametrize(
@@ -203,15 +193,15 @@ def test_damage_is_one_line(tmp_path, capsys, file, harm):
         ({"optimizer": "muon"}, ["AdamW", "--optimizer"]),
     ],
 )
-def test_another_architecture_is_one_line(tmp_path, capsys, change, words):
+def test_another_architecture_is_one_line(tmp_path, dies, change, words):
     trio = make()
     save(tmp_path, 1, trio)
     _, model, optimizer = make(**change)
     before = [p.clone() for p in model.parameters()]
-    dies(capsys, lambda: checkpoint.load_training(tmp_path, model, optimizer), *words)
+    dies(lambda: checkpoint.load_training(tmp_path, model, optimizer), *words)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     if "optimizer" not in change:
-        dies(capsys, lambda: checkpoint.load_weights(tmp_path, model), *words)
+        dies(lambda: checkpoint.load_weights(tmp_path, model), *words)
 
 
 @pytest.mark.parametrize(
@@ -224,12 +214,12 @@ def test_another_architecture_is_one_line(tmp_path, capsys, change, words):
         ({"acts": ("relu", "tanh", "silu", "silu")}, ["acts ['relu', 'tanh', 'silu', 'gelu'] -> "]),
     ],
 )  # fmt: skip
-def test_the_same_tensors_as_another_function_are_never_taken_silently(tmp_path, capsys, change, words):
+def test_the_same_tensors_as_another_function_are_never_taken_silently(tmp_path, dies, change, words):
     trio = make()
     save(tmp_path, 1, trio)
     _, model, optimizer = make(**change, lr=3e-4, act="gelu", seed=2)  # what changes no function of this model is nobody's business
     before = model.embed.weight.clone()
-    dies(capsys, lambda: checkpoint.load_training(tmp_path, model, optimizer), *words, "--init_from")
+    dies(lambda: checkpoint.load_training(tmp_path, model, optimizer), *words, "--init_from")
     assert torch.equal(before, model.embed.weight)
     assert words[0] in checkpoint.load_weights(tmp_path, model) and torch.equal(trio[1].embed.weight, model.embed.weight)
     assert checkpoint.load_weights(tmp_path, make()[1]) == f"started from step 1 of {tmp_path}"
@@ -246,16 +236,16 @@ def test_init_from_takes_weights_only(tmp_path):
     assert not optimizer.state and torch.equal(state, torch.get_rng_state())
 
 
-def test_two_processes_on_one_run_are_refused(tmp_path, capsys):
+def test_two_processes_on_one_run_are_refused(tmp_path, dies):
     held = checkpoint.lock(tmp_path)
-    dies(capsys, lambda: checkpoint.lock(tmp_path), str(os.getpid()), "--out")
-    dies(capsys, lambda: checkpoint.find_resume(tmp_path, "latest"), str(os.getpid()), "is training here")
+    dies(lambda: checkpoint.lock(tmp_path), str(os.getpid()), "--out")
+    dies(lambda: checkpoint.find_resume(tmp_path, "latest"), str(os.getpid()), "is training here")
     held.close()
-    dies(capsys, lambda: checkpoint.find_resume(tmp_path, "latest"), "no checkpoint here")
+    dies(lambda: checkpoint.find_resume(tmp_path, "latest"), "no checkpoint here")
     checkpoint.lock(tmp_path).close()
 
 
-def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, capsys, monkeypatch):
+def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, dies, monkeypatch):
     trio = make()
     save(tmp_path, 1, trio)
 
@@ -263,7 +253,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, capsys, monkeypatch
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    dies(capsys, lambda: save(tmp_path, 2, trio), "No space left", "GB", "untouched")
+    dies(lambda: save(tmp_path, 2, trio), "No space left", "GB", "untouched")
     assert names(tmp_path) == ["step-000001"] and not list(tmp_path.glob(".tmp*"))
     checkpoint.load(tmp_path)
 
@@ -330,9 +320,7 @@ def test_the_tokenizer_that_knows_more_is_kept(tmp_path, arch, data, want):
     assert (tmp_path / "run/tokenizer/tokenizer.json").read_text() == want
 
 
-def test_an_exported_folder_is_told_from_a_run(tmp_path, capsys):
+def test_an_exported_folder_is_told_from_a_run(tmp_path, dies):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_text("")
-    with pytest.raises(SystemExit):
-        checkpoint.resolve(tmp_path)
-    assert "an exported folder" in capsys.readouterr().err
+    dies(lambda: checkpoint.resolve(tmp_path), "an exported folder")

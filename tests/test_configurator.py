@@ -44,15 +44,6 @@ def load(*argv):
     return configurator.load(Config, list(argv), "usage: train")[0]
 
 
-def dies(capsys, call, *words):
-    with pytest.raises(SystemExit) as stop:
-        call()
-    message = capsys.readouterr().err
-    assert stop.value.code == 2 and message.count("\n") == 1, message
-    for word in words:
-        assert word in message, message
-
-
 @pytest.mark.parametrize(
     ("arg", "key", "value"),
     [
@@ -118,12 +109,12 @@ def test_accepts(arg, key, value):
         ("missing.py", ["missing.py", "no such config file"]),
     ],
 )
-def test_refuses(capsys, arg, words):
-    dies(capsys, lambda: load(arg), *words)
+def test_refuses(dies, arg, words):
+    dies(lambda: load(arg), *words)
 
 
-def test_a_key_given_twice_dies(capsys):
-    dies(capsys, lambda: load("--lr=1", "--lr=2"), "--lr", "twice")
+def test_a_key_given_twice_dies(dies):
+    dies(lambda: load("--lr=1", "--lr=2"), "--lr", "twice")
 
 
 def test_files_see_current_values_and_arguments_win(tmp_path):
@@ -164,10 +155,10 @@ def test_a_file_cannot_change_a_default_in_place(tmp_path):
         ("assert n_layer == 7, 'seven'", ["line 1", "AssertionError", "seven"]),
     ],
 )
-def test_broken_files(tmp_path, capsys, text, words):
+def test_broken_files(tmp_path, dies, text, words):
     path = tmp_path / "c.py"
     path.write_text(text)
-    dies(capsys, lambda: load(str(path)), "c.py", *words)
+    dies(lambda: load(str(path)), "c.py", *words)
 
 
 def test_json_round_trip():
@@ -177,8 +168,8 @@ def test_json_round_trip():
     assert isinstance(configurator.to_dict(cfg)["acts"], list)
 
 
-def test_a_saved_config_with_an_unknown_key_dies(capsys):
-    dies(capsys, lambda: configurator.from_dict(Config, {"n_heads": 3}, "run/config.json"), "run/config.json", "n_heads")
+def test_a_saved_config_with_an_unknown_key_dies(dies):
+    dies(lambda: configurator.from_dict(Config, {"n_heads": 3}, "run/config.json"), "run/config.json", "n_heads")
 
 
 def test_help_lists_every_key_with_default_and_comment(capsys):
@@ -191,7 +182,7 @@ def test_help_lists_every_key_with_default_and_comment(capsys):
     assert text.index("--arch") < text.index("--n_layer")  # what is a run's own comes before what it builds on
 
 
-def test_args(capsys):
+def test_args(capsys, dies):
     keys = {"ckpt": str, "device": Literal["cpu", "cuda"], "top_k": 0, "temperature": 1.0, "chat": False, "prompt": None}
     opt = configurator.args(keys, ["--ckpt=out/x=1", "--device=cpu", "--temperature=0", "--chat", "--prompt=12"], "doc")
     assert vars(opt) == {"ckpt": "out/x=1", "device": "cpu", "top_k": 0, "temperature": 0.0, "chat": True, "prompt": "12"}
@@ -200,10 +191,10 @@ def test_args(capsys):
     assert (one.bits, one.lrs) == ((16,), (0.5,))  # numbers, not their text
     for said in ("None", "'a'", "[1, 2]", '"it" "is"'):  # text stays text, also where it looks like Python
         assert configurator.args({"prompt": None}, [f"--prompt={said}"], "").prompt == said
-    dies(capsys, lambda: configurator.args(keys, ["--ckpt=a"], "doc"), "--device", "required")
-    dies(capsys, lambda: configurator.args(keys, ["--ckpt=a", "--device=tpu"], "doc"), "tpu", "one of cpu, cuda")
-    dies(capsys, lambda: configurator.args(keys, ["--topk=3"], "doc"), "topk", "top_k")
-    dies(capsys, lambda: configurator.args(keys, ["out/run"], "doc"), "out/run")
+    dies(lambda: configurator.args(keys, ["--ckpt=a"], "doc"), "--device", "required")
+    dies(lambda: configurator.args(keys, ["--ckpt=a", "--device=tpu"], "doc"), "tpu", "one of cpu, cuda")
+    dies(lambda: configurator.args(keys, ["--topk=3"], "doc"), "topk", "top_k")
+    dies(lambda: configurator.args(keys, ["out/run"], "doc"), "out/run")
     with pytest.raises(SystemExit) as stop:
         configurator.args(keys, ["--help"], "what it does")
     text = capsys.readouterr().out

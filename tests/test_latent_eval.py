@@ -158,7 +158,7 @@ def test_prepare_squad_and_hotpot(tmp_path, capsys):
         assert "does not exist" in capsys.readouterr().err
 
 
-def test_prepare_squad_takes_or_names_what_rows_may_look_like(tmp_path, monkeypatch, capsys):
+def test_prepare_squad_takes_or_names_what_rows_may_look_like(tmp_path, monkeypatch, capsys, dies):
     plain = {"context": "c", "question": "q", "answers": None, "id": "1"}
     hotpot = {"context": [["T", ["a.", "b."]]], "question": "q", "answer": "x", "id": "2"}  # nobody says which sentences support it
     (tmp_path / "flat.json").write_text(json.dumps({"version": "2", "data": [plain, hotpot]}))
@@ -206,9 +206,7 @@ def test_prepare_squad_takes_or_names_what_rows_may_look_like(tmp_path, monkeypa
         assert said in error and error.count("\n") == 1 and not (tmp_path / "x").exists()
     datasets = SimpleNamespace(load_dataset=lambda *a, **k: (_ for _ in ()).throw(ConnectionError("no\nnetwork")))
     monkeypatch.setitem(sys.modules, "datasets", datasets)
-    with pytest.raises(SystemExit):
-        squad.main(["--source=no/such", f"--out={tmp_path}/x"])
-    assert "--source=no/such --split=train: neither a file nor a dataset" in capsys.readouterr().err
+    dies(lambda: squad.main(["--source=no/such", f"--out={tmp_path}/x"]), "--source=no/such --split=train: neither a file nor a dataset")
 
 
 def test_two_splits_of_one_file_share_no_passage(tmp_path):
@@ -342,16 +340,14 @@ def test_arms_are_cached_until_something_changes(overfit, monkeypatch):
     assert len(runs) == 4 * first + 2 * 4  # and for each model one width more, with its three budgets of bytes
 
 
-def test_a_killed_evaluation_keeps_the_arms_it_has(overfit, monkeypatch, capsys):
+def test_a_killed_evaluation_keeps_the_arms_it_has(overfit, monkeypatch, dies):
     real, left = latent.run_arm, iter("ab")
     monkeypatch.setattr(latent, "run_arm", lambda *a, **k: real(*a, **k) if next(left, None) else 1 / 0)
     args = [f"--ckpt={overfit}/run", f"--data={overfit}/train.jsonl", "--bits=(8,)", "--max_new_tokens=2", f"--out={overfit}/k"]
     with pytest.raises(ZeroDivisionError):
         latent.main(args)
     assert len(json.loads((overfit / "k" / "arms.json").read_text())["arms"]) == 2
-    with pytest.raises(SystemExit):
-        latent.main([*args, "--samples=1"])
-    assert "two passages" in capsys.readouterr().err
+    dies(lambda: latent.main([*args, "--samples=1"]), "two passages")
 
 
 def test_few_at_a_time_and_what_was_left_out_is_counted(overfit, tmp_path, monkeypatch):
@@ -370,7 +366,7 @@ def test_few_at_a_time_and_what_was_left_out_is_counted(overfit, tmp_path, monke
     assert again["samples"] == 5 and again["dropped"] == 1 and max(sizes) == 5
 
 
-def test_readers_that_cannot_read_are_named(overfit, capsys, monkeypatch):
+def test_readers_that_cannot_read_are_named(overfit, capsys, monkeypatch, dies):
     lms = f"--lms=('{overfit}/a', '{overfit}/b')"
     latent.main([lms, f"--data={overfit}/train.jsonl", "--max_new_tokens=2"])
     ran, real = [], latent.run_arm
@@ -379,9 +375,7 @@ def test_readers_that_cannot_read_are_named(overfit, capsys, monkeypatch):
     fast = latent.machine.find("auto", "auto").dtype
     assert set(ran) == {str(fast)}  # as every other evaluation of it, on the device that was asked for
     assert "exact match from text 0.000" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        latent.main([lms, f"--data={overfit}/train.jsonl", "--max_new_tokens=2", "--require=0.95"])
-    assert "train it longer" in capsys.readouterr().err
+    dies(lambda: latent.main([lms, f"--data={overfit}/train.jsonl", "--max_new_tokens=2", "--require=0.95"]), "train it longer")
     with pytest.raises(SystemExit):
         latent.main([])
 
@@ -431,7 +425,7 @@ def test_rows_without_what_is_needed_are_refused(tmp_path):
     assert torch.equal(lw.decode(lw.encode(torch.zeros(2, 3), 4)), torch.zeros(2, 3))
 
 
-def test_answers_are_whole_however_they_are_written(tmp_path, capsys):
+def test_answers_are_whole_however_they_are_written(tmp_path, capsys, dies):
     squad_way = {"text": ["Oslo", "in Oslo"], "answer_start": [1, 2]}
     given = ["Oslo", squad_way, {"text": [], "answer_start": []}, None, [1950], 1950, [{"text": "Oslo"}], []]
     write_rows(tmp_path / "x.jsonl", [{"context": "c", "question": "q", "answers": a} for a in given])
@@ -451,16 +445,12 @@ def test_answers_are_whole_however_they_are_written(tmp_path, capsys):
             latent_data.read_rows(tmp_path / "y.jsonl")
         assert "y.jsonl: row 2" in (error := capsys.readouterr().err) and error.count("\n") == 1
     (tmp_path / "z.json").write_text('{"data": []}')
-    with pytest.raises(SystemExit):
-        latent_data.read_rows(tmp_path / "z.json")
-    assert "no list of rows" in capsys.readouterr().err
+    dies(lambda: latent_data.read_rows(tmp_path / "z.json"), "no list of rows")
 
 
 @pytest.mark.parametrize("setting", ["samples=0", "batch=-1", "resamples=0", "max_new_tokens=0", "bytes=-5"])
-def test_what_measures_nothing_is_refused(setting, capsys):
-    with pytest.raises(SystemExit):
-        latent.main(["--ckpt=out/none", f"--{setting}"])
-    assert "must be above 0" in capsys.readouterr().err
+def test_what_measures_nothing_is_refused(setting, dies):
+    dies(lambda: latent.main(["--ckpt=out/none", f"--{setting}"]), "must be above 0")
 
 
 def test_what_reading_text_ignores_is_refused(capsys):

@@ -366,7 +366,7 @@ def saved(out, cfg):
     return model
 
 
-def test_frozen_layers_are_read_where_they_lie(models, tmp_path, capsys, monkeypatch):
+def test_frozen_layers_are_read_where_they_lie(models, tmp_path, dies, monkeypatch):
     """latent_frozen: they are no part of the checkpoint, their hash is; blocks and norm, which are trained, are."""
 
     def older(state):  # of a run from before a setting was there: its default is what was done
@@ -390,9 +390,7 @@ def test_frozen_layers_are_read_where_they_lie(models, tmp_path, capsys, monkeyp
     checkpoint.save(tmp_path / "a", 0, lm, None, {"config": configurator.to_dict(lm.cfg), "tau": 1.0}, 1)
     (tmp_path / "a" / "tokenizer").symlink_to(models / "a" / "tokenizer")
     other = lw.build(SimpleNamespace(**vars(cfg) | {"latent_reader": str(tmp_path / "a")}))
-    with pytest.raises(SystemExit):
-        checkpoint.put_weights(other, weights, tmp_path)
-    assert "around other frozen models" in capsys.readouterr().err
+    dies(lambda: checkpoint.put_weights(other, weights, tmp_path), "around other frozen models")
 
 
 def test_an_encoder_is_taken_over_as_it_was_set_up(models, tmp_path, capsys):
@@ -504,7 +502,7 @@ def test_only_short_texts_are_kept():
     assert side.gold("Q" * 240, "x" * 30) == [*b" " + b"x" * 30, 256]  # its start is kept, the whole is not
 
 
-def test_settings_that_nothing_in_the_data_heeds_are_named(models, capsys):
+def test_settings_that_nothing_in_the_data_heeds_are_named(models, dies):
     """Text without questions, questions without text, and a length of a stage that would cut nothing."""
     sides, reader = lw.layouts(config(models))
     keys = dict(seq_len=48, tokens_per_step=96, max_steps=8, objective="latent")
@@ -521,18 +519,14 @@ def test_settings_that_nothing_in_the_data_heeds_are_named(models, capsys):
         if length == 48:
             latent_data.Stream(cfg, optim.Plan(cfg, 1), 0, 1, sides, reader, print)
             continue
-        with pytest.raises(SystemExit):
-            latent_data.Stream(cfg, optim.Plan(cfg, 1), 0, 1, sides, reader, print)
-        assert "seq_len=24 would cut no source" in capsys.readouterr().err
+        dies(lambda: latent_data.Stream(cfg, optim.Plan(cfg, 1), 0, 1, sides, reader, print), "seq_len=24 would cut no source")
     for tokens, stages, said in ((100, (), "2.08333 sources"), (96, ({"start": 0}, {"start": 4, "rows": 3, "accum": 2}), "")):
         cfg = config(models, data=str(models / "qa.jsonl"), stages=stages, **keys | {"tokens_per_step": tokens})
         if not said:
             steps = list(latent_data.Stream(cfg, optim.Plan(cfg, 1), 0, 1, sides, reader, print))
             assert [(len(micros), len(micros[0]["z_cu"]) - 1) for micros in steps] == [(1, 2)] * 4 + [(2, 3)] * 4
             continue
-        with pytest.raises(SystemExit):
-            latent_data.Stream(cfg, optim.Plan(cfg, 1), 0, 1, sides, reader, print)
-        assert said in capsys.readouterr().err
+        dies(lambda: latent_data.Stream(cfg, optim.Plan(cfg, 1), 0, 1, sides, reader, print), said)
 
 
 def test_slots_look_like_words(models):
@@ -572,7 +566,7 @@ def run_train(models, out, *more, **changed):
     return {p.name: (p / "model.safetensors").read_bytes() for p in out.glob("step-*")}
 
 
-def test_train_resumes_to_the_bit_and_keeps_the_frozen_frozen(models, tmp_path, capsys):
+def test_train_resumes_to_the_bit_and_keeps_the_frozen_frozen(models, tmp_path, capsys, dies):
     before = {n: lw.fingerprint(lw.frozen(models / n)) for n in "ab"}
     whole = run_train(models, tmp_path / "one")
     again = run_train(models, tmp_path / "one", f"--resume={tmp_path}/one/step-000002")
@@ -583,18 +577,17 @@ def test_train_resumes_to_the_bit_and_keeps_the_frozen_frozen(models, tmp_path, 
     model, state = lw.load(tmp_path / "one")
     assert state["step"] == 6 and not model.training
     other = {**state["config"], "lms": [str(models / "b"), str(models / "a")]}  # readers swapped: refused
-    with pytest.raises(SystemExit):
-        checkpoint.put_weights(lw.Interlingua(SimpleNamespace(**other)), lw.read(tmp_path / "one")[1], "here")
-    assert "another architecture" in capsys.readouterr().err
+    dies(
+        lambda: checkpoint.put_weights(lw.Interlingua(SimpleNamespace(**other)), lw.read(tmp_path / "one")[1], "here"),
+        "another architecture",
+    )
     size, texts = lw.answers(model, TEXTS[0], "Where?", bits=4, max_new_tokens=4)
     assert size == 16 + 2 + 12 and len(texts) == 2
     third = dict(latent_from=str(tmp_path / "one"), lms=(str(models / "b"),), latent_reader=str(models / "a"))
     joined = run_train(models, tmp_path / "third", save_every=6, **third)
     new, old = lw.read(tmp_path / "third")[1], lw.read(tmp_path / "one")[1]
     assert joined and all(torch.equal(v, old[k]) for k, v in new.items() if k.startswith("encoder."))  # only the adapter moved
-    with pytest.raises(SystemExit):
-        lw.build(train.Config(**vars(settings_of(**third, latent_dim=16))))
-    assert "latent_dim=16, but" in capsys.readouterr().err
+    dies(lambda: lw.build(train.Config(**vars(settings_of(**third, latent_dim=16)))), "latent_dim=16, but")
     train.main(arguments(models, tmp_path / "none", max_steps=8, save_every=0) + ["--benchmark=1"])
     assert capsys.readouterr().out.split()[-4] == "-"  # jsonl has no bytes per token
 

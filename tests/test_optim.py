@@ -48,15 +48,6 @@ LENGTHS = (8, 16, 32, 64, 128, 256, 512, 768, 1536, 2048)
 ULTRA_TOKENS = (8_192_000, 12_288_000, 20_480_000, 40_960_000, 61_440_000, 81_920_000, 102_400_000, 368_640_000, 368_640_000, 983_040_000)
 
 
-def dies(capsys, call, *words):
-    with pytest.raises(SystemExit) as stop:
-        call()
-    message = capsys.readouterr().err
-    assert stop.value.code == 2 and message.count("\n") == 1, message
-    for word in words:
-        assert word in message, message
-
-
 # ---- the plan -----------------------------------------------------------------------------------------------------------
 
 
@@ -196,12 +187,12 @@ def test_batch_is_split_exactly():
         ({"max_steps": 9, "data": {"a": "x"}, "mix_end": {"a": 1}}, 1, ["mix_end"]),
     ],
 )
-def test_refusals(capsys, change, world, words):
-    dies(capsys, lambda: Plan(Config(**change), world), *words)
+def test_refusals(dies, change, world, words):
+    dies(lambda: Plan(Config(**change), world), *words)
 
 
-def test_a_step_outside_the_plan_dies(capsys):
-    dies(capsys, lambda: Plan(Config(max_steps=5), 1)(6), "step 6", "5 steps")
+def test_a_step_outside_the_plan_dies(dies):
+    dies(lambda: Plan(Config(max_steps=5), 1)(6), "step 6", "5 steps")
 
 
 def test_table_shows_every_stage():

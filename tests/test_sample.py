@@ -200,12 +200,10 @@ def test_generate_stops_cuts_and_streams(monkeypatch):
     assert sample.generate(model, BYTES, ["x", "y"]) == ["one two\n\nthree", "\ufffd"]
 
 
-def test_limits(capsys):
+def test_limits(capsys, dies):
     model = tiny()
     assert len(drawn(model, [[1] * 90], 50)[0]) == 6  # max_len - prompt
-    with pytest.raises(SystemExit) as end:
-        drawn(model, [[1] * 96], 5)
-    assert end.value.code == 2 and "96 tokens" in capsys.readouterr().err
+    dies(lambda: drawn(model, [[1] * 96], 5), "96 tokens")
     narrow = tiny(vocab_size=300)  # rows beyond the tokenizer are never drawn
     text = sample.generate(narrow, BYTES, "ab", max_new_tokens=40, temperature=3.0, num_samples=2)
     assert len(text) == 2 and sample.generate(model, BYTES, []) == sample.generate(model, BYTES, [], chat=True) == []
@@ -302,12 +300,10 @@ def test_thinking_and_qwen3s_own_template():
     assert tok.special["<think>"] not in prompts.chat_ids(tok, [{"role": "user", "content": "<think>"}])
 
 
-def test_templates_are_sandboxed_and_may_refuse(chatty, capsys):
+def test_templates_are_sandboxed_and_may_refuse(chatty, dies):
     tok = tokenizer.load(chatty)
     tok.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(SystemExit):
-        prompts.chat_ids(tok, [{"role": "user", "content": "x"}])
-    assert "roles must alternate" in capsys.readouterr().err
+    dies(lambda: prompts.chat_ids(tok, [{"role": "user", "content": "x"}]), "roles must alternate")
     from jinja2.exceptions import SecurityError
 
     tok.chat_template = "{{ messages.__class__.__mro__[1].__subclasses__() }}"
@@ -485,13 +481,11 @@ def test_beams_find_the_likeliest_text_and_one_beam_is_greedy():
     assert four == [beams.search(model, [text], 8, {2}, 4)[0] for text in texts]  # neighbours do not matter
 
 
-def test_beams_of_an_encoder_decoder(run, monkeypatch, capsys):
+def test_beams_of_an_encoder_decoder(run, monkeypatch, dies):
     model = tiny(arch="encdec", vocab_size=361, n_sentinels=100)
     enc, start = [[1, 2, 3, 4, 5], [9, 8]], [[256], [256]]
     allowed = torch.arange(361).expand(2, -1) < 200
     rows = [[], []]
     sample.tokens(model, start, 6, lambda row, i: rows[row].append(i), allowed=allowed, enc=enc)
     assert beams.search(model, start, 6, set(), 1, allowed, enc) == rows and max(map(max, rows)) < 200
-    with pytest.raises(SystemExit):
-        sample.main([f"--ckpt={run}", "--prompt=a", "--beams=3"])
-    assert "--temperature=0" in capsys.readouterr().err
+    dies(lambda: sample.main([f"--ckpt={run}", "--prompt=a", "--beams=3"]), "--temperature=0")

@@ -36,29 +36,25 @@ def test_every_setting_is_read_by_the_code_and_touched_by_a_test():
         assert re.search(rf"\b{key}\b", tests), f"{key}: no test touches it"
 
 
-def test_numbers_that_no_run_can_have_are_refused(capsys):
+def test_numbers_that_no_run_can_have_are_refused(dies):
     impossible = {"micro_tokens": -64, "seq_len": 0, "n_layer": 0, "gate_block": 0, "lr": -1.0, "decay_share": 0.0, "betas": (1.5, 0.9)}
     impossible |= {"chunk": -1, "remat": -1, "tau_min": 0.0, "fp8_history": 0, "tau_max": 0.05, "mix_decay_start": 1.0}
     impossible |= {"latent_len": 0, "first_k": 0}
     for key, value in (*impossible.items(), ("stages", ({"seq_len": 64}, {"rows": 0}))):
-        with pytest.raises(SystemExit):
-            needs.possible(Config(**{"mix": {"a": 1.0}, "mix_end": {"a": 1.0}} | {key: value}))
-        assert key in capsys.readouterr().err
+        dies(lambda: needs.possible(Config(**{"mix": {"a": 1.0}, "mix_end": {"a": 1.0}} | {key: value})), key)
     for file in ROOT.glob("config/*.py"):
         if not re.search("^(fp8_table|sweep)", file.name):
             needs.possible(configurator.load(Config, [str(file)])[0])
 
 
-def test_a_device_or_dtype_that_is_not_there_is_one_line(monkeypatch, capsys):
+def test_a_device_or_dtype_that_is_not_there_is_one_line(monkeypatch, dies):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     for (device, dtype), said in (
         (("cpu", "float8"), "dtype=float8"), (("cpu", "half"), "dtype=half"), (("cuda:1", "auto"), "there are 1 GPUs"),
         (("cuda:", "auto"), "device=cuda: is not known"), (("cuda:x", "auto"), "device=cuda:x is not known"),
     ):  # fmt: skip
-        with pytest.raises(SystemExit):
-            machine.find(device, dtype)
-        assert said in capsys.readouterr().err
+        dies(lambda: machine.find(device, dtype), said)
 
 
 def test_what_would_do_nothing_is_refused_when_typed_and_named_when_inherited(capsys):
@@ -201,11 +197,12 @@ def test_adapter_hidden_is_a_width():
         assert latentwire.Adapter(Config(latent_dim=8, adapter_hidden=adapter_hidden), lm).net[0].out_features == width
 
 
-def test_an_objective_trains_the_architecture_that_it_is_made_for(capsys):
+def test_an_objective_trains_the_architecture_that_it_is_made_for(dies):
     for objective, arch, fit in (("lm", "encoder", "decoder"), ("lm", "encdec", "decoder"), ("denoise", "decoder", "encdec")):
-        with pytest.raises(SystemExit):
-            needs.possible(Config(objective=objective, arch=arch, max_steps=1))
-        assert f"objective={objective} trains no arch={arch}: set --arch={fit}" in capsys.readouterr().err
+        dies(
+            lambda: needs.possible(Config(objective=objective, arch=arch, max_steps=1)),
+            f"objective={objective} trains no arch={arch}: set --arch={fit}",
+        )
 
 
 def test_what_every_stage_sets_itself_is_named():
@@ -214,7 +211,5 @@ def test_what_every_stage_sets_itself_is_named():
     assert "seq_len (needs a stage without `seq_len`)" in found and "micro_tokens (needs a stage without `accum`)" in found
 
 
-def test_a_run_without_a_folder_is_refused(capsys):
-    with pytest.raises(SystemExit):
-        needs.possible(Config(out="", max_steps=1))
-    assert "--out= names no folder" in capsys.readouterr().err
+def test_a_run_without_a_folder_is_refused(dies):
+    dies(lambda: needs.possible(Config(out="", max_steps=1)), "--out= names no folder")

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -120,6 +121,20 @@ def test_documents_from_an_eos_context_each_token_once(home, tmp_path, capsys):
     assert rows[0]["loss"] == pytest.approx(nats / size, rel=1e-6) and rows[0]["loss"] == pytest.approx(rows[1]["loss"], abs=1e-6)
     assert rows[0]["bpb"] == pytest.approx(nats / math.log(2) / size, rel=1e-6)
     assert "surprise by bpb" in capsys.readouterr().out and {"surprise_ppl", "advice_bpb"} <= rows[0].keys()
+
+
+def test_a_text_that_was_trained_on_is_not_scored(home, tmp_path, dies):
+    shards = data.Shards(home / "digits", "train")
+    (start,), (size,) = shards.documents(np.array([3]))
+    seen = bytes(shards.tokens(start, start + size - 1).astype("u1")).decode()
+    argv = [f"--ckpt={home / 'run'}", f"--domains={tmp_path}", f"--out={tmp_path / 'r.json'}"]
+    for texts in (["news", seen], ["news", seen[:-1] + "x", seen[1:]]):
+        (tmp_path / "d.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+        if seen in texts:
+            dies(lambda: perplexity.main(argv), "d.jsonl: text 1 is a document", str(home / "digits"), "--exclude")
+    perplexity.main(argv)
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["results"]["d"]["units"] == 3 and report["unseen_in"] == [str(home / "words"), str(home / "digits")]
 
 
 def test_uniform_model_is_as_surprised_as_it_must_be():

@@ -218,6 +218,7 @@ def test_routing_report_and_its_pictures(home, capsys):
     assert len(report["layers"]) == 2 and all(len(r["map"]) == 48 for r in report["layers"])
     for row in report["layers"]:
         assert sum(row["shares"].values()) == pytest.approx(1, abs=1e-6) and 0 <= row["H1"] <= row["H2"] <= row["H3"] <= 1 + 1e-6
+    assert all(report["overall"][k] == pytest.approx(sum(r[k] for r in report["layers"]) / 2) for k in ("H1", "H2", "H3", "mi domain"))
     table = report["ablations"]["words"]
     assert 1 < table.pop("intact") < 6 and table.pop("shuffled") == 1
     assert {k[0] for k in table} == set("abcdef") and all(low <= mean <= high for mean, low, high in table.values())

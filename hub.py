@@ -328,8 +328,10 @@ def load_anyway(cfg):
 def main(argv):
     commands = {"import": import_, "export": export}
     if not argv or argv[0] not in commands:
-        print(__doc__.strip(), file=sys.stdout if "--help" in argv else sys.stderr)
-        raise SystemExit(0 if "--help" in argv else 2)
+        if not {"--help", "-h"} & set(argv):
+            die(f"hub {' '.join(argv[:1])}: import or export is wanted; python -m hub --help")
+        print(__doc__.strip())
+        raise SystemExit(0)
     defaults = {
         "import": {"from": str, "out": str, "gate": "", "dtype": "float32"},
         "export": {"ckpt": str, "to": str, "out": str, "dtype": "float32"},

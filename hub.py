@@ -262,7 +262,8 @@ def export(opt):
     model, state = checkpoint.load(opt.ckpt, build=load_anyway)
     step_dir = checkpoint.resolve(opt.ckpt)
     run, out, dtype = step_dir.parent, Path(opt.out), getattr(torch, opt.dtype)
-    c, poly = full_fields(model.cfg) | {"embed_rank": 0}, model.cfg.ffn == "polyglu"  # a factorised embedding goes out as its product
+    c, poly = full_fields(model.cfg), model.cfg.ffn == "polyglu"
+    c |= {"embed_rank": 0, "allow_noncausal": False}  # a factorised embedding goes out as its product; consent stays at home
     if poly and c["arch"] != "decoder":
         die(f"arch={c['arch']!r} with ffn='polyglu': no exported class holds it; export a decoder, or train with ffn='swiglu'")
     config = None if poly else hf_config(c, dtype, {})  # refuses before anything is written

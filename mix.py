@@ -37,7 +37,7 @@ def over_domains(rows, suffix=""):
         if len(each) > 1:
             more[f"val/sd/{metric}{suffix}"] = stats.stdev(each.values())
             kind, each = ("ppl", {k: math.exp(min(v, 700)) for k, v in each.items()}) if metric == "loss" else (metric, each)
-            more |= {f"surprise_{kind}/{name}": ratio for name, (ratio, _) in surprise(each, kind).items()}
+            more |= {f"surprise_{kind}/{name}{suffix}": ratio for name, (ratio, _) in surprise(each, kind).items()}
     return more
 
 

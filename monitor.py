@@ -113,6 +113,8 @@ class Meter:
             record |= {f"train/{name}/loss{suffix}": nats / n for name, nats, n in by_name if n}
         record |= {f"data/{name}/bytes": size for name, size in self.seen.items()}
         record |= {"train/lr": row.lr, "train/seq_len": row.seq_len, "train/stage": row.stage, "train/tokens_per_sec": speed}
+        record |= {"train/step_tokens": row.tokens, "train/accum": row.accum, "train/clip": row.clip}
+        record |= {f"train/mix/{name}": share for name, share in row.mix.items()}
         record |= {"train/wait": self.waited / seconds, "train/peak_mem": peak_memory(self.machine.device)}
         record |= {"train/clipped": self.clipped / max(self.steps, 1)}  # share of the steps since the last line or save
         record |= {"train/mfu": mfu} if mfu else {}
@@ -127,7 +129,6 @@ class Meter:
                 gain = float(adapter.gain.detach())
                 record |= {f"train/gain/{m}": gain, f"train/slot_rms/{m}": gain * adapter.rms}
         record |= {"train/tau": row.tau} if self.cfg.ffn == "polyglu" else {}
-        record |= {} if self.cfg.causal else {"causal": False}
         loss = losses.get("loss", sum(weights.get(t, 1.0) * v for t, v in losses.items()))
         line = f"loss {loss:.4f} | lr {row.lr:.2e} | {speed / 1e3:.1f}k tok/s" + (f" | MFU {mfu:.1%}" if mfu else "")
         self.groups.zero_()
@@ -168,6 +169,7 @@ class Log:
 
     def __init__(self, cfg, out: Path, start: int):
         self.path, self.bar, self.sinks = out / "metrics.jsonl", None, []
+        self.always = {} if cfg.causal else {"causal": False}  # no row may pass for one of likelihoods
         lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() and start else []
         lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]  # not what came after the last save
         if cfg.wandb:
@@ -195,7 +197,7 @@ class Log:
 
     def row(self, row: dict):
         row = {k: v for k, v in row.items() if v is not None and not (isinstance(v, float) and not math.isfinite(v))}  # JSON has no NaN
-        row["time"] = round(time.time(), 2)
+        row |= self.always | {"time": round(time.time(), 2)}
         with open(self.path, "a") as f:
             f.write(json.dumps(row) + "\n")
         for write, _ in self.sinks:

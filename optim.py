@@ -40,10 +40,10 @@ class Row:
     tau: float
     eta: float  # step / steps
 
-    def __str__(self):
-        """A line for the log where a stage begins."""
+    def __str__(self):  # a line for the log where a stage begins
         rows, mix = self.tokens // self.seq_len // self.accum, "".join(f", {name} {share:.3g}" for name, share in self.mix.items())
-        return f"step {self.step}: stage {self.stage}: L {self.seq_len}, {rows} rows x {self.accum}, clip {self.clip:g}{mix}"
+        shape = f"L {self.seq_len}, {rows} rows x {self.accum} = {self.tokens:,} tokens"
+        return f"step {self.step}: stage {self.stage}: {shape}, lr {self.lr:.2e}, clip {self.clip:g}{mix}"
 
 
 def shares(mix, cfg, where):

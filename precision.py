@@ -152,7 +152,7 @@ def version(*packages):
 
 
 def info(cfg=None):
-    """The machine, and with a config the precision it gives it."""
+    """The machine, and the precision that it gives a config, or whoever asks for one."""
     hw = hardware("cuda" if torch.cuda.is_available() else "cpu")
     memory = f", {torch.cuda.get_device_properties(0).total_memory / 2**30:.0f} GiB" if hw.cuda else ""
     cudnn, cublas = torch.backends.cudnn.version() or "absent", version("nvidia-cublas", "nvidia-cublas-cu13", "nvidia-cublas-cu12")
@@ -162,9 +162,9 @@ def info(cfg=None):
         f"torch {torch.__version__}, CUDA {torch.version.cuda or 'absent'}, cuDNN {cudnn}, cuBLAS {cublas}",
         f"transformer_engine {te}, flash-attn {version('flash-attn')}, attention: {flash() if hw.cuda else 'torch SDPA'}",
     ]
-    if cfg:
-        used, why = resolve(cfg, hw)
-        lines.append(f"precision: {cfg.precision} requested, {used} used" + "".join(f"; {w}" for w in why))
+    for asked in [cfg] if cfg else [PrecisionConfig(precision=name) for name in ("fp8", "te")]:
+        used, why = resolve(asked, hw)
+        lines.append(f"precision: {asked.precision} requested, {used} used" + "".join(f"; {w}" for w in why))
     return "\n".join(lines)
 
 

@@ -199,16 +199,18 @@ def sources(cfg) -> dict[str, str]:
 
 
 def check_vocabulary(cfg, resumed=None):
-    """The data's ids fit the model, and mean what they meant to the weights that it starts from."""
+    """The data's ids fit the model, and mean what they meant to the weights that it starts from -> fingerprint of their tokenizer."""
     shards = cfg.objective in ("lm", "denoise") or (cfg.objective == "contrast" and not str(cfg.data).endswith(".jsonl"))
+    ids = {"fingerprint": None}
     for path in sources(cfg).values() if shards else ():
-        tokens = data.read_manifest(Path(path))["tokenizer"]["vocab_size"]
-        if tokens > cfg.vocab_size:
+        ids = data.read_manifest(Path(path))["tokenizer"]
+        if (tokens := ids["vocab_size"]) > cfg.vocab_size:
             die(f"vocab_size={cfg.vocab_size} is too small for the {tokens} tokens of {path}; set --vocab_size={tokens}")
         if cfg.init_from and not resumed and (checkpoint.resolve(cfg.init_from).parent / "tokenizer").is_dir():
             import tokenizer
 
             tokenizer.expect_same(checkpoint.resolve(cfg.init_from).parent, path)
+    return ids["fingerprint"]
 
 
 def held_out(cfg, length=0) -> dict[str, list]:
@@ -348,7 +350,7 @@ def main(argv):
     lead, objective = machine.rank == 0, find_objective(cfg)
     scratch = tempfile.TemporaryDirectory(prefix="benchmark-") if cfg.benchmark else None  # goes, too, where the run is refused
     out = Path(scratch.name if scratch else cfg.out)
-    check_vocabulary(cfg, checkpoint.find_resume(out, cfg.resume))  # says no before the folder is touched
+    fingerprint = check_vocabulary(cfg, checkpoint.find_resume(out, cfg.resume))  # says no before the folder is touched
     lock = checkpoint.lock(out) if lead else None  # held until the process ends: two runs in one folder would destroy each other
     resume_from = checkpoint.find_resume(out, cfg.resume)
 
@@ -396,7 +398,8 @@ def main(argv):
         best = score is not None and math.isfinite(score) and (state["best"] is None or score < state["best"])
         state["best"] = score if best else state["best"]
         now = {"step": step, "stream": position, "bytes": meter.bytes(), "metrics": metrics, "tau": float(raw.tau), "fp8": fp8.memory(raw)}
-        now |= {"stage": plan(step - 1).stage, "precision": used + " (not before fp8_start_step)" * bool(raw.fp8 and not raw.fp8.on)}
+        now |= {"stage": plan(step - 1).stage, "tokenizer": fingerprint}
+        now |= {"precision": used + " (not before fp8_start_step)" * bool(raw.fp8 and not raw.fp8.on)}
         full = state | now | {"config": configurator.to_dict(cfg)} | ({"auto_mix": plan.state} if cfg.auto_mix else {})
         if lead:
             checkpoint.sync(log.path)  # what a resumed run keeps of it must be there after a power cut, too

@@ -7,7 +7,7 @@
 
 Windows: `windows` rows of `seq_len` tokens, evenly spread over the split, documents isolated. Domains: every document alone, from an EOS
 context, longer ones in windows that begin every window_stride x eval_len tokens, each text token scored once, no EOS target. Only the
-val split is ever opened.
+val split is ever scored; a text of a domain that is a document of the run's training split stops it, where those shards are at hand.
 bits per byte = nats / (ln 2 x UTF-8 bytes) is the one figure that compares tokenizers. Intervals: bootstrap over windows or documents.
 Read next: eval/harness.py (tasks), eval/routing.py (what the neurons chose).
 """
@@ -19,6 +19,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -59,6 +60,36 @@ def token_scores(model, hidden, targets, chunk=512):
     return torch.cat(rows)
 
 
+def read_texts(path):
+    texts = [row.get("text") for row in read_rows(path)]
+    return die(f"{path}: a row has no text; python -m prepare.val makes such files") if None in texts else texts
+
+
+def marks(tokens, start, size):
+    """A number per document, of its length and two of its tokens: most documents differ in it, equal ones never do."""
+    first, middle = (tokens[start + size * k // 2].astype(np.int64) & 0x7FFFFFFF for k in (0, 1))
+    return (size << 40) ^ (first << 20) ^ middle
+
+
+def expect_unseen(folder, tok, dirs):
+    """Stops at a text that is to be scored and is a document of a training split, token for token. Reads one page of a shard per
+    document of equal length."""
+    for path in sorted(Path(folder).glob("*.jsonl")):
+        coded = [np.array([*tok.encode(text), tok.eos_id], np.uint32) for text in read_texts(path)]
+        number, sizes = {ids.tobytes(): i for i, ids in enumerate(coded)}, np.array([len(ids) for ids in coded])
+        mine = marks(np.concatenate(coded), sizes.cumsum() - sizes, sizes)
+        for dir in dirs:
+            shards = data.Shards(dir, "train")
+            for tokens, idx in zip(shards.bins, shards.idxs, strict=True):
+                start, size = idx[:-1], np.diff(idx)
+                like = np.isin(size, sizes)
+                start, size = start[like], size[like]
+                like = np.isin(marks(tokens, start, size), mine)
+                for at, n in zip(start[like].tolist(), size[like].tolist(), strict=True):
+                    if (i := number.get((tokens[at : at + n] & 0x7FFFFFFF).tobytes())) is not None:
+                        die(f"{path}: text {i} is a document that {dir} trains on; prepare that again with --exclude={folder}, or drop it")
+
+
 def domain_batches(folder, tok, eval_len=2048, batch_tokens=16384, half=None, stride=1.0):
     """{domain: flat micro-batches} of every NAME.jsonl in `folder`; besides what every batch holds, `document` (S,) names each segment's
     document, and `bytes` counts the text whose first window is here. train.py's evaluation reads these as it reads the val split.
@@ -68,10 +99,7 @@ def domain_batches(folder, tok, eval_len=2048, batch_tokens=16384, half=None, st
         die(f"--domains={folder}: no NAME.jsonl there; python -m prepare.val --from=DIR --out={folder} writes them")
     domains = {}
     for path in files:
-        texts = [row.get("text") for row in read_rows(path)]
-        if None in texts:
-            die(f"{path}: a row has no text; python -m prepare.val makes such files")
-        texts = [t for t in texts if half is None or hashlib.blake2b(t.encode()).digest()[0] % 2 == half]
+        texts = [t for t in read_texts(path) if half is None or hashlib.blake2b(t.encode()).digest()[0] % 2 == half]
         pieces, batches, held = [], [], 0  # (document, ids with one more in front, bytes, targets scored before)
         for i, text in enumerate(texts):
             ids = [tok.eos_id, *tok.encode(text)]
@@ -186,9 +214,10 @@ def main(argv):
     seq_len = o.seq_len or min(state["config"].get("seq_len", model.cfg.max_len), model.cfg.max_len)
     sets, results, began = {}, {}, time.time()
     if o.domains:
-        sets |= domain_batches(
-            o.domains, load_tokenizer(o.ckpt), min(o.eval_len, model.cfg.max_len), o.batch_tokens, stride=o.window_stride
-        )
+        tok, trained = load_tokenizer(o.ckpt), [path for path in sources(state).values() if Path(path, "manifest.json").is_file()]
+        sets |= domain_batches(o.domains, tok, min(o.eval_len, model.cfg.max_len), o.batch_tokens, stride=o.window_stride)
+        expect_unseen(o.domains, tok, trained)
+        facts["unseen_in"] = trained  # none of these texts is a document there; []: the shards that it was trained on are not here
     if o.data or not o.domains:
         windows = window_batches(o.ckpt, o.data, sources(state), seq_len, o.windows, o.batch_tokens)
         sets |= {f"{name}_split" if name in sets else name: batches for name, batches in windows.items()}

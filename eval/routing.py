@@ -258,8 +258,9 @@ def main(argv):
     columns = ("H1", "H2", "H3", "context", "identity", "gap", "variance_from_alpha", "mi domain", "mi domain, permuted", "mi token class")
     heads = ("H1", "H2", "H3", "context", "identity", "gap", "alpha/z", "I(domain)", "permuted", "I(class)")
     print(("{:>5} {:>8}" + " {:>9}" * len(heads)).format("layer", "acts as", *heads))
-    for i, r in enumerate(rows):
-        print(f"{i:5} {r['activation']:>8}" + "".join(f" {r[c]:9.4f}" for c in columns))
+    report["overall"] = {key: sum(r[key] for r in rows) / len(rows) for key, value in rows[0].items() if isinstance(value, float)}
+    for i, r in [*enumerate(rows), ("all", {"activation": ""} | report["overall"])]:
+        print(f"{i:>5} {r['activation']:>8}" + "".join(f" {r[c]:9.4f}" for c in columns))
     one = [i for i, r in enumerate(rows) if max(r["neurons"]) == sum(r["neurons"])]
     print(f"by layer: {runs([r['activation'] for r in rows])}; one activation for every neuron in {len(one)} of {len(rows)} layers")
     unused = [a for a in cfg.acts if all(r["neurons"][cfg.acts.index(a)] == 0 for r in rows)]

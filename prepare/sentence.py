@@ -158,10 +158,10 @@ def export(opt) -> Path:
     folders, out, dtype = chosen(opt), Path(opt.out), getattr(torch, opt.dtype)
     model, state = checkpoint.load(folders[-1], build=hub.load_anyway)
     run, tok, opt.pooling = folders[-1].parent, tokenizer.load(folders[-1].parent), opt.pooling or trained_pooling(state)
-    if model.encoder is None:
-        die(f"{opt.ckpt}: a decoder has no bidirectional encoder; make one with python -m prepare.encdec, or export --to=transformers")
     if model.cfg.ffn == "polyglu" or model.cfg.embed_rank:
         die(f"ffn={model.cfg.ffn}, embed_rank={model.cfg.embed_rank}: no stock class holds it; use model.Embedder")
+    if model.encoder is None:
+        die(f"{opt.ckpt}: a decoder has no bidirectional encoder; make one with python -m prepare.encdec, or export --to=transformers")
     if out.exists() and any(out.iterdir()):
         die(f"--out={out}: is not empty; name a new folder")
     if not 8 <= opt.max_seq_length <= model.cfg.max_len:

@@ -522,7 +522,8 @@ def test_an_evaluation_says_what_it_saw(shards, tmp_path, capsys):
     state = [json.loads((tmp_path / "out" / f"step-{step:06d}" / "state.json").read_text()) for step in (2, 4)]
     assert [(s["stage"], s["precision"]) for s in state] == [(0, "bf16 requested, fp32 used"), (1, "bf16 requested, fp32 used")]
     assert json.loads((tmp_path / "out" / "config.json").read_text())["precision"] == "bf16 requested, fp32 used"
-    assert "step 3: stage 1: L 16, 8 rows x 2, clip 0\n" in said
+    assert f"step 3: stage 1: L 16, 8 rows x 2 = 256 tokens, lr {rows[4]['train/lr']:.2e}, clip 0\n" in said
+    assert [rows[s][f"train/{k}"] for s in (1, 4) for k in ("step_tokens", "accum", "clip")] == [256, 2, 1e-6, 256, 2, 0.0]
     history = json.loads((tmp_path / "out" / "history.json").read_text())
     assert [h["metric"] is not None for h in history] == [False, True, True]  # without domains there is no mean to be the best by
     values = [rows[6][f"val/{name}/bpb"] for name in ("one", "two", "both")]

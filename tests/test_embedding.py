@@ -272,6 +272,14 @@ def test_a_first_token_that_hears_nothing_is_found(run, monkeypatch):
     assert not E.later_token(encoder)[0]
 
 
+def test_a_polyglu_decoder_is_not_sent_to_make_an_encoder_that_is_refused_too(tmp_path, dies):
+    model = build(ModelConfig(vocab_size=257, n_layer=1, n_head=2, d_model=16, ffn="polyglu"))
+    tokenizer.load("bytes").save(tmp_path / "run" / "tokenizer")
+    state = {"config": hub.configurator.to_dict(model.cfg), "metrics": {}, "tokens": 0}
+    checkpoint.save(tmp_path / "run", 0, model, None, state, keep=1)
+    dies(lambda: sentence.export(options(ckpt=str(tmp_path / "run"), out=str(tmp_path / "st"))), "ffn=polyglu", "no stock class")
+
+
 def test_export_refuses(qwen, run, tmp_path, capsys, monkeypatch, dies):
     hub.main(["import", f"--from={qwen}", f"--out={tmp_path / 'lm'}"])
     for changes in (

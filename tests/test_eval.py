@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -122,6 +123,20 @@ def test_documents_from_an_eos_context_each_token_once(home, tmp_path, capsys):
     assert "surprise by bpb" in capsys.readouterr().out and {"surprise_ppl", "advice_bpb"} <= rows[0].keys()
 
 
+def test_a_text_that_was_trained_on_is_not_scored(home, tmp_path, dies):
+    shards = data.Shards(home / "digits", "train")
+    (start,), (size,) = shards.documents(np.array([3]))
+    seen = bytes(shards.tokens(start, start + size - 1).astype("u1")).decode()
+    argv = [f"--ckpt={home / 'run'}", f"--domains={tmp_path}", f"--out={tmp_path / 'r.json'}"]
+    for texts in (["news", seen], ["news", seen[:-1] + "x", seen[1:]]):
+        (tmp_path / "d.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+        if seen in texts:
+            dies(lambda: perplexity.main(argv), "d.jsonl: text 1 is a document", str(home / "digits"), "--exclude")
+    perplexity.main(argv)
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["results"]["d"]["units"] == 3 and report["unseen_in"] == [str(home / "words"), str(home / "digits")]
+
+
 def test_uniform_model_is_as_surprised_as_it_must_be():
     model = build(ModelConfig(vocab_size=257, n_layer=1, n_head=2, d_model=16))
     model.embed.weight.data.zero_()
@@ -203,6 +218,7 @@ def test_routing_report_and_its_pictures(home, capsys):
     assert len(report["layers"]) == 2 and all(len(r["map"]) == 48 for r in report["layers"])
     for row in report["layers"]:
         assert sum(row["shares"].values()) == pytest.approx(1, abs=1e-6) and 0 <= row["H1"] <= row["H2"] <= row["H3"] <= 1 + 1e-6
+    assert all(report["overall"][k] == pytest.approx(sum(r[k] for r in report["layers"]) / 2) for k in ("H1", "H2", "H3", "mi domain"))
     table = report["ablations"]["words"]
     assert 1 < table.pop("intact") < 6 and table.pop("shuffled") == 1
     assert {k[0] for k in table} == set("abcdef") and all(low <= mean <= high for mean, low, high in table.values())

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import re
 import sys
 import types
 from types import SimpleNamespace
@@ -714,5 +715,6 @@ def test_te_that_does_not_load_names_the_pair(monkeypatch, tmp_path, capsys):
 
 
 def test_info_names_the_machine_and_the_choice():
+    assert re.findall("precision: (.*?) requested", precision.info()) == ["fp8", "te"]  # bench.py --info
     text = precision.info(config(fp8_emulate=False))
     assert f"torch {torch.__version__}" in text and "precision: fp8 requested" in text

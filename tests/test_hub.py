@@ -478,6 +478,23 @@ def test_published_polyglu_equals_a_slow_reading_of_the_specification(kind, tmp_
     close(model.logits(ids)[0], slow(wide, ids[0], float(model.tau), noise[:, 0]), 1e-10)
 
 
+def test_no_such_command_is_one_line(dies):
+    for argv in ([], ["inport", "--from=x"]):
+        dies(lambda argv=argv: hub.main(argv), "import", "export", *argv[:1])
+
+
+def test_consent_to_a_gate_that_sees_the_future_stays_at_home(tmp_path, dies):
+    save_file(published(), tmp_path / "base.safetensors")
+    run("import", f"--from={tmp_path / 'base.safetensors'}", f"--out={tmp_path / 'run'}")
+    model, _ = loaded(tmp_path / "run")
+    config = configurator.to_dict(model.cfg)
+    assert config["allow_noncausal"]
+    checkpoint.save(tmp_path / "mine", 1, model, None, {"config": config, "tau": 0.1, "metrics": {}, "tokens": 0}, keep=1)
+    run("export", f"--ckpt={tmp_path / 'mine'}", "--to=safetensors", f"--out={tmp_path / 'out'}")
+    run("import", f"--from={tmp_path / 'out'}", f"--out={tmp_path / 'theirs'}")
+    dies(lambda: checkpoint.load(tmp_path / "theirs"), "allow_noncausal=True")
+
+
 def test_published_polyglu_as_a_causal_model_and_round_trip(tmp_path):
     t = published()
     save_file(t, tmp_path / "base.safetensors")

@@ -66,8 +66,8 @@ def test_the_five_minutes_run_as_printed(tmp_path):
     (block,) = [block for block in BLOCKS if "--from='my/*.txt'" in block]
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     for line in block.splitlines():
-        line = line.partition("   #")[0].strip().replace("8192", "300").replace("git log -3", "echo Once")
-        line += SMALL * ("train.py" in line) + " --max_new_tokens=4" * ("sample.py" in line) + " --val=0.3" * ("prepare" in line)
+        line = line.partition("  #")[0].strip().replace("8192", "300").replace("git log -3", "echo Once").replace("--val=0.05", "--val=0.3")
+        line += SMALL * ("train.py" in line) + " --max_new_tokens=4" * ("sample.py" in line)
         if "torchrun" in line:  # ten seconds of start-up; tests/test_faults.py has it
             continue
         done = subprocess.run(line, shell=True, cwd=tmp_path, env=env, capture_output=True, text=True)  # noqa: S602

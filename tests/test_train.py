@@ -101,6 +101,15 @@ def test_what_a_run_leaves_behind(corpus, tmp_path):
     assert state["step"] == 12 and not model.training and state["metrics"]["val/mean/loss"] > 0
     assert model.logits(torch.tensor([[1, 2, 3]])).shape == (1, 3, 257)
     assert (out / "tokenizer").is_dir()
+    assert state["tokenizer"] == json.loads(Path(corpus, "manifest.json").read_text())["tokenizer"]["fingerprint"]
+
+
+def test_no_line_of_a_run_that_sees_the_future_may_pass_for_a_likelihood(corpus, tmp_path):
+    polyglu = ["--ffn=polyglu", "--gate=sequence", "--allow_noncausal", "--eval_every=6"]
+    rows = run({"a": corpus, "b": corpus}, tmp_path / "run", *polyglu, "--log_every=6")
+    assert len(rows) == 5 and all(row["causal"] is False for row in rows)
+    measured = [key for row in rows for key in row if key.startswith(("val/", "surprise", "train/loss", "train/a/"))]
+    assert len(measured) > 20 and all(key.endswith("_noncausal") for key in measured), measured
 
 
 def test_init_from_takes_the_weights_and_starts_afresh(corpus, tmp_path, capsys):

@@ -478,11 +478,6 @@ def test_published_polyglu_equals_a_slow_reading_of_the_specification(kind, tmp_
     close(model.logits(ids)[0], slow(wide, ids[0], float(model.tau), noise[:, 0]), 1e-10)
 
 
-def test_no_such_command_is_one_line(dies):
-    for argv in ([], ["inport", "--from=x"]):
-        dies(lambda argv=argv: hub.main(argv), "import", "export", *argv[:1])
-
-
 def test_consent_to_a_gate_that_sees_the_future_stays_at_home(tmp_path, dies):
     save_file(published(), tmp_path / "base.safetensors")
     run("import", f"--from={tmp_path / 'base.safetensors'}", f"--out={tmp_path / 'run'}")

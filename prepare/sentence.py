@@ -24,6 +24,7 @@ import hub
 import tokenizer
 from configurator import die
 from model import ModelConfig
+from prepare import no_bars
 from prepare.tokenizer import convert
 
 POOLING = {"mean": "mean", "cls": "cls", "last": "lasttoken", "weighted_mean": "weightedmean"}  # ours -> sentence-transformers
@@ -217,6 +218,7 @@ def main(argv):
     for key, values in allowed.items():
         if getattr(opt, key) not in values:
             die(f"--{key}={getattr(opt, key)}: expected one of {', '.join(filter(None, values))}")
+    no_bars()
     out = export(opt)
     if opt.verify:
         from prepare.sentence_check import verify

@@ -504,6 +504,14 @@ def sentences(n, seed):
     return [" ".join(rng.choice(words) for words in (who, does, what, where)) + "." for _ in range(n)]
 
 
+def test_an_evaluation_without_its_data_says_so_in_one_line(qwen, tmp_path, dies):
+    """Before a model is loaded; and transformers draws no bars where nobody sees them move."""
+    dies(lambda: E.main([f"--ckpt={tmp_path}", "--run_stsb", f"--data={tmp_path}"]), "stsb-test", "--data=DIR")
+    load = "import transformers, sys; transformers.AutoModel.from_pretrained(sys.argv[1])"
+    code = f"from prepare import no_bars; no_bars(); {load}"
+    assert not subprocess.run([sys.executable, "-c", code, str(qwen)], cwd=ROOT, capture_output=True, text=True, check=True).stderr
+
+
 def test_the_whole_chain(qwen, tmp_path):
     """Qwen3 folder -> prepare --verify -> UL2 -> average, export --verify -> fresh process -> quick, STS, retrieval, MTEB, table."""
     pytest.importorskip("sentence_transformers")

@@ -124,7 +124,7 @@ class Meter:
             record |= {name: count / max(self.steps, 1) for name, count in seen.items()}  # of a step
             record |= {"train/fill": (enc + dec) / (packs * row.micro_tokens), "train/progress": row.eta}
             mix = denoise.mixture(self.cfg.mixture, self.cfg.mixture_end, self.cfg.mode_tokens)
-            record |= {f"train/{n}/weight": w for n, w in zip(self.names, denoise.weights(mix, row.eta).tolist(), strict=True)}
+            record |= {f"train/{n}/weight": w for n, w in zip(self.names, denoise.weights(mix, row.eta).tolist(), strict=False)}
         for m, adapter in enumerate(getattr(self.model, "adapters", ())):
             if adapter.gain is not None:
                 gain = float(adapter.gain.detach())

@@ -183,7 +183,8 @@ def hf_config(c, dtype, ids):
         if refused:
             die(f"{what}: no stock transformers class computes this model; train without it to export")
     names = {"qwen3": "Qwen3", "qwen2": "Qwen2", "llama": "Llama"}
-    rope = {"rope_type": "default"} if not c["rope_scaling"] else {"rope_type": "llama3"} | c["rope_scaling"]
+    rope = {"rope_type": "llama3"} | c["rope_scaling"] if c["rope_scaling"] else {"rope_type": "default"}
+    rope |= {key: int(n) for key, n in rope.items() if key == "original_max_position_embeddings"}  # a float there is a warning at each load
     return (
         {
             "architectures": [names[kind] + ("Model" if c["arch"] == "encoder" else "ForCausalLM")],
@@ -327,8 +328,10 @@ def load_anyway(cfg):
 def main(argv):
     commands = {"import": import_, "export": export}
     if not argv or argv[0] not in commands:
-        print(__doc__.strip(), file=sys.stdout if "--help" in argv else sys.stderr)
-        raise SystemExit(0 if "--help" in argv else 2)
+        if not {"--help", "-h"} & set(argv):
+            die(f"hub {' '.join(argv[:1])}: begins with import or export; python -m hub --help says how each goes on")
+        print(__doc__.strip())
+        return
     defaults = {
         "import": {"from": str, "out": str, "gate": "", "dtype": "float32"},
         "export": {"ckpt": str, "to": str, "out": str, "dtype": "float32"},

@@ -2,7 +2,7 @@
 
     python -m hub export --ckpt=out/RUN --to=sentence-transformers --out=DIR [--pooling=mean|cls|last|weighted_mean] [--verify]
         [--normalize=True] [--average_last=N | --average_best=N --metric=val/mean/loss --higher_is_better=False]
-        [--max_seq_length=512] [--dtype=float32|bfloat16] [--append_eos=True]
+        [--max_seq_length=N, else 512 or what the model takes] [--dtype=float32|bfloat16] [--append_eos=True]
     from sentence_transformers import SentenceTransformer;  SentenceTransformer("DIR").encode(["a", "b"])
 
 The run is an encoder-decoder (its encoder goes out) or an encoder; without --pooling it is pooled as it was trained. The class is stock
@@ -30,7 +30,7 @@ from prepare.tokenizer import convert
 POOLING = {"mean": "mean", "cls": "cls", "last": "lasttoken", "weighted_mean": "weightedmean"}  # ours -> sentence-transformers
 OPTIONS = {
     "ckpt": str, "to": str, "out": str, "pooling": "", "normalize": True, "average_last": 0, "average_best": 0,
-    "metric": "val/mean/loss", "higher_is_better": False, "max_seq_length": 512, "dtype": "float32", "append_eos": True, "verify": False,
+    "metric": "val/mean/loss", "higher_is_better": False, "max_seq_length": 0, "dtype": "float32", "append_eos": True, "verify": False,
 }  # fmt: skip
 
 
@@ -165,6 +165,7 @@ def export(opt) -> Path:
         die(f"ffn={model.cfg.ffn}, embed_rank={model.cfg.embed_rank}: no stock class holds it; use model.Embedder")
     if out.exists() and any(out.iterdir()):
         die(f"--out={out}: is not empty; name a new folder")
+    opt.max_seq_length = opt.max_seq_length or min(512, model.cfg.max_len)
     if not 8 <= opt.max_seq_length <= model.cfg.max_len:
         die(f"--max_seq_length={opt.max_seq_length}: from 8 to the model's {model.cfg.max_len}")
     if opt.to == "sentence-transformers":

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from scipy import stats
 
 import checkpoint
@@ -270,6 +272,20 @@ def test_a_first_token_that_hears_nothing_is_found(run, monkeypatch):
     real = encoder.ours.forward
     monkeypatch.setattr(encoder.ours, "forward", lambda batch: (real(batch)[0].index_fill(0, torch.tensor([0]), 0.0), None))
     assert not E.later_token(encoder)[0]
+
+
+def test_a_short_and_untrained_model_is_exported_and_verified(qwen, tmp_path):
+    """Without --max_seq_length what it takes is the limit; EOS has the row of zeros that transformers gives a padding token."""
+    pytest.importorskip("sentence_transformers")
+    shutil.copytree(qwen, tmp_path / "short")
+    config = json.loads((qwen / "config.json").read_text()) | {"max_position_embeddings": 64}
+    (tmp_path / "short/config.json").write_text(json.dumps(config))
+    tensors = load_file(qwen / "model.safetensors")
+    tensors["model.embed_tokens.weight"][256] = 0
+    save_file(tensors, tmp_path / "short/model.safetensors")
+    encdec.main([f"--from={tmp_path / 'short'}", f"--out={tmp_path / 'run'}"])
+    sentence.main([f"--ckpt={tmp_path / 'run'}", "--to=sentence-transformers", f"--out={tmp_path / 'st'}", "--verify"])
+    assert json.loads((tmp_path / "st/sentence_bert_config.json").read_text())["max_seq_length"] == 64
 
 
 def test_export_refuses(qwen, run, tmp_path, capsys, monkeypatch, dies):

@@ -57,7 +57,8 @@ class DenoiseStream:
         self.caps = cfg.max_enc, cfg.max_dec, cfg.n_sentinels, cfg.closing_sentinel
         least = min(denoise.longest(d, share, *self.caps) for d in self.mix.denoisers for share in d.r)
         if least < 2 * denoise.MIN_DOC:
-            die(f"max_enc={cfg.max_enc}, max_dec={cfg.max_dec}: some denoiser could take only {least} tokens of text; raise them")
+            sizes = ", ".join(f"{key}={getattr(cfg, key)}" for key in ("max_enc", "max_dec", "n_sentinels"))
+            die(f"{sizes}: some denoiser could take only {least} tokens of text; raise them")
         settings = [f"{key}={getattr(cfg, key)}" for key in (*denoise.DenoiseConfig.__dataclass_fields__, "seed")]
         settings.append(f"fixed={fixed_shapes(cfg)}")
         self.order = " ".join([*settings, *(f"{src.name}={src.shards.id}" for src in self.sources)])  # all that decides it

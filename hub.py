@@ -184,7 +184,8 @@ def hf_config(c, dtype, ids):
         if refused:
             die(f"{what}: no stock transformers class computes this model; train without it to export")
     names = {"qwen3": "Qwen3", "qwen2": "Qwen2", "llama": "Llama"}
-    rope = {"rope_type": "default"} if not c["rope_scaling"] else {"rope_type": "llama3"} | c["rope_scaling"]
+    rope = {"rope_type": "llama3"} | c["rope_scaling"] if c["rope_scaling"] else {"rope_type": "default"}
+    rope |= {key: int(n) for key, n in rope.items() if key == "original_max_position_embeddings"}  # a float there is a warning at each load
     return (
         {
             "architectures": [names[kind] + ("Model" if c["arch"] == "encoder" else "ForCausalLM")],

@@ -481,6 +481,13 @@ class Transformer(nn.Module):
         """Summed negative log-likelihood, and each token's without gradient; logits exist a chunk at a time."""
         return linear_cross_entropy(self.head_input(hidden), self.head_weight, targets, self.cfg.vocab_size)
 
+    @torch.no_grad()
+    def hits(self, hidden, targets) -> int:
+        """How many targets are the likeliest token; logits exist for 2,048 of them at a time."""
+        real = targets != -100
+        parts = zip(hidden[real].split(2048), targets[real].split(2048), strict=True)
+        return sum(int((self.predict(h).argmax(-1) == t).sum()) for h, t in parts)
+
     def predict(self, hidden):
         """Logits (..., V) in fp32, padding rows left out; without gradients a GPU never rounds them to bf16."""
         x, weight = self.head_input(hidden), self.head_weight[: self.cfg.vocab_size]

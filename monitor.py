@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 import configurator
 import data
+import denoise
 import files
 import fp8
 from configurator import die
@@ -123,7 +124,9 @@ class Meter:
         if packs:
             seen = {"train/source_tokens": source, "train/encoder_tokens": enc, "train/target_tokens": dec}
             record |= {name: count / max(self.steps, 1) for name, count in seen.items()}  # of a step
-            record["train/fill"] = (enc + dec) / (packs * row.micro_tokens)
+            record |= {"train/fill": (enc + dec) / (packs * row.micro_tokens), "train/progress": row.eta}
+            mix = denoise.mixture(self.cfg.mixture, self.cfg.mixture_end, self.cfg.mode_tokens)
+            record |= {f"train/{n}/weight": w for n, w in zip(self.names, denoise.weights(mix, row.eta).tolist(), strict=False)}
         for m, adapter in enumerate(getattr(self.model, "adapters", ())):
             if adapter.gain is not None:
                 gain = float(adapter.gain.detach())
@@ -147,13 +150,16 @@ class Meter:
         self.alerts += bool(found)
         return " | ALERT: " + ", ".join(found) if found else ""
 
-    def summary(self):
-        """One line on all losses that this process logged."""
+    def summary(self, out: Path | None) -> str:
+        """One line on all losses that this process logged; rank 0 names the folder in which they are left as summary.json, too."""
         if not (x := self.losses):
             return "logged losses: none that is finite"
+        facts = {"first": x[0], "last": x[-1], "mean": stats.fmean(x), "sd": stats.pstdev(x), "min": min(x), "max": max(x)}
         how = "falling" if x[-1] < x[0] else "NOT falling"
-        return (f"logged losses: first {x[0]:.4f}, last {x[-1]:.4f}, {how}; mean {stats.fmean(x):.4f}, sd {stats.pstdev(x):.4f}, "
-                f"{min(x):.4f} to {max(x):.4f}; {self.alerts} alerts")  # fmt: skip
+        if out:
+            files.write_json(out / "summary.json", {"logged": len(x)} | facts | {"alerts": self.alerts, "verdict": how})
+        first, last, mean, sd, low, high = (f"{value:.4f}" for value in facts.values())
+        return f"logged losses: first {first}, last {last}, {how}; mean {mean}, sd {sd}, {low} to {high}; {self.alerts} alerts"
 
 
 def conversations(name, manifest):
@@ -355,12 +361,17 @@ def probe(model, batch, tokens=1024):
     return layers | {f"{name}/mean": sum(row) / len(row) for name, row in rows.items()}
 
 
-def alpha_gradients(model):
-    """{metric: gradient norm after clipping} of PolyGLU's alpha, layer by layer: routing that does not learn shows here first."""
-    found = {n.removesuffix(".ffn.alpha"): p.grad for n, p in model.named_parameters() if n.endswith(".ffn.alpha") and p.grad is not None}
-    norms = [g.full_tensor().norm() if hasattr(g, "full_tensor") else g.norm() for g in found.values()]
-    layers = zip(found, torch.stack(norms).tolist(), strict=True) if norms else ()
-    return {f"alpha_grad/{name.replace('decoder.blocks.', 'layer_')}": value for name, value in layers}
+def part_gradients(model):
+    """{metric: gradient norm after clipping} of what may stop learning unseen: PolyGLU's alpha by layer, frozen models' adapters."""
+    parts = {}
+    for name, p in model.named_parameters():
+        alpha, adapter = name.endswith(".ffn.alpha"), name.startswith("adapters.")
+        if p.grad is not None and (alpha or adapter):
+            part = name.removesuffix(".ffn.alpha").replace("decoder.blocks.", "layer_") if alpha else name.split(".")[1]
+            grad = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+            parts.setdefault(f"{'alpha' if alpha else 'adapter'}_grad/{part}", []).append(grad)
+    norms = [torch.nn.utils.get_total_norm(grads) for grads in parts.values()]
+    return dict(zip(parts, torch.stack(norms).tolist(), strict=True)) if norms else {}
 
 
 def breakdown(model):

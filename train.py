@@ -167,13 +167,17 @@ def evaluate(model, val, machine, shares: bool) -> dict[str, float]:
     model.eval()
     rows, suffix = {}, "" if model.cfg.causal else "_noncausal"
     for name, batches in val.items():
-        nats, count, size = 0.0, 0, 0
+        nats, right, count, size = 0.0, 0, 0, 0
         for batch in batches[machine.rank :: machine.world] if shares else batches:
             batch = to_device(batch, machine.device)
-            nats = nats + model.nll(model(batch), batch["targets"])[0].double()
+            hidden = model(batch)
+            nats = nats + model.nll(hidden, batch["targets"])[0].double()
+            right += model.hits(hidden, batch["targets"]) if "task" in batch else 0  # of UL2, whose losses compare badly between denoisers
             count, size = count + token_counts(batch)["loss"], size + batch.get("bytes", 0)
-        nats, count, size = total([float(nats), count, size], machine)
+        nats, right, count, size = total([float(nats), right, count, size], machine)
         rows |= {f"val/{name}/loss{suffix}": nats / max(count, 1), f"val/{name}/ppl{suffix}": math.exp(min(nats / max(count, 1), 700))}
+        if "task" in batches[0]:
+            rows[f"val/{name}/accuracy"] = right / max(count, 1)
         if size:
             rows[f"val/{name}/bpb{suffix}"] = nats / (math.log(2) * size)
     if model.cfg.ffn == "polyglu" and model.cfg.arch == "decoder" and val:
@@ -472,7 +476,7 @@ def main(argv):
             say(f"{line}; step skipped, {state['skipped']} so far")
         end = step + 1 == plan.steps
         reporting = end or step == first or bool(cfg.log_every and (step + 1) % cfg.log_every == 0)
-        watched = monitor.alpha_gradients(raw) if reporting else {}
+        watched = monitor.part_gradients(raw) if reporting else {}
         if lead and (extra := monitor.inspect(cfg, step, raw, batch, lambda: objective.sums(raw, raw, batch)[0][terms[0]])):
             log.row({"step": step + 1} | extra)
         optimizer.zero_grad(set_to_none=True)
@@ -499,7 +503,7 @@ def main(argv):
             state["metrics"] = examine(cfg, raw, sets, row, step, end, machine)
             if lead:
                 log.row({"step": step} | state["metrics"])
-            say("  ".join(f"{k} {v:.4f}" for k, v in state["metrics"].items() if not re.search("/layer_|^surprise|/ppl", k)))
+            say("  ".join(f"{k} {v:.4f}" for k, v in state["metrics"].items() if not re.search("/layer_|^surprise|/ppl|/acc", k)))
             if cfg.best_metric not in state["metrics"] and cfg.domains_every < 2:
                 say(f"best_metric={cfg.best_metric} is not measured here, so no step is marked best; metrics.jsonl has the names")
             if tune and not end:
@@ -520,7 +524,7 @@ def main(argv):
         say(f"{precision.splitlines()[0]}; compile={cfg.compile}, {machine.why}")
         say(monitor.benchmark(laps, int(tokens), meter.work[0] / len(laps), row, machine, sources(cfg)))
     else:
-        say(meter.summary() if meter.losses else "no step was logged")
+        say(meter.summary(out if lead else None) if meter.losses else "no step was logged")
         stopped = step < plan.steps
         say(f"stopped by a signal at step {step}; --resume goes on" if stopped else f"done: {step} steps, {state['tokens']:,} tokens")
     if lead:

@@ -83,8 +83,8 @@ def shuffled(batch) -> dict | None:
 
 
 @torch.no_grad()
-def evaluate(model, val: dict, device="cpu") -> dict:
-    """{denoiser: {loss, accuracy, shuffled, tokens}}; accuracy by the largest logit, 2048 targets at a time."""
+def evaluate(model, val: dict, device) -> dict:
+    """{denoiser: {loss, accuracy, shuffled, tokens}}; accuracy by the largest logit."""
     rows = {}
     for name, packs in tqdm(val.items(), unit="denoiser", disable=not sys.stderr.isatty()):
         sums = np.zeros(5)  # nats, hits, nats when shuffled, targets, targets when shuffled
@@ -93,11 +93,10 @@ def evaluate(model, val: dict, device="cpu") -> dict:
                 if batch is None:
                     continue
                 batch = to_device(batch, device)
-                hidden, keep = model(batch), batch["targets"] != -100
+                hidden = model(batch)
                 sums[column] += float(model.nll(hidden, batch["targets"])[0])
-                sums[3 + column // 2] += int(keep.sum())
-                for h, t in zip(hidden[keep].split(2048), batch["targets"][keep].split(2048), strict=True) if column == 0 else ():
-                    sums[1] += int((model.predict(h).argmax(-1) == t).sum())
+                sums[3 + column // 2] += int((batch["targets"] != -100).sum())
+                sums[1] += model.hits(hidden, batch["targets"]) if column == 0 else 0
         nats, hits, other, n, n_other = sums.tolist()
         rows[name] = {
             "loss": nats / max(n, 1),

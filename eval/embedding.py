@@ -24,7 +24,7 @@ import files
 import model as M
 from configurator import die
 from machine import find, git_commit
-from prepare import Checks, sources
+from prepare import Checks, no_bars, sources
 
 OPTIONS = {
     "ckpt": str, "data": "data/sts", "output_dir": "", "pooling": "", "causal": None, "dtype": "float32", "batch_size": 0,
@@ -261,23 +261,23 @@ def main(argv):
     for key, wants in WANTS.items():
         if getattr(opt, key) != OPTIONS[key] and not any(getattr(opt, want) for want in ("run_all", *wants.split())):
             die(f"--{key}={getattr(opt, key)}: would do nothing; add --{wants.replace(' ', ' or --')}")
-    say = (lambda text: None) if opt.quiet else print
     device, data = find(opt.device, "auto").device, Path(opt.data)
     if opt.causal not in (None, "True", "False") or opt.dtype not in ("float32", "bfloat16"):
         die(f"--causal={opt.causal} --dtype={opt.dtype}: True or False; float32 or bfloat16")
-    baselines(opt)  # a lost folder is found before anything is encoded
-    causal = None if opt.causal is None else opt.causal == "True"
-    encoder = Encoder(opt.ckpt, device, opt.batch_size, opt.pooling, causal, (opt.query_prefix, opt.doc_prefix), opt.dtype)
-    out = Path(opt.output_dir or (opt.ckpt if Path(opt.ckpt).is_dir() else "."))
-    passed = quick(encoder, say) if opt.quick or opt.run_all else True
+    baselines(opt)  # a lost folder is found before anything is encoded, and so are missing pairs
     tasks = {f"stsb-{opt.split}": opt.run_stsb or opt.run_sts or opt.run_all}
     tasks["sickr-test"] = opt.run_sts or (opt.run_all and any(data.glob("sickr-test.*")))
+    pairs = {task: read_rows(data / task, *STS) for task, wanted in tasks.items() if wanted}
+    no_bars()
+    causal, prefixes = None if opt.causal is None else opt.causal == "True", (opt.query_prefix, opt.doc_prefix)
+    encoder = Encoder(opt.ckpt, device, opt.batch_size, opt.pooling, causal, prefixes, opt.dtype)
+    out = Path(opt.output_dir or (opt.ckpt if Path(opt.ckpt).is_dir() else "."))
+    passed = quick(encoder, (lambda text: None) if opt.quiet else print) if opt.quick or opt.run_all else True
     results = encoder.facts()
-    for task in [task for task, wanted in tasks.items() if wanted]:
-        results[task] = score_pairs(encoder, read_rows(data / task, *STS))
-        low, high = results[task]["interval"]
-        print(f"{task}: Spearman {results[task]['spearman']:.4f} [{low:.4f}, {high:.4f}], "
-              f"Pearson {results[task]['pearson']:.4f}, {results[task]['pairs']} pairs")  # fmt: skip
+    for task, rows in pairs.items():
+        score = results[task] = score_pairs(encoder, rows)
+        low, high = score["interval"]
+        print(f"{task}: Spearman {score['spearman']:.4f} [{low:.4f}, {high:.4f}], Pearson {score['pearson']:.4f}, {score['pairs']} pairs")
         files.write_json(out / "sts_results.json", results)
     if opt.run_retrieval or opt.run_all:
         scores = score_retrieval(encoder, data / "retrieval")

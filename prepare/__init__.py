@@ -1,4 +1,13 @@
-import prelude  # noqa: F401
+import prelude  # isort: skip  # noqa: F401
+
+import os
+import sys
+
+
+def no_bars():
+    """transformers' bars, like ours, are for terminals alone; it asks once, when it is imported."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 class Checks:

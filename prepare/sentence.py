@@ -2,7 +2,7 @@
 
     python -m hub export --ckpt=out/RUN --to=sentence-transformers --out=DIR [--pooling=mean|cls|last|weighted_mean] [--verify]
         [--normalize=True] [--average_last=N | --average_best=N --metric=val/mean/loss --higher_is_better=False]
-        [--max_seq_length=512] [--dtype=float32|bfloat16] [--append_eos=True]
+        [--max_seq_length=N, else 512 or what the model takes] [--dtype=float32|bfloat16] [--append_eos=True]
     from sentence_transformers import SentenceTransformer;  SentenceTransformer("DIR").encode(["a", "b"])
 
 The run is an encoder-decoder (its encoder goes out) or an encoder; without --pooling it is pooled as it was trained. The class is stock
@@ -24,12 +24,13 @@ import hub
 import tokenizer
 from configurator import die
 from model import ModelConfig
+from prepare import no_bars
 from prepare.tokenizer import convert
 
 POOLING = {"mean": "mean", "cls": "cls", "last": "lasttoken", "weighted_mean": "weightedmean"}  # ours -> sentence-transformers
 OPTIONS = {
     "ckpt": str, "to": str, "out": str, "pooling": "", "normalize": True, "average_last": 0, "average_best": 0,
-    "metric": "val/mean/loss", "higher_is_better": False, "max_seq_length": 512, "dtype": "float32", "append_eos": True, "verify": False,
+    "metric": "val/mean/loss", "higher_is_better": False, "max_seq_length": 0, "dtype": "float32", "append_eos": True, "verify": False,
 }  # fmt: skip
 
 
@@ -164,6 +165,7 @@ def export(opt) -> Path:
         die(f"{opt.ckpt}: a decoder has no bidirectional encoder; make one with python -m prepare.encdec, or export --to=transformers")
     if out.exists() and any(out.iterdir()):
         die(f"--out={out}: is not empty; name a new folder")
+    opt.max_seq_length = opt.max_seq_length or min(512, model.cfg.max_len)
     if not 8 <= opt.max_seq_length <= model.cfg.max_len:
         die(f"--max_seq_length={opt.max_seq_length}: from 8 to the model's {model.cfg.max_len}")
     if opt.to == "sentence-transformers":
@@ -217,6 +219,7 @@ def main(argv):
     for key, values in allowed.items():
         if getattr(opt, key) not in values:
             die(f"--{key}={getattr(opt, key)}: expected one of {', '.join(filter(None, values))}")
+    no_bars()
     out = export(opt)
     if opt.verify:
         from prepare.sentence_check import verify

@@ -252,6 +252,10 @@ def test_a_tokenizer_that_has_the_markers_says_how_many(dies):
         assert S.special_of(SimpleNamespace(vocab_size=remedy[0], n_sentinels=remedy[1]), tok).sentinel == 261
 
 
+def test_too_few_sentinels_are_named_where_they_cut_a_source_short(shards, dies):
+    dies(lambda: S.DenoiseStream(config(shards[0], n_sentinels=1), plan_of()), "n_sentinels=1", "raise")
+
+
 def test_every_denoiser_is_held_out_under_a_name_of_its_own(shards):
     """Rows that differ in their mode only, and one that begins with weight 0: each has its own packs of the held-out split."""
     from train import Config

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from scipy import stats
 
 import checkpoint
@@ -280,6 +282,20 @@ def test_a_polyglu_decoder_is_not_sent_to_make_an_encoder_that_is_refused_too(tm
     dies(lambda: sentence.export(options(ckpt=str(tmp_path / "run"), out=str(tmp_path / "st"))), "ffn=polyglu", "no stock class")
 
 
+def test_a_short_and_untrained_model_is_exported_and_verified(qwen, tmp_path):
+    """Without --max_seq_length what it takes is the limit; EOS has the row of zeros that transformers gives a padding token."""
+    pytest.importorskip("sentence_transformers")
+    shutil.copytree(qwen, tmp_path / "short")
+    config = json.loads((qwen / "config.json").read_text()) | {"max_position_embeddings": 64}
+    (tmp_path / "short/config.json").write_text(json.dumps(config))
+    tensors = load_file(qwen / "model.safetensors")
+    tensors["model.embed_tokens.weight"][256] = 0
+    save_file(tensors, tmp_path / "short/model.safetensors")
+    encdec.main([f"--from={tmp_path / 'short'}", f"--out={tmp_path / 'run'}"])
+    sentence.main([f"--ckpt={tmp_path / 'run'}", "--to=sentence-transformers", f"--out={tmp_path / 'st'}", "--verify"])
+    assert json.loads((tmp_path / "st/sentence_bert_config.json").read_text())["max_seq_length"] == 64
+
+
 def test_export_refuses(qwen, run, tmp_path, capsys, monkeypatch, dies):
     hub.main(["import", f"--from={qwen}", f"--out={tmp_path / 'lm'}"])
     for changes in (
@@ -510,6 +526,14 @@ def sentences(n, seed):
     who, does = ["a man", "the girl", "my dog", "one cat", "the teacher"], ["eats", "carries", "paints", "watches", "sells"]
     what, where = ["bread", "a small box", "the red bus", "an apple"], ["in the park", "at home", "near the river", "every day"]
     return [" ".join(rng.choice(words) for words in (who, does, what, where)) + "." for _ in range(n)]
+
+
+def test_an_evaluation_without_its_data_says_so_in_one_line(qwen, tmp_path, dies):
+    """Before a model is loaded; and transformers draws no bars where nobody sees them move."""
+    dies(lambda: E.main([f"--ckpt={tmp_path}", "--run_stsb", f"--data={tmp_path}"]), "stsb-test", "--data=DIR")
+    load = "import transformers, sys; transformers.AutoModel.from_pretrained(sys.argv[1])"
+    code = f"from prepare import no_bars; no_bars(); {load}"
+    assert not subprocess.run([sys.executable, "-c", code, str(qwen)], cwd=ROOT, capture_output=True, text=True, check=True).stderr
 
 
 def test_the_whole_chain(qwen, tmp_path):

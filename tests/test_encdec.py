@@ -342,7 +342,7 @@ def test_flops_are_those_of_the_paper_arithmetic(monkeypatch):
     assert record["train/fill"] == (sum(S) + sum(T)) / row.micro_tokens
 
 
-def test_what_leaps_is_said():
+def test_what_leaps_is_said(tmp_path):
     """Ten losses make a window; then one beyond twice its mean, and a norm beyond 10 since the last line, are said and counted."""
     import monitor
 
@@ -352,8 +352,9 @@ def test_what_leaps_is_said():
     meter.accept(1, 0.0, True, False, 0.5)
     lines += [meter.alert(2.0), meter.alert(4.9), meter.alert(5.9)]  # the mean is 2.7, then 2.6, then 2.8
     assert lines == [""] * 10 + [" | ALERT: norm up to 10.5", "", " | ALERT: loss more than twice the mean of 12"]
-    said = meter.summary()
+    said, facts = meter.summary(tmp_path), json.loads((tmp_path / "summary.json").read_text())
     assert "first 9.0000, last 5.9000, falling" in said and "2.0000 to 9.0000; 2 alerts" in said
+    assert facts["logged"] == 13 and facts["max"] == 9.0 and facts["alerts"] == 2 and facts["verdict"] == "falling"
 
 
 def test_a_run_that_did_not_learn_is_not_prolonged(tmp_path, capsys):
@@ -454,6 +455,21 @@ def test_a_curriculum_of_denoisers_resumes_to_the_bit_and_its_losses_are_golden(
 
 
 GOLDEN = [6.0652, 5.9873, 5.9797, 5.8853, 5.7583, 5.6717]
+
+
+def test_a_run_logs_its_mixture_and_how_often_each_denoiser_is_right(corpus, tmp_path):
+    """Weights move with the curriculum; the accuracy of a run's evaluations is the one that eval.denoising measures."""
+    sizes = "--n_layer=1 --tokens_per_step=1024 --eval_tokens=512 --max_steps=2 --warmup=1 --log_every=1 --dtype=float32".split()
+    train.main(["config/encdec_debug.py", f"--data={corpus}", f"--out={tmp_path}", "--mixture=recommended_curriculum", *sizes])
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    first, second = (row for row in rows if "train/loss" in row)
+    assert (first["train/progress"], second["train/progress"]) == (0.0, 0.5)
+    assert (first["train/infill@0.3/weight"], second["train/infill@0.3/weight"]) == pytest.approx((0.05, 0.10))
+    model, state = checkpoint.load(tmp_path)
+    packs = denoise_stream.val_batches(configurator.from_dict(train.Config, state["config"], "config"))
+    found = denoising.evaluate(model, packs, torch.device("cpu"))
+    assert len(found) == 7 and all(rows[-1][f"val/{name}/accuracy"] == row["accuracy"] for name, row in found.items())
+    assert max(row["accuracy"] for row in found.values()) > 0
 
 
 def test_denoisers_of_a_checkpoint_are_measured_and_a_decoder_has_none(corpus, tmp_path, capsys, dies):

@@ -78,6 +78,13 @@ def bytes_of(folder):
     return {p.name: p.read_bytes() for p in Path(folder).iterdir() if p.name != "README.md"}
 
 
+def test_the_original_length_of_llama_3_is_an_integer_again():
+    """Settings hold it as a float; transformers warns of one at every load."""
+    ramp = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64.0}
+    fields = hub.full_fields(ModelConfig(qk_norm=False, rope_scaling=ramp))
+    assert type(hub.hf_config(fields, torch.float32, {})["rope_parameters"]["original_max_position_embeddings"]) is int
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logits_equal_transformers_after_import_and_after_export(name, tmp_path):
     their = theirs(name, tmp_path / "hf", "40KB" if "tied" in name else "1GB")

@@ -334,7 +334,7 @@ def main(argv):
     if not argv or argv[0] not in commands:
         near = difflib.get_close_matches(" ".join(argv[:1]), commands, 1)
         way = f"did you mean {near[0]}?" if near else "import or export comes first; --help shows how"
-        die(f"python -m hub {' '.join(argv)}: {way}")
+        die(f"{' '.join(['python -m hub', *argv])}: {way}")
     defaults = {
         "import": {"from": str, "out": str, "gate": "", "dtype": "float32"},
         "export": {"ckpt": str, "to": str, "out": str, "dtype": "float32"},

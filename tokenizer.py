@@ -75,7 +75,7 @@ class Tokenizer:
 
     def __str__(self):
         ratio = len(SAMPLE) / len(self.encode(SAMPLE))
-        return f"{self.name} ({self.kind}): {self.vocab_size:,} ids, {ratio:.2f} chars/token on the sample, {self.fingerprint[:12]}"
+        return f"{self.name} ({self.kind}): {self.vocab_size:,} ids, {ratio:.2f} chars/token on mixed scripts, {self.fingerprint[:12]}"
 
     @functools.cached_property
     def fingerprint(self):

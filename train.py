@@ -524,7 +524,7 @@ def main(argv):
         say(f"{precision.splitlines()[0]}; compile={cfg.compile}, {machine.why}")
         say(monitor.benchmark(laps, int(tokens), meter.work[0] / len(laps), row, machine, sources(cfg)))
     else:
-        say(meter.summary(out if lead else None) if meter.losses else "no step was logged")
+        say(meter.summary(out if lead else None) if meter.losses else f"no step was taken: the run stands at {step} of {plan.steps}")
         stopped = step < plan.steps
         say(f"stopped by a signal at step {step}; --resume goes on" if stopped else f"done: {step} steps, {state['tokens']:,} tokens")
     if lead:

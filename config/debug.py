@@ -1,6 +1,7 @@
 """A model of 0.1M parameters for tests and for trying an idea in seconds on a CPU. Expected loss: nothing to be proud of.
 
-python train.py config/debug.py --data=data/stdlib
+python -m prepare.text --from=stdlib --out=data/stdlib_bytes
+python train.py config/debug.py --data=data/stdlib_bytes
 """
 
 out = "out/debug"

@@ -1,5 +1,6 @@
 """`make quickstart`: a 2.4M-parameter PolyGLU decoder learns Python from Python's own standard library.
 
+python -m prepare.text --from=stdlib --out=data/stdlib --tokenizer=bpe:4096 --val=0.02
 python train.py config/quickstart.py
 
 Batch: 8 rows x 256 tokens = 2,048 tokens a step, 1,000 steps = 2M tokens, seven tenths of a pass over the corpus (2.9M).

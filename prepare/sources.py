@@ -40,7 +40,7 @@ def find(spec):
         else:
             files = [f for f in glob.glob(pattern, recursive=True) if os.path.isfile(f)]
         if not files:
-            die(f"--from={pattern}: no file there; give a path, a glob in quotes, a folder, or stdlib")
+            die(f"{pattern}: no file there; give a path, a glob in quotes, a folder, or stdlib")
         if packed := [f for f in files if f.endswith((".zst", ".bz2", ".xz", ".zip", ".tar", ".tar.gz", ".tgz"))]:
             die(f"{packed[0]}: unpack it first; text, jsonl (both also .gz), parquet and arrow are read")
         found.update((f, os.path.getsize(f)) for f in files)

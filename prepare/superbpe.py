@@ -53,7 +53,7 @@ def subwords(texts, size, split=STAGE1):
     merges = learn(texts, size, alphabet, split)
     vocab = {t: i for i, t in enumerate(dict.fromkeys([*alphabet, *(a + b for a, b in merges)]))}
     if len(vocab) < size:
-        most = f"--transition={len(vocab)} (in prepare.text --tokenizer=bpe:{len(vocab) + len(MARKERS)}, its markers included)"
+        most = f"--tokenizer=bpe:{len(vocab) + len(MARKERS)} (prepare.text) or --transition={len(vocab)} (prepare.superbpe)"
         die(f"this text gives only {len(vocab):,} ids of the {size:,} wanted: bring more text, or ask for no more than {most}")
     return vocab, merges
 

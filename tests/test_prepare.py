@@ -209,7 +209,7 @@ def test_nothing_to_write_is_said_in_words_and_a_number_of_ids_that_is_named_wor
     for name, more, said in (
         ("a.jsonl", [], "(1 no text in 'text'); --text_field=NAME"), ("b.bin", ["separator=\\n"], "(1 binary file); --from needs files"),
         ("c.txt", [], "(1 blank); --from"), ("c.txt", ["tokenizer=bpe:300"], "no text in it to learn from"),
-        ("c.txt", ["tokenizer=bpe300"], "write bpe:8192"), (__file__, ["tokenizer=bpe:9000"], "no more than --transition="),
+        ("c.txt", ["tokenizer=bpe300"], "write bpe:8192"), (__file__, ["tokenizer=bpe:9000"], "no more than --tokenizer=bpe:"),
     ):  # fmt: skip
         with pytest.raises(SystemExit):
             run(f"from={tmp_path / name}", f"out={tmp_path}/{name[0]}", "val=0", "workers=1", *more)

@@ -92,8 +92,7 @@ def resolve(path, which=None) -> Path:
     """A step directory: `path` itself if it is one, else the run's `which`, by default its best, else its latest."""
     if ((path := Path(path)) / "state.json").is_file():
         return path
-    found = steps(path)
-    if not found:
+    if not (found := steps(path)):
         if (path / "config.json").is_file() and list(path.glob("*.safetensors")):
             die(f"{path}: an exported folder; make it a run: python -m hub import --from={path} --out=out/RUN")
         die(f"{path}: no checkpoint here; give a run directory (out/RUN) or one of its step-NNNNNN folders")
@@ -225,9 +224,7 @@ def fit(model, weights, where, state=None, way="--init_from"):
     for name in [*own, *weights]:
         theirs, ours = (tuple(side[name].shape) if name in side else "absent" for side in (weights, own))
         if theirs != ours:
-            if other := differing(state, model.cfg, SHAPES) if state else ():
-                mine, saved = (", ".join(f"{each[0]}={each[i]}" for each in other) for i in (2, 1))
-                die(f"{mine}, but {Path(where).parent} has {saved}: set --{saved.replace(', ', ' --')}, or choose another {way}")
+            expect_same(differing(state, model.cfg, SHAPES) if state else (), Path(where).parent, way)
             die(f"{where}: {name} is {theirs} there, {ours} in the model; is it of another architecture, or around other frozen models?")
     return own
 
@@ -237,6 +234,12 @@ def differing(state, cfg, keys=""):
     there, here, poly = state["config"], configurator.to_dict(cfg), cfg.ffn == "polyglu"
     keys = keys or "n_head norm_eps rope_theta rope_scaling rope_bf16 cross_rope " + ("acts gate gate_enc gate_block" if poly else "act")
     return [(key, there[key], here[key]) for key in keys.split() if key in there and there[key] != here[key]]
+
+
+def expect_same(other, run, way):
+    """`other`: what `differing` found. The settings of both sides are named, and what makes them agree."""
+    mine, saved = (", ".join(f"{each[0]}={each[i]}" for each in other) for i in (2, 1))
+    not other or die(f"{mine}, but {run} has {saved}: set --{saved.replace(', ', ' --')}, or choose another {way}")
 
 
 def scatter(value, like):

@@ -344,9 +344,7 @@ def take_encoder(encoder, cfg, lm):
     theirs, ours = state["config"]["latent_reader"] or lms[0], cfg.latent_reader or cfg.lms[0]
     if lm and theirs != ours and not any(p == theirs and f"lm{i}_sha256_{fingerprint(lm).hex()}" in weights for i, p in enumerate(lms)):
         other += [("latent_reader", theirs, ours)]  # the same one may have moved
-    if other:
-        mine, saved = (", ".join(f"{each[0]}={each[i]}" for each in other) for i in (2, 1))
-        die(f"{mine}, but {cfg.latent_from} has {saved}: set --{saved.replace(', ', ' --')}, or choose another --latent_from")
+    checkpoint.expect_same(other, cfg.latent_from, "--latent_from")
     mine = {name.removeprefix("encoder."): t for name, t in weights.items() if name.startswith("encoder.")}
     checkpoint.put_weights(encoder.requires_grad_(False), mine, cfg.latent_from)
 

@@ -78,7 +78,7 @@ def main(argv):
         print(tok)
         print("  words per token: " + ", ".join(f"{k}: {n:,}" for k, n in spans.items() if k <= 4 or n > 99))
         result["tokenizers"].append({"name": tok.name, "vocab_size": tok.vocab_size, "fingerprint": tok.fingerprint, "words": spans})
-    found = sources.find(o.texts)
+    found = sources.find(o.texts, "texts")
     for (path, size), name in zip(found, names_of([path for path, _ in found]), strict=True):
         texts = texts_of(path, size, o.text_field, o.max_docs) or die(f"{path}: no text in it (field '{o.text_field}')")
         rows = [measure(tok, texts) for tok in toks]

@@ -27,7 +27,7 @@ LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".json.gz")
 LONGEST = 100 << 20  # bytes of a line; a longer one is dropped and counted, so that memory stays below 1 GB
 
 
-def find(spec):
+def find(spec, option="from"):
     """Comma-separated globs, folders, or `stdlib` -> [(path, size)], sorted, so that every machine cuts the same tasks."""
     found = {}
     for pattern in spec.split(","):
@@ -40,7 +40,7 @@ def find(spec):
         else:
             files = [f for f in glob.glob(pattern, recursive=True) if os.path.isfile(f)]
         if not files:
-            die(f"{pattern}: no file there; give a path, a glob in quotes, a folder, or stdlib")
+            die(f"--{option}={pattern}: no file there; give a path, a glob in quotes, a folder, or stdlib")
         if packed := [f for f in files if f.endswith((".zst", ".bz2", ".xz", ".zip", ".tar", ".tar.gz", ".tgz"))]:
             die(f"{packed[0]}: unpack it first; text, jsonl (both also .gz), parquet and arrow are read")
         found.update((f, os.path.getsize(f)) for f in files)

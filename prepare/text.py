@@ -189,9 +189,9 @@ def main(argv):
     this, parts = map(int, part.groups())
     if this >= parts or (parts > 1 and o.dataset):
         die(f"--part={o.part}: i/n with i < n, for local files")
-    files, vals = (sources.find(spec) if spec else [] for spec in (local, o.val_from))
+    files, vals = (sources.find(spec, name) if spec else [] for name, spec in (("from", local), ("val_from", o.val_from)))
     o.val = 0.0 if vals else o.val
-    held = list(sources.tasks(vals + (sources.find(o.exclude) if o.exclude else []), None, o.separator))
+    held = list(sources.tasks(vals + (sources.find(o.exclude, "exclude") if o.exclude else []), None, o.separator))
     fields = {o.text_field, "text"}  # the second is prepare.val's, whatever the training text calls its own
     held_out = frozenset(read(slices)[0] for f in fields for task, _ in held for slices in sources.documents(task, Counter(), f))
     if held and not held_out:

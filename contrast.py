@@ -36,6 +36,7 @@ class ContrastConfig:
     contrast_micro: int = 64  # pairs of one forward
     contrast_symmetric: bool = False  # positives must also find their queries
     contrast_pooling: Literal["mean", "cls", "last", "weighted_mean"] = "mean"
+    eval_sts: str = ""  # a file of sentence1, sentence2, score: ranked at every evaluation; choose by best_metric="-val/sts/spearman"
 
 
 def build(cfg):
@@ -128,6 +129,22 @@ class PairStream:
             "tokens": sum(map(len, rows)),
             "rows": torch.tensor([number]),
         }
+
+
+def scored_pairs(cfg) -> list[dict]:
+    from eval.embedding import STS, read_rows
+
+    return read_rows(Path(cfg.eval_sts).with_suffix(""), *STS)
+
+
+def rank_pairs(cfg, model) -> dict[str, float]:
+    """How well cosines of this encoder's vectors rank the pairs of eval_sts as people do. Every rank reads all texts, as in training."""
+    from eval.embedding import score_pairs
+
+    embedder = M.Embedder(model.eval(), tokenizer.load(cfg.out), cfg.contrast_pooling, max_length=cfg.max_enc)
+    score = score_pairs(embedder, scored_pairs(cfg))
+    model.train()
+    return {f"val/sts/{name}": score[name] for name in ("spearman", "pearson")}
 
 
 def open_stream(cfg, plan, rank, world):

@@ -678,7 +678,8 @@ class Embedder(nn.Module):
     def forward(self, batch):
         """-> hidden (N, D), pooled (S, D) in fp32."""
         stack = self.model.decoder if self.model.encoder is None else self.model.encoder
-        hidden = self.model.read(stack, batch, causal=self.causal)
+        plain = self.causal == (stack is self.model.decoder)
+        hidden = self.model(batch) if plain else self.model.read(stack, batch, causal=self.causal)
         return hidden, pool(hidden, batch, self.pooling, self.normalize)
 
     def rows(self, texts, max_length=0):

@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 import checkpoint
 import configurator
+import contrast
 import data
 import fp8
 import machine as hardware
@@ -40,7 +41,6 @@ import monitor
 import needs
 import optim
 from configurator import die
-from contrast import ContrastConfig
 from denoise import DenoiseConfig
 from flash import flash
 from kernels import polyglu_backend
@@ -51,7 +51,7 @@ from precision import PrecisionConfig
 
 
 @dataclass(frozen=True)
-class Config(ModelConfig, DenoiseConfig, ContrastConfig, PrecisionConfig, LatentConfig):
+class Config(ModelConfig, DenoiseConfig, contrast.ContrastConfig, PrecisionConfig, LatentConfig):
     # what and where
     out: str = "out/debug"
     objective: Literal["lm", "denoise", "contrast", "latent"] = "lm"
@@ -107,7 +107,7 @@ class Config(ModelConfig, DenoiseConfig, ContrastConfig, PrecisionConfig, Latent
     benchmark: int = 0  # time so many steps after five of warm-up, print a line of a table per precision and stage, save nothing
     save_every: int = 0  # 0: only at the end
     keep: int = 2  # newest checkpoints kept, besides the best; 0: all
-    best_metric: str = "val/mean/loss"  # lower is better
+    best_metric: str = "val/mean/loss"  # lower is better; "-NAME": higher is
     wandb: bool = False
     tensorboard: bool = False
     progress: bool = True  # a bar, when stderr is a terminal
@@ -150,8 +150,6 @@ def find_objective(cfg) -> Objective:
 
         return Objective(build, denoise_stream.open_stream, token_counts, token_sums)
     if cfg.objective == "contrast":
-        import contrast
-
         return Objective(contrast.build, contrast.open_stream, contrast.counts, contrast.sums, contrast.prepare)
     import latentwire
 
@@ -195,6 +193,7 @@ def examine(cfg, model, sets, row, step, end, machine) -> dict[str, float]:
         if cfg.eval_stage:
             again = evaluate(model, some(sets(row.seq_len)), machine, shares)
             metrics |= {k.replace("val/", "val_L/", 1): v for k, v in again.items() if k.startswith("val/")}
+        metrics |= contrast.rank_pairs(cfg, model) if cfg.eval_sts else {}
     return metrics if whole else {k: v for k, v in metrics.items() if not re.search("/mean/|/sd/|^surprise_", k)}
 
 
@@ -206,6 +205,8 @@ def check_vocabulary(cfg, resumed=None):
     """The data's ids fit the model, and mean what they meant to the weights that it starts from -> fingerprint of their tokenizer."""
     shards = cfg.objective in ("lm", "denoise") or (cfg.objective == "contrast" and not str(cfg.data).endswith(".jsonl"))
     ids = {"fingerprint": None}
+    if cfg.eval_sts:
+        contrast.scored_pairs(cfg)  # there, and of the right columns
     for path in sources(cfg).values() if shards else ():
         ids = data.read_manifest(Path(path))["tokenizer"]
         if (tokens := ids["vocab_size"]) > cfg.vocab_size:
@@ -398,8 +399,9 @@ def main(argv):
     asked, parent = listen(), os.getppid()
 
     def save(step, metrics):
-        score = metrics.get(cfg.best_metric)
-        best = score is not None and math.isfinite(score) and (state["best"] is None or score < state["best"])
+        name = cfg.best_metric.removeprefix("-")
+        score, sign = metrics.get(name), 1 if name == cfg.best_metric else -1
+        best = score is not None and math.isfinite(score) and (state["best"] is None or sign * score < sign * state["best"])
         state["best"] = score if best else state["best"]
         now = {"step": step, "stream": position, "bytes": meter.bytes(), "metrics": metrics, "tau": float(raw.tau), "fp8": fp8.memory(raw)}
         now |= {"stage": plan(step - 1).stage, "tokenizer": fingerprint}
@@ -413,11 +415,9 @@ def main(argv):
     if cfg.objective in ("lm", "denoise") and (cfg.compile or machine.device.type == "cuda") and step < plan.steps:
         say(warm_up(cfg, objective, call, raw, plan, step, machine))
     params = [p for p in raw.parameters() if p.requires_grad]
-    visible = lead and cfg.progress and sys.stderr.isatty()
-    bar = tqdm(total=plan.steps, initial=step, unit="step", disable=not visible, dynamic_ncols=True)
+    bar = tqdm(total=plan.steps, initial=step, unit="step", dynamic_ncols=True, disable=not (lead and cfg.progress and sys.stderr.isatty()))
     meter = monitor.Meter(cfg, raw, names, machine, sizes, state.get("bytes"))
-    first, saved_at, position = step, step, stream.state  # position: of the stream, after the last step that was taken
-    laps = []
+    first, saved_at, position, laps = step, step, stream.state, []  # position: of the stream, after the last step that was taken
 
     while step < plan.steps:
         row, batches = plan(step), next(stream)
@@ -498,13 +498,13 @@ def main(argv):
             say(f"step {step:>6}/{plan.steps} | {line} | norm {norm:.2f}")
             if lead:
                 log.row({"step": step, "tokens": state["tokens"]} | record | monitor.seen(position) | watched)
-        evaluating = val and (end or (cfg.eval_every and step % cfg.eval_every == 0))
+        evaluating = (val or cfg.eval_sts) and (end or (cfg.eval_every and step % cfg.eval_every == 0))
         if evaluating:
             state["metrics"] = examine(cfg, raw, sets, row, step, end, machine)
             if lead:
                 log.row({"step": step} | state["metrics"])
             say("  ".join(f"{k} {v:.4f}" for k, v in state["metrics"].items() if not re.search("/layer_|^surprise|/ppl|/acc", k)))
-            if cfg.best_metric not in state["metrics"] and cfg.domains_every < 2:
+            if cfg.best_metric.removeprefix("-") not in state["metrics"] and cfg.domains_every < 2:
                 say(f"best_metric={cfg.best_metric} is not measured here, so no step is marked best; metrics.jsonl has the names")
             if tune and not end:
                 with fp8.evaluation(raw):

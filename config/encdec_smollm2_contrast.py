@@ -12,4 +12,5 @@ max_enc = 32
 contrast_pairs = contrast_micro = 64
 contrast_symmetric = True
 lr, warmup, schedule = 1e-4, 2, "linear"
-max_steps, eval_every, save_every, log_every = 16, 0, 0, 1
+max_steps, eval_every, save_every, log_every = 16, 4, 4, 1
+eval_sts, best_metric = "data/sts/stsb-dev.jsonl", "-val/sts/spearman"  # sample and export then take the best step by the dev split

@@ -93,7 +93,7 @@ def read_rows(stem: Path, *columns) -> list[dict]:
             rows = sources.read(path)
             bad = [f"row {n} has {list(r)}" for n, r in enumerate(rows, 1) if any(r.get(c) is None for c in columns)]
             return rows if rows and not bad else die(f"{path}: wants rows of {', '.join(columns)}; {bad[0] if bad else 'it has none'}")
-    die(f"{stem}.jsonl (or tsv, csv, parquet) is missing: python -m prepare.sts --help says how to get it, --data=DIR where it is")
+    die(f"{stem}.jsonl (or tsv, csv, parquet) is missing: prepare.sts makes it; --data=DIR, in training --eval_sts=FILE, says where")
 
 
 # ---- metrics ----------------------------------------------------------------------------------------------------------------

@@ -10,9 +10,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from scipy.stats import spearmanr
 
 import contrast
+import model as M
 import tokenizer
+import train
 from model import ModelConfig
 from train import Config
 
@@ -216,3 +219,34 @@ def test_through_the_loop(tmp_path, capsys):
     assert all(torch.equal(old[k], new[k]) for k in old if k.startswith("decoder."))
     assert any(not torch.equal(old[k], new[k]) for k in old if k.startswith("encoder."))
     assert Embedder.load(tmp_path / "run").encode(["a"]).shape == (1, 32)
+
+
+def test_pairs_with_human_scores_choose_the_best_step(tmp_path, corpus, capsys, dies):
+    """val/sts/spearman is scipy's, of the checkpoint as saved; "-NAME" makes the highest the best; training goes on as without."""
+    rng = np.random.default_rng(1)
+    rows = [{"sentence1": f"the {i} apples", "sentence2": f"{rng.integers(9)} pears", "score": float(rng.integers(6))} for i in range(30)]
+    file = tmp_path / "dev.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs, run = pairs_file(tmp_path), tmp_path / "run"
+    base = ["--arch=encoder", "--ffn=polyglu", "--vocab_size=257", "--n_layer=2", "--n_head=2", "--d_model=32", "--d_ff=48", "--max_enc=48"]
+    base += ["--objective=contrast", "--contrast_pairs=16", "--contrast_micro=4", "--lr=1e-3", "--warmup=0", "--log_every=1"]
+    base += ["--dtype=float32", "--device=cpu"]
+    train.main([*base, f"--out={tmp_path}/start", f"--data={corpus}", "--max_steps=1"])
+    base += [f"--data={pairs}", f"--init_from={tmp_path}/start", "--max_steps=6"]
+    train.main(
+        [*base, f"--out={run}", f"--eval_sts={file}", "--eval_every=2", "--save_every=2", "--keep=0", "--best_metric=-val/sts/spearman"]
+    )
+    train.main([*base, f"--out={tmp_path}/blind"])
+    read = lambda out: [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]  # noqa: E731
+    found = {row["step"]: row["val/sts/spearman"] for row in read(run) if "val/sts/spearman" in row}
+    assert sorted(found) == [2, 4, 6]
+    for step, value in found.items():
+        a, b = (
+            M.Embedder.load(run / f"step-{step:06d}", dtype=torch.float32, max_length=48).encode([row[side] for row in rows])
+            for side in ("sentence1", "sentence2")
+        )
+        assert abs(spearmanr((a * b).sum(1), [row["score"] for row in rows]).statistic - value) < 2e-3  # two near values may change places
+    assert (run / "best").resolve().name == f"step-{max(found, key=found.get):06d}"
+    losses = [[row["train/loss"] for row in read(out) if "train/loss" in row] for out in (run, tmp_path / "blind")]
+    assert losses[0] == losses[1]
+    dies(lambda: train.main([*base, f"--eval_sts={tmp_path}/none.jsonl"]), "none.jsonl", "--eval_sts", "prepare.sts")

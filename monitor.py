@@ -133,7 +133,8 @@ class Meter:
                 record |= {f"train/gain/{m}": gain, f"train/slot_rms/{m}": gain * adapter.rms}
         record |= {"train/tau": row.tau} if self.cfg.ffn == "polyglu" else {}
         loss = losses.get("loss", sum(weights.get(t, 1.0) * v for t, v in losses.items()))
-        line = f"loss {loss:.4f} | lr {row.lr:.2e} | {speed / 1e3:.1f}k tok/s" + (f" | MFU {mfu:.1%}" if mfu else "")
+        line = f"loss {loss:.4f} | lr {row.lr:.2e} | {speed / 1e3:.1f}k tok/s | {1e3 * seconds / max(self.steps, 1):.0f} ms"
+        line += f" | MFU {mfu:.1%}" * bool(mfu) + f" | {record['train/peak_mem'] / 1e9:.1f} GB" * (self.machine.device.type == "cuda")
         self.groups.zero_()
         self.restart()
         said = self.alert(loss)

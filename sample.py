@@ -6,7 +6,8 @@
     python sample.py --ckpt=out/ENCDEC --prompt="It was <extra_id_0> in Paris."
 
 --lines makes each line of the input a prompt, --system=TEXT opens a chat, --mode=R|X|S|I names the denoising mode of an encoder-decoder,
---allow_noncausal lets a decoder write whose gate hears later tokens. --beams=4 --temperature=0 looks for the likeliest text (beams.py).
+--allow_noncausal lets a decoder write whose gate hears later tokens; --tau=T and --gate_hard set PolyGLU's gates. --beams=4 --temperature=0
+looks for the likeliest text (beams.py).
 Decoding reads each token once through a KV cache. A row of a batch draws from its own random stream, so what a prompt yields does not
 depend on its neighbours (exactly in fp32, in bf16 up to the rounding that a batch of another shape has), but for its length: the longest
 prompt decides how much room all have. Only whole characters are printed.
@@ -16,7 +17,6 @@ Read next: step in model.py, cache.py.
 
 import prelude  # isort: skip
 
-import dataclasses
 import sys
 import time
 
@@ -28,7 +28,8 @@ import machine
 import tokenizer as tokenizers
 from beams import keep_rows, possible, read, room, search
 from configurator import die
-from model import Transformer, flat
+from eval import open_run
+from model import flat
 from prepare.prompts import Printer, chat_ids, hole_ids, prefix_ids, splice, stop_ids
 
 
@@ -164,7 +165,7 @@ def converse(model, tok, messages, options):
 def main(argv):
     defaults = {"ckpt": str, "prompt": None, "chat": False, "max_new_tokens": 256, "temperature": 0.8, "top_k": 0, "top_p": 1.0}
     defaults |= {"num_samples": 1, "seed": 1337, "device": "auto", "dtype": "auto", "lines": False, "system": "", "mode": None}
-    opt = configurator.args(defaults | {"allow_noncausal": False, "beams": 1}, argv, __doc__)
+    opt = configurator.args(defaults | {"allow_noncausal": False, "beams": 1, "tau": 0.0, "gate_hard": False}, argv, __doc__)
     possible(vars(opt), "--")
     talk = opt.chat and opt.prompt is None  # turn after turn
     for key, need, vain in (("system", "--chat", not opt.chat), ("lines", "--prompt", talk), ("num_samples", "--prompt", talk)):
@@ -178,8 +179,7 @@ def main(argv):
             die(f"--{idle[0]} would do nothing here: a latent run answers one question, greedily")
 
         return latentwire.say(opt.ckpt, prelude.listen(opt.prompt), opt.max_new_tokens, where)
-    build = lambda cfg: Transformer(dataclasses.replace(cfg, allow_noncausal=cfg.allow_noncausal or opt.allow_noncausal))  # noqa: E731
-    model, state = checkpoint.load(opt.ckpt, device=where.device, build=build)
+    model, state, *_ = open_run(opt)
     tok = tokenizers.load(checkpoint.resolve(opt.ckpt).parent)
     start = [{"role": "system", "content": opt.system}] if opt.system else []
     if opt.chat and model.cfg.arch != "decoder":
@@ -193,7 +193,7 @@ def main(argv):
         die(f"--beams={opt.beams} needs a cache, and gate='sequence' allows none: leave it out, or import with --gate=running")
     options |= {} if opt.mode or state["config"].get("mode_tokens", True) else {"mode": ""}
     if talk:
-        return converse(model.set_dtype(where.dtype).lean(), tok, start, options)
+        return converse(model.lean(), tok, start, options)
     prompt = prelude.listen(opt.prompt)
     prompts = (prompt.splitlines() if opt.lines else [prompt]) or die("--lines: the prompt has no line")
     texts, alone = prompts, len(prompts) * opt.num_samples == 1 and "<extra_id_" not in prompt
@@ -201,7 +201,7 @@ def main(argv):
         prompts = [start + [{"role": "user", "content": p}] for p in prompts]
     long = [2 if model.cfg.arch == "encdec" else len(chat_ids(tok, p) if opt.chat else prefix_ids(tok) + tok.encode(p)) for p in prompts]
     fits = room(model, [range(max(long))], opt.max_new_tokens)
-    model.set_dtype(where.dtype).lean(len(prompts) * opt.num_samples * opt.beams)
+    model.lean(len(prompts) * opt.num_samples * opt.beams)
     write(0, texts[0] if alone and not opt.chat else "")
     began = time.perf_counter()
     answers = generate(model, tok, prompts, chat=opt.chat, num_samples=opt.num_samples, on_text=write if alone else None, **options)

@@ -318,8 +318,8 @@ def introduce(log, cfg, model, plan, machine, precision, idle):
     if cfg.precision != "bf16":
         log.say(precision)
     if machine.device.type == "cuda":
-        slow = not cfg.compile and cfg.objective != "latent"
-        log.say(f"attention: {flash()}" + "; blocks not compiled: --compile=True starts later and then is faster" * slow)
+        slow, tf32 = not cfg.compile and cfg.objective != "latent", torch.get_float32_matmul_precision() != "highest"
+        log.say(f"attention: {flash()}; TF32 {'on' if tf32 else 'off'}" + "; not compiled: --compile=True is faster, once started" * slow)
     way = polyglu_backend(machine.device, cfg.acts, machine.dtype)
     if cfg.ffn == "polyglu" and way[0] != "cpu.c":  # of which the line on the machine speaks
         log.say("polyglu: {}, {}".format(*way))

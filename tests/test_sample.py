@@ -410,6 +410,23 @@ def test_command_line(run, monkeypatch, capsys):
     assert code == 2 and not out and err.startswith("--beams=2 needs a cache")
 
 
+def test_gates_at_another_temperature_and_hard(run, monkeypatch, capsys):
+    model = tiny(ffn="polyglu", gate_noise=False)
+    model.tau.fill_(0.7)
+    checkpoint.save(run.parent / "poly", 0, model, None, {"config": configurator.to_dict(model.cfg), "tau": 0.7}, keep=1)
+    BYTES.save(run.parent / "poly" / "tokenizer")
+    texts = {}
+    for tau, option in ((0.7, ()), (5.0, ("--tau=5",)), (1e-6, ("--gate_hard",))):
+        model.tau.fill_(tau)
+        texts[tau] = "ab" + sample.generate(model, BYTES, "ab", max_new_tokens=40)
+        args = (f"--ckpt={run.parent / 'poly'}", "--dtype=float32", "--device=cpu", "--max_new_tokens=40", "--temperature=0", "--prompt=ab")
+        assert call(monkeypatch, capsys, *args, *option)[1] == texts[tau] + "\n"
+    assert len(set(texts.values())) == 3
+    for option in ("--tau=2", "--gate_hard"):
+        code, out, err = call(monkeypatch, capsys, f"--ckpt={run}", option, "--prompt=ab")
+        assert code == 2 and "no gate" in err and err.count("\n") == 1
+
+
 def test_chat_in_the_terminal(run, chatty, monkeypatch, capsys):
     import shutil
 

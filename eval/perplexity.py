@@ -90,9 +90,25 @@ def expect_unseen(folder, tok, dirs):
                         die(f"{path}: text {i} is a document that {dir} trains on; prepare that again with --exclude={folder}, or drop it")
 
 
+def text_batches(texts, tok, eval_len=2048, batch_tokens=16384, stride=1.0) -> list[dict]:
+    """Flat micro-batches of whole texts; besides what every batch holds, `document` (S,) names each segment's text, and `bytes` counts
+    the texts whose first window is here."""
+    pieces, batches, held = [], [], 0  # (document, ids with one more in front, bytes, targets scored before)
+    for i, text in enumerate(texts):
+        ids = [tok.eos_id, *tok.encode(text)]
+        step, done = max(1, int(stride * eval_len)), 0  # targets before `done` were scored by an earlier window
+        for at in range(0, max(1, len(ids) - 1 - eval_len + step), step):
+            piece = ids[at : at + eval_len + 1]
+            if pieces and held + len(piece) - 1 > batch_tokens:
+                batches.append(pack(pieces))
+                pieces, held = [], 0
+            pieces.append((i, piece, 0 if at else len(text.encode()), done - at))
+            held, done = held + len(piece) - 1, at + len(piece) - 1
+    return batches + ([pack(pieces)] if pieces else [])
+
+
 def domain_batches(folder, tok, eval_len=2048, batch_tokens=16384, half=None, stride=1.0):
-    """{domain: flat micro-batches} of every NAME.jsonl in `folder`; besides what every batch holds, `document` (S,) names each segment's
-    document, and `bytes` counts the text whose first window is here. train.py's evaluation reads these as it reads the val split.
+    """{domain: micro-batches} of every NAME.jsonl in `folder`. train.py's evaluation reads these as it reads the val split.
     `half`: 0 the documents of even hash (what auto_mix may look at), 1 the others."""
     files = sorted(Path(folder).glob("*.jsonl"))
     if not files:
@@ -100,20 +116,7 @@ def domain_batches(folder, tok, eval_len=2048, batch_tokens=16384, half=None, st
     domains = {}
     for path in files:
         texts = [t for t in read_texts(path) if half is None or hashlib.blake2b(t.encode()).digest()[0] % 2 == half]
-        pieces, batches, held = [], [], 0  # (document, ids with one more in front, bytes, targets scored before)
-        for i, text in enumerate(texts):
-            ids = [tok.eos_id, *tok.encode(text)]
-            step, done = max(1, int(stride * eval_len)), 0  # targets before `done` were scored by an earlier window
-            for at in range(0, max(1, len(ids) - 1 - eval_len + step), step):
-                piece = ids[at : at + eval_len + 1]
-                if pieces and held + len(piece) - 1 > batch_tokens:
-                    batches.append(pack(pieces))
-                    pieces, held = [], 0
-                pieces.append((i, piece, 0 if at else len(text.encode()), done - at))
-                held, done = held + len(piece) - 1, at + len(piece) - 1
-        domains[path.stem] = batches + ([pack(pieces)] if pieces else [])
-        if not domains[path.stem]:
-            die(f"{path}: holds no text")
+        domains[path.stem] = text_batches(texts, tok, eval_len, batch_tokens, stride) or die(f"{path}: holds no text")
     return domains
 
 

@@ -1,11 +1,12 @@
 """Tokenizers side by side, on named texts: how much they shorten, how fast, and what their ids cost to predict.
 
     python -m prepare.compare --tokenizers=data/bpe200k,data/superbpe200k --texts=data/val [--max_docs=2000] [--out=compare.json]
+    python -m prepare.compare --tokenizers=out/plain,out/super --texts=data/val           # runs: what their models say, too
 
 --texts takes jsonl, parquet or text files, a domain each. Columns: ids, chars and bytes per token, tokens, tokens saved against the
 first tokenizer, bits per byte of a unigram model fitted on the odd documents and scored on the even ones (the fair comparison: a longer
-token says more and is harder to guess), speed, round trip; below, how many words the tokens of the vocabulary span. Bits per byte of a
-trained model, the figure that decides, come from eval/perplexity.py."""
+token says more and is harder to guess), of the model where a run is named (the figure that decides), speed, round trip; above the tables,
+how many words the tokens of the vocabulary span. Read next: prepare/superbpe.py, eval/perplexity.py."""
 
 import itertools
 import os
@@ -16,9 +17,12 @@ from collections import Counter
 
 import numpy as np
 
+import checkpoint
 import configurator
+import machine
 import tokenizer
 from configurator import die
+from eval import perplexity
 from files import write_json
 from prepare import sources
 
@@ -57,6 +61,22 @@ def words(tok):
     return dict(sorted(Counter(max(1, len(re.findall(r"\S+", t))) for t in plain).items()))
 
 
+def open_model(path, device):
+    """-> what scores texts, where `path` is a run and no folder of a tokenizer alone."""
+    if not checkpoint.steps(path):
+        return None
+    model, _ = checkpoint.load(path, device=device)
+    if model.cfg.arch != "decoder" or not model.cfg.causal:
+        die(f"{path}: gives texts no likelihood, its arch is {model.cfg.arch} and its gate {model.cfg.gate}; name {path}/tokenizer")
+    return model
+
+
+def model_bits(model, tok, texts, device):
+    """Bits per byte, every text alone as eval/perplexity.py scores it."""
+    batches = perplexity.text_batches(texts, tok, min(2048, model.cfg.max_len))
+    return perplexity.summary(*perplexity.score(model, batches, device))["bpb"]
+
+
 def measure(tok, texts):
     sizes = [len(t.encode()) for t in texts]
     start = time.perf_counter()
@@ -70,27 +90,32 @@ def measure(tok, texts):
 
 
 def main(argv):
-    o = configurator.args({"tokenizers": str, "texts": str, "text_field": "text", "max_docs": 2000, "out": ""}, argv, __doc__)
-    toks = [tokenizer.load(path) for path in o.tokenizers.split(",")]
+    defaults = {"tokenizers": str, "texts": str, "text_field": "text", "max_docs": 2000, "device": "auto", "out": ""}
+    o = configurator.args(defaults, argv, __doc__)
+    device, paths, found = machine.find(o.device).device, o.tokenizers.split(","), sources.find(o.texts, "texts")
+    toks, models = [tokenizer.load(path) for path in paths], [open_model(path, device) for path in paths]
     result = {"tokenizers": [], "texts": {}}
     for tok in toks:
         spans = words(tok)
         print(tok)
         print("  words per token: " + ", ".join(f"{k}: {n:,}" for k, n in spans.items() if k <= 4 or n > 99))
         result["tokenizers"].append({"name": tok.name, "vocab_size": tok.vocab_size, "fingerprint": tok.fingerprint, "words": spans})
-    found = sources.find(o.texts, "texts")
     for (path, size), name in zip(found, names_of([path for path, _ in found]), strict=True):
         texts = texts_of(path, size, o.text_field, o.max_docs) or die(f"{path}: no text in it (field '{o.text_field}')")
         rows = [measure(tok, texts) for tok in toks]
+        for row, tok, model in zip(rows, toks, models, strict=True):
+            row["model_bits_per_byte"] = model_bits(model, tok, texts, device) if model else None
         result["texts"][name] = {"documents": len(texts), "chars": sum(map(len, texts)), "rows": rows}
         print(f"\n{name}: {len(texts):,} documents, {sum(map(len, texts)):,} characters")
         print(
-            f"  {'':24} {'ids':>8} {'chars/tok':>9} {'bytes/tok':>9} {'tokens':>11} {'saved':>7} {'unigram b/B':>11} {'MB/s':>6} round trip"
+            f"  {'':24} {'ids':>8} {'chars/tok':>9} {'bytes/tok':>9} {'tokens':>11} {'saved':>7} {'unigram b/B':>11}"
+            f" {'model b/B':>9} {'MB/s':>6} round trip"
         )
         for tok, row in zip(toks, rows, strict=True):
             saved = 1 - row["tokens"] / rows[0]["tokens"]
             shown = "{chars_per_token:9.3f} {bytes_per_token:9.3f} {tokens:11,}".format(**row)
-            shown += f" {saved:7.1%} {row['unigram_bits_per_byte']:11.3f} {row['mb_per_s']:6.1f} {row['round_trip']:.1%}"
+            bits = f"{row['model_bits_per_byte']:9.3f}" if row["model_bits_per_byte"] else f"{'-':>9}"
+            shown += f" {saved:7.1%} {row['unigram_bits_per_byte']:11.3f} {bits} {row['mb_per_s']:6.1f} {row['round_trip']:.1%}"
             print(f"  {tok.name[:24]:24} {tok.vocab_size:8,} {shown}")
     if o.out:
         write_json(o.out, result)

@@ -1,15 +1,20 @@
 """prepare.superbpe, compare, val: superwords exist and keep their limits, training repeats itself, text comes back, figures add up."""
 
 import json
+import math
 import os
 import random
 import re
 
 import numpy as np
 import pytest
+import torch
 from test_tokenizer import MARKED, real, unicode_strings
 
+import checkpoint
+import configurator
 import tokenizer
+from model import ModelConfig, build
 from prepare import compare, superbpe, val
 
 V, T = 700, 400
@@ -107,6 +112,27 @@ def test_compare_adds_up(trained, capsys):
     assert list(result["tokenizers"][2]["words"]) == ["1", "2", "3", "4"] and "saved" in capsys.readouterr().out
     uniform = [np.arange(256)] * 4  # every byte as often as every other: 8 bits each
     assert compare.unigram_bits(uniform, [256] * 4, 256) == pytest.approx(8)
+
+
+def test_a_run_in_the_comparison_is_asked_for_its_bits(tmp_path, capsys, dies):
+    """Every text alone after an EOS, nats / (ln 2 x UTF-8 bytes): worked out here from the model's own logits."""
+    texts = ["one two three", "four", "fünf, sechs und sieben", "acht"]
+    (tmp_path / "words.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    for name, more in (("run", {}), ("future", {"ffn": "polyglu", "gate": "sequence", "allow_noncausal": True})):
+        model = build(ModelConfig(vocab_size=257, n_layer=1, n_head=2, d_model=16, init_std=0.5, **more)).eval()
+        checkpoint.save(tmp_path / name, 1, model, None, {"config": configurator.to_dict(model.cfg)}, keep=1)
+        tokenizer.load("bytes").save(tmp_path / name / "tokenizer")
+    model, _ = checkpoint.load(tmp_path / "run")
+    nats = 0.0
+    for text in texts:
+        ids = torch.tensor([[256, *text.encode()]])
+        nats += float(torch.nn.functional.cross_entropy(model.logits(ids[:, :-1])[0].double(), ids[0, 1:], reduction="sum").detach())
+    compare.main([f"--tokenizers=bytes,{tmp_path}/run", f"--texts={tmp_path}/words.jsonl", "--device=cpu", f"--out={tmp_path}/out.json"])
+    plain, asked = json.loads((tmp_path / "out.json").read_text())["texts"]["words"]["rows"]
+    assert plain["model_bits_per_byte"] is None and plain["tokens"] == asked["tokens"]
+    want = nats / math.log(2) / sum(len(text.encode()) for text in texts)
+    assert abs(asked["model_bits_per_byte"] - want) < 1e-5 and f" {want:.3f} " in capsys.readouterr().out
+    dies(lambda: compare.main([f"--tokenizers={tmp_path}/future", f"--texts={tmp_path}/words.jsonl"]), "future", "likelihood")
 
 
 def test_compare_halves_one_document_and_keeps_every_file(trained, tmp_path, capsys):

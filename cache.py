@@ -63,6 +63,7 @@ class Cache:
         return self.enc_mask.sum((1, 2, 3)).repeat_interleave(self.pos.shape[1])
 
     def attend(self, attn, q, k, v):
+        """What Packed.attend is in training. Which keys are seen is said in `begin`; where it says no mask, one query sees all."""
         layer, (rows, width), groups = attn.layer, self.pos.shape, k.shape[1]
         if width == 1:  # the queries of one key head as its rows: no key is read twice
             q, k, v = q.view(rows, groups, -1, q.shape[-1]), k.unsqueeze(2), v.unsqueeze(2)

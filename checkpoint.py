@@ -31,7 +31,7 @@ from files import hold, sync, write_json
 from model import ModelConfig, Transformer
 
 FILES = ("model.safetensors", "optim.safetensors")
-SHAPES = "arch vocab_size n_layer n_head n_kv_head d_model head_dim d_ff qk_norm qkv_bias tie embed_rank ffn gate acts"
+SHAPES = "arch vocab_size n_layer n_kv_head d_model head_dim d_ff qk_norm qkv_bias tie embed_rank ffn n_head gate acts"
 
 
 # ---- a run and its folders ----------------------------------------------------------------------------------------------
@@ -230,10 +230,11 @@ def fit(model, weights, where, state=None, way="--init_from"):
 
 
 def differing(state, cfg, keys=""):
-    """[(setting, its value there, here)] of `keys`, or of what no shape tells of: by which the same tensors would be another function."""
-    there, here, poly = state["config"], configurator.to_dict(cfg), cfg.ffn == "polyglu"
-    keys = keys or "n_head norm_eps rope_theta rope_scaling rope_bf16 cross_rope " + ("acts gate gate_enc gate_block" if poly else "act")
-    return [(key, there[key], here[key]) for key in keys.split() if key in there and there[key] != here[key]]
+    """[(setting, its value there, here)] of `keys`, or of all by which the same tensors would be another function; a new one is such."""
+    there, here, idle = state["config"], configurator.to_dict(cfg), "act" if cfg.ffn == "polyglu" else "acts gate gate_enc gate_block"
+    free = f"max_len n_sentinels init_std remat seed gate_noise allow_noncausal {idle}".split() + SHAPES.split()[:-3]  # heads have none
+    keys = keys.split() or [key for key in ModelConfig.__dataclass_fields__ if key not in free]
+    return [(key, there[key], here[key]) for key in keys if key in there and there[key] != here[key]]
 
 
 def expect_same(other, run, way):
@@ -260,8 +261,7 @@ def load(path, device="cpu", build=Transformer):
     model, weights = build(cfg), read_tensors(folder, FILES[0], state)
     fit(model, weights, folder / FILES[0])
     model.load_state_dict(weights, assign=True)  # takes the tensors as they are: no second copy of the weights
-    if "tau" in state:
-        model.tau.fill_(state["tau"])
+    model.tau.fill_(state.get("tau", 1.0))
     return model.to(device).eval(), state
 
 
@@ -274,7 +274,7 @@ def load_weights(path, model):
 
 
 def put_weights(model, weights, where, *state):
-    with torch.no_grad():
+    with torch.no_grad():  # an edit with parameters of its own may start from older weights: weights = model.state_dict() | weights
         for name, own in fit(model, weights, where, *state).items():
             own.copy_(scatter(weights[name], own))
 

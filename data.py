@@ -12,7 +12,7 @@ packing="windows" (pretraining): the unit of shuffling is a chunk of consecutive
 of its own length, and targets read one token further. N tokens are N - 1 inputs: chunks tile them, the last chunk is shorter and its
 last row filled up with padding. So every token but the very first is a target exactly once per epoch, whatever the table of stages.
 packing="documents" (fine-tuning): whole documents in shuffled order, packed into rows, never cut; longer ones are dropped and counted.
-The files are described at `Shards`; prepare/text.py writes them. Read next: optim.py, for the plan that shapes each step.
+The files are described at `Shards`; prepare/text.py writes them, `write` in prepare/shards.py from arrays. Read next: optim.py.
 """
 
 import functools

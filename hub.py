@@ -7,7 +7,8 @@ Import reads dense Qwen3, Qwen2.5, Llama 3.x, SmolLM2 and TinyLlama folders (saf
 published PolyGLU weights, and writes a normal run directory: train, sample and evaluate it like any other. Export writes SwiGLU models
 as stock Qwen3, Qwen2 or Llama classes and PolyGLU models with modeling_polyglu.py beside the weights (trust_remote_code).
 `layout` is the whole map between the names, read in both directions; nothing is dropped, defaulted or renamed outside of it: a tensor
-left over, a parameter left empty or a config field that would change the model stops with one line. Read next: checkpoint.py.
+left over, a parameter left empty or a config field that would change the model stops with one line. What an edited model.py computes
+otherwise with the same tensors goes out as if it did not. Read next: checkpoint.py.
 """
 
 import prelude  # isort: skip  # noqa: F401
@@ -112,14 +113,17 @@ def to_ours(tensors, c, names, dtype=torch.float32):
 
 
 def to_theirs(state, c, names, dtype=torch.float32):
-    """Our state dict -> their tensors: the same table backwards, padding rows cut, a tied head left out."""
+    """Our state dict -> their tensors: the same table backwards, padding rows cut, a tied head left out. Nothing else stays behind."""
+    table, aside = layout(c, names), ("embed.", "head.") + ("decoder.",) * (c["arch"] == "encoder")
+    if left := sorted(name for name in state if name not in dict(table) and not name.startswith(aside)):
+        die(f"{left[0]}: no exported class has a place for this tensor, and without it ({len(left)} such) this would be another model")
     embed = state["embed.weight"]
     if "embed.proj.weight" in state:  # factorised: no stock class holds it, so the product goes out
         embed = (embed.double() @ state["embed.proj.weight"].double().T).to(embed.dtype)
     tensors = {names["embed"]: embed[: c["vocab_size"]]}
     if not c["tie"]:
         tensors[names["head"]] = state["head.weight"][: c["vocab_size"]]
-    for ours, parts in layout(c, names):
+    for ours, parts in table:
         sizes = [shape[0] for _, shape in parts]
         tensors |= zip((name for name, _ in parts), state[ours].split(sizes), strict=True)
     return {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
@@ -267,7 +271,8 @@ def export(opt):
     c |= {"embed_rank": 0, "allow_noncausal": False}  # a factorised embedding goes out as its product; consent stays at home
     if poly and c["arch"] != "decoder":
         die(f"arch={c['arch']!r} with ffn='polyglu': no exported class holds it; export a decoder, or train with ffn='swiglu'")
-    config = None if poly else hf_config(c, dtype, {})  # refuses before anything is written
+    config = None if poly else hf_config(c, dtype, {})  # refuses before anything is written, as the next line does
+    tensors = to_theirs(model.state_dict(), c, PUBLISHED if poly else HF, dtype)
     if out.exists() and any(out.iterdir()):
         die(f"--out={out}: is not empty; name a new folder")
     out.mkdir(parents=True, exist_ok=True)
@@ -283,7 +288,6 @@ def export(opt):
             config["auto_map"] = {auto: f"modeling_polyglu.{name}" for auto, name in classes.items()}
     else:
         config |= ids
-    tensors = to_theirs(model.state_dict(), c, PUBLISHED if poly else HF, dtype)
     if c["arch"] == "encoder":
         tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})

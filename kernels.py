@@ -18,7 +18,8 @@ import native
 from glu_triton import _backward_triton, _forward_triton, silu_backward
 from ops import full
 
-# Plain functions, for feed-forwards with one activation and for the reference below.
+# Plain functions, for feed-forwards with one activation and for the reference below; polyglu's way back takes the derivative from SLOPES.
+# silu in swiglu and the four DEFAULT_ACTS in polyglu are computed by cpu.c and glu_triton.py: give a variant a name of its own.
 ACTIVATIONS = {
     "relu": torch.relu,
     "tanh": torch.tanh,

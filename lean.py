@@ -45,6 +45,13 @@ def laid_out(weight, rows, bias=None):
     return lambda x: torch.ops.mkldnn._linear_pointwise.default(x, packed, bias, "none", [], "")
 
 
+def in_place_of(plain, linear, rows):
+    """The `matmul` of this Linear from now on. With another weight than its own, a masked or merged one, it is `plain`."""
+    weight, bias = linear.weight, linear.bias
+    fast = laid_out(weight, rows, bias)
+    return lambda x, w, b: fast(x) if w is weight and b is bias else plain(x, w, b)
+
+
 def attends(q, k):
     """Whether attend_one takes this query and these keys."""
     return q.shape[-1] % 16 == 0 and k.dtype == torch.float32 and native.fits(q)

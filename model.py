@@ -169,7 +169,7 @@ class Segments:
         return slots.clamp(min=0).to(device), home.clamp(min=0).to(device), (~real).nonzero().squeeze(1).to(device), lost
 
     def attend(self, q, k, v):
-        """q (Nq, H, E), k and v (Nk, G, E) -> (Nq, H, E)"""
+        """q (Nq, H, E), k and v (Nk, G, E) -> (Nq, H, E). Of three ways attend_padded is the plain one. Decoding: Cache.attend."""
         fits = q.dtype == torch.bfloat16 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
         if q.device.type != "cpu" and fits:  # `meta` too: tests trace it as a GPU would run it
             return varlen(q, k, v, self.cu_q, self.cu_k, self.sizes, self.causal)
@@ -197,6 +197,8 @@ class Segments:
 
 
 class RMSNorm(nn.Module):
+    """Those of queries and keys hold a weight and are not called: Attention.turn norms and rotates in one pass."""
+
     def __init__(self, width: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
@@ -212,7 +214,8 @@ def matmul(x, weight, bias):
 
 
 class Linear(nn.Module):
-    """The one call site of every matmul inside a block; fp8.py replaces `matmul` on the layers that its filter picks."""
+    """The one call site of every matmul inside a block. `matmul` is what fp8.py, on the layers that its filter picks, and `lean` replace,
+    so that what `forward` adds to it (an adapter, say) is there on every path. Merged attention reads encoder states by `some`."""
 
     def __init__(self, n_in: int, n_out: int, role: str, bias: bool = False):
         super().__init__()
@@ -330,6 +333,8 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
+    """What training, decoding and embedding all go through, from token vectors to the final norm."""
+
     def __init__(self, cfg: ModelConfig, gate: str):
         super().__init__()
         self.remat = cfg.remat
@@ -478,7 +483,8 @@ class Transformer(nn.Module):
         return self.embed.weight if self.head is None else self.head.weight
 
     def nll(self, hidden, targets):
-        """Summed negative log-likelihood, and each token's without gradient; logits exist a chunk at a time."""
+        """Summed negative log-likelihood, and each token's without gradient; logits exist a chunk at a time, and `predict` is not asked.
+        The plain way: each = F.cross_entropy(self.predict(hidden), targets, reduction="none"); return each.sum(), each.detach()"""
         return linear_cross_entropy(self.head_input(hidden), self.head_weight, targets, self.cfg.vocab_size)
 
     @torch.no_grad()
@@ -489,11 +495,15 @@ class Transformer(nn.Module):
         return int(sum((self.predict(h).argmax(-1) == t).sum() for h, t in parts))  # the host waits once
 
     def predict(self, hidden):
-        """Logits (..., V) in fp32, padding rows left out; without gradients a GPU never rounds them to bf16."""
-        x, weight = self.head_input(hidden), self.head_weight[: self.cfg.vocab_size]
+        """Logits (..., V) in fp32, padding rows left out. What changes them here (a cap, a bias) must change `nll`, too."""
+        return self.head_product(self.head_input(hidden))
+
+    def head_product(self, x):
+        """`lean` replaces it; without gradients a GPU never rounds it to bf16."""
+        weight = self.head_weight[: self.cfg.vocab_size]
         if torch.is_grad_enabled():
             return full(matmul(x, weight, None))
-        return full(matmul32(x.flatten(0, -2), weight.to(x.dtype).t())).unflatten(0, hidden.shape[:-1])
+        return full(matmul32(x.flatten(0, -2), weight.to(x.dtype).t())).unflatten(0, x.shape[:-1])
 
     def logits(self, ids, enc_ids=None):
         """(B, T) ids -> (B, T, V); an encoder-decoder reads enc_ids (B, S) first."""
@@ -546,14 +556,14 @@ class Transformer(nn.Module):
             module.weight.data = module.weight.data.to(self.dtype)
         for module in parts if fast else ():
             if isinstance(module, Linear):
-                module.forward = lean.laid_out(module.weight, rows, module.bias)
+                module.matmul = lean.in_place_of(matmul, module, rows)
         for module in self.modules():
             if isinstance(module, Attention):
                 weight = module.qk_weight().detach() if module.normed else None
                 module.qk_weight = lambda weight=weight: weight
         if fast and head:
             head = lean.laid_out(self.head_weight, rows)
-            self.predict = lambda hidden: head(self.head_input(hidden))[..., : self.cfg.vocab_size].float()
+            self.head_product = lambda x: head(x)[..., : self.cfg.vocab_size].float()
         if fast and lean.streams(self.embed.weight, rows):
             self.dtype = torch.float32  # of activations
         return self
@@ -607,7 +617,8 @@ def merged_rectangle(enc_ids, dec_ids) -> dict:
 
 
 def build(cfg: ModelConfig, device: str = "cpu") -> Transformer:
-    """A freshly initialised model in training mode, fp32, the same for the same seed. device='meta' gives shapes without memory."""
+    """A freshly initialised model in training mode, fp32, the same for the same seed. device='meta' gives shapes without memory.
+    Every matrix is drawn here, whatever its __init__ put into it: one that begins at zero is named below, as `alpha` is."""
     if device == "meta":
         with torch.device("meta"):
             return Transformer(cfg)

@@ -12,6 +12,11 @@ from configurator import die
 from latent_data import LatentConfig
 
 ARCH = {"lm": "decoder", "denoise": "encdec"}  # what an objective can train, where that is one thing
+KNOWN = {  # what the table below speaks of: another objective, feed-forward or schedule, of your own, may need any setting
+    "objective": ("lm", "denoise", "contrast", "latent"),
+    "ffn": ("swiglu", "polyglu"),
+    "schedule": ("cosine", "linear", "wsd", "constant"),
+}
 SHAPE = """n_layer n_head n_kv_head d_model head_dim d_ff norm_eps qk_norm qkv_bias rope_theta rope_scaling rope_bf16 embed_rank ffn act
     acts gate gate_enc gate_block init_std remat"""
 FP8 = "precision_required fp8_format fp8_recipe fp8_mode fp8_filter fp8_start_step fp8_history fp8_algo fp8_margin"
@@ -88,7 +93,8 @@ def possible(cfg):
 
 def met(cfg, need):
     key, _, values = need.partition("=")
-    return str(getattr(cfg, key)) in values.split("|") if values else bool(getattr(cfg, key))
+    value = getattr(cfg, key)
+    return value not in KNOWN.get(key, (value,)) or (str(value) in values.split("|") if values else bool(value))
 
 
 def idle(cfg, argv=()):

@@ -218,7 +218,8 @@ def matmul32(a, b):
 
 
 def _nll_and_gradient(logits, target, vocab, grads):
-    """nll (n,) of targets (n,), none ignored; with `grads` its gradient takes the place of the logits (n, Vpad)."""
+    """nll (n,) of targets (n,), none ignored; with `grads` its gradient takes the place of the logits (n, Vpad).
+    A third time in cpu.c and twice in head.py: to try another loss take the plain way of Transformer.nll, in model.py."""
     if native.fits(logits):
         low, high = target.aminmax()
         assert 0 <= low and high < vocab, f"targets from {low} to {high} are not all among {vocab} ids"

@@ -214,22 +214,22 @@ def role(name, p):
 
 
 def build_optimizer(model, cfg):
-    """Groups by role, each printed; `group["lr"]` is the plan's lr for every group (Muon scales it by muon_lr / lr)."""
+    """Groups by role, each printed; `group["lr"]` is the plan's lr for every group (Muon scales it by muon_lr / lr). Another optimizer is a
+    class in the last line and its name in train.py: whatever tensors it keeps in `state[p]` are saved and resumed."""
     params = {n: p for n, p in model.named_parameters() if p.requires_grad}  # a tied weight appears once
-    roles = {}
+    groups, roles, lines = [], {}, [f"{'parameters':<14} {'tensors':>7} {'elements':>14} {'decay':>6}  by"]
     for name, p in params.items():
         roles.setdefault(role(name, p), []).append(name)
-    groups, lines = [], [f"{'parameters':<14} {'tensors':>7} {'elements':>14} {'decay':>6}  by"]
     for kind, names in roles.items():
         decay = 0.0 if kind in ("vector", "alpha") or (kind == "embedding" and not cfg.decay_embed) else cfg.weight_decay
-        by_muon = cfg.optimizer == "muon" and kind == "hidden"
+        by = "adamw" if cfg.optimizer == "muon" and kind != "hidden" else cfg.optimizer
         group = {"params": [params[n] for n in names], "names": names, "role": kind, "weight_decay": decay, "muon": 0.0}
-        if by_muon:
+        if by == "muon":
             if any(hasattr(params[n], "full_tensor") for n in names):
                 die("optimizer=muon needs whole matrices; use --parallel=ddp, or --optimizer=adamw with fsdp")
             group |= {"muon": cfg.muon_lr / cfg.lr, "momentum": cfg.muon_momentum, "parts": [fused_parts(model, n) for n in names]}
         groups.append(group)
-        lines.append(f"{kind:<14} {len(names):7} {sum(params[n].numel() for n in names):14,} {decay:6g}  {'muon' if by_muon else 'adamw'}")
+        lines.append(f"{kind:<14} {len(names):7} {sum(params[n].numel() for n in names):14,} {decay:6g}  {by}")
     if int(os.environ.get("RANK", 0)) == 0:
         print("\n".join(lines), flush=True)
     return (Muon if cfg.optimizer == "muon" else torch.optim.AdamW)(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)

@@ -2,7 +2,9 @@
 
 A step that is recorded must always do the same work at the same addresses. So it sees a fixed number of keys (the cache up to the next
 multiple of 256) through a mask made of the positions, which are a tensor; when the text outgrows them, or rows leave the batch, another
-one is recorded. That costs two or three uncompiled steps: it is done once a batch has lasted for a few. Used by Transformer.step.
+one is recorded. That costs two or three uncompiled steps: it is done once a batch has lasted for a few.
+Hooks are recorded for what they do to tensors; one that keeps or prints is not heard again, unless `ready` says False. Used by
+Transformer.step.
 """
 
 import torch

@@ -1,6 +1,7 @@
 """Tokenizers: bytes, tiktoken rank files (Qwen's, GPT-2's, cl100k), any Hugging Face tokenizer.json, and SuperBPE folders.
 
     tok = tokenizer.load("bytes" | FILE.tiktoken | tokenizer.json | DIR)        DIR may be a run or a shards directory
+    tok = tokenizer.load("ids:500")    no text: ids written as numbers, "12 7 499"; one more, 500, ends a document
     ids = tok.encode("text");  text = tok.decode(ids);  tok.special["<|im_end|>"];  tok.save(dir)
 
 Text is only text: a marker such as <|im_end|> inside it is encoded as the characters it is made of. Markers enter by id, through
@@ -145,19 +146,26 @@ def load(path):
         table = [bytes([i]) for i in range(256)] + [EOS.encode()]
         run = lambda text: np.frombuffer(text.encode(), np.uint8)  # noqa: E731
         return Tokenizer("bytes", "bytes", {EOS: 256}, EOS, run, table, {"bytes.json": b'{"eos": 256}\n'})
+    if re.fullmatch(r"ids:[1-9]\d{0,6}", str(path)):
+        n = int(str(path)[4:])
+        run = lambda text: [i for i in map(int, re.findall(r"\d+", text)) if i < n]  # noqa: E731
+        table = [b" %d" % i for i in range(n)] + [EOS.encode()]
+        return Tokenizer(path, "ids", {EOS: n}, EOS, run, table, {"ids.json": json.dumps(path).encode()})
     path = os.path.normpath(path)
     inside = sorted(os.listdir(path)) if os.path.isdir(path) else []
     if "tokenizer" in inside:
         return load(os.path.join(path, "tokenizer"))
     if "bytes.json" in inside:
         return load("bytes").configure(**config_beside(path))
+    if "ids.json" in inside:
+        return load(json.loads(read(os.path.join(path, "ids.json"))))
     if found := [f for f in inside if f == "tokenizer.json" or f.endswith(".tiktoken")]:
         return load(os.path.join(path, found[0]))
     if os.path.isfile(path):
         return rank_file(path) if path.endswith(".tiktoken") else hf(read(path), os.path.dirname(path))
     if {"vocab.json", "merges.txt"} <= set(inside):
         return hf(from_merges(path), path)
-    die(f"no tokenizer at '{path}': give bytes, a .tiktoken rank file, a tokenizer.json, or a folder that holds one")
+    die(f"no tokenizer at '{path}': give bytes, ids:N, a .tiktoken rank file, a tokenizer.json, or a folder that holds one")
 
 
 def read(path, missing=None):

@@ -54,7 +54,7 @@ from precision import PrecisionConfig
 class Config(ModelConfig, DenoiseConfig, contrast.ContrastConfig, PrecisionConfig, LatentConfig):
     # what and where
     out: str = "out/debug"
-    objective: Literal["lm", "denoise", "contrast", "latent"] = "lm"
+    objective: Literal["lm", "denoise", "contrast", "latent"] = "lm"  # another begins in find_objective
     init_from: str = ""  # a run whose weights to start from; step, data and optimizer start afresh
     parameters: int = 0  # what the model must count, padding apart; 0: whatever it does
     resume: str = ""  # latest | best | a step folder; auto: latest if there is one. Bare --resume is latest
@@ -78,12 +78,12 @@ class Config(ModelConfig, DenoiseConfig, contrast.ContrastConfig, PrecisionConfi
     epochs: float = 0.0
     stages: tuple[dict, ...] = ()  # rows {tokens | start, seq_len, mult, clip, rows, accum, warmup, mix, note}: see optim.py
     # optimisation
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: Literal["adamw", "muon"] = "adamw"  # another is named in build_optimizer (optim.py)
     lr: float = 1e-3
     min_lr_ratio: float = 0.1
     warmup: int = 100
     warmup_from: float = 0.0  # first lr as a share of the peak; 0: peak / warmup
-    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"  # another is a curve in Plan._lr (optim.py)
     decay_share: float = 0.2  # of the run, for wsd
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
@@ -136,7 +136,7 @@ def token_sums(model, raw, batch):
 class Objective(NamedTuple):
     build: object  # cfg -> model
     open_stream: object  # cfg, plan, rank, world -> stream
-    counts: object  # batch -> {term: float}
+    counts: object  # batch -> {term: float}, what each of the terms of `sums` is divided by
     sums: object  # wrapped model, raw model, batch -> {term: sum}, per-target nll or None
     prepare: object = None  # wrapped model, raw model, batches -> None: work over the whole step's batches before the first backward
     weights: dict = {}  # of terms in the loss, 1 unless named; a term of weight 0 is only logged

@@ -174,8 +174,8 @@ def export(opt) -> Path:
     rows = model.cfg.vocab_size - (model.cfg.n_sentinels if model.cfg.arch == "encdec" else 0)  # sentinels stay here
     c = hub.full_fields(model.cfg) | {"arch": "encoder", "vocab_size": rows, "tie": True}
     config = hub.hf_config(c, dtype, {"eos_token_id": tok.eos_id, "pad_token_id": tok.eos_id})
-    out.mkdir(parents=True, exist_ok=True)
     tensors = {k.removeprefix("model."): v for k, v in hub.to_theirs(weights, c, hub.HF, dtype).items()}
+    out.mkdir(parents=True, exist_ok=True)
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     hub.write_json(out / "config.json", config)
     raw, settings = stock_tokenizer(convert(tok), tok, opt.max_seq_length, opt.append_eos)

@@ -8,6 +8,7 @@ directory is no data set. The format is described at `data.Shards`, which reads 
 import collections
 import glob
 import hashlib
+import io
 import json
 import os
 import pathlib
@@ -89,6 +90,32 @@ class Writer:
             for file in self.files:
                 os.unlink(file.name)
         self.tokens = self.documents = self.bytes = 0
+
+
+def write(out, splits, tok="bytes", shard_tokens=100_000_000):
+    """Your own ids -> shards: write("data/mine", {"train": arrays, "val": arrays}, "ids:500"). A 1-D array of integers is a document; what
+    ends it, such as tok.eos_id, is part of it. With data.UNTRAINED added an id is read, not predicted. tok: what tokenizer.load takes."""
+    tok, done = tokenizer.load(tok), []
+    if os.path.exists(manifest := os.path.join(out, "manifest.json")):
+        die(f"{out} holds shards already: choose another folder, or remove it")
+    tok.save(os.path.join(out, "tokenizer"))
+    size = np.array([0 if i in tok.special.values() else len(raw) for i, raw in enumerate(tok.table)])
+    for split, arrays in splits.items():
+        writer = Writer(out, split, shard_tokens, None)
+        for ids in map(np.asarray, arrays):
+            if ids.ndim != 1 or ids.dtype.kind not in "iu" or not len(ids):
+                die(f"{split}: a document of {ids.dtype} and shape {ids.shape}: give 1-D arrays of integers, none of them empty")
+            plain = (ids := ids.astype(np.int64)) & 0x7FFFFFFF
+            if (ids >> 32).any() or plain.max() >= tok.vocab_size:
+                die(f"{split}: ids from {ids.min()} to {ids.max()}: those of {tok.name} go from 0 to {tok.vocab_size - 1}")
+            writer.add(io.BytesIO(ids.astype("<u4").tobytes()), np.array([len(ids)]), size[plain].sum(keepdims=True))
+        writer.close()
+        done += writer.done
+    write_json(manifest, {"format": 1, "dtype": "uint32", "tokenizer": about(tok), "settings": {}, "dropped": {}, "shards": done})
+
+
+def about(tok):
+    return {"name": tok.name, "fingerprint": tok.fingerprint, "vocab_size": tok.vocab_size, "eos_id": tok.eos_id}
 
 
 def write_json(path, value):
@@ -194,8 +221,7 @@ def build(out, tok, tasks, job, settings, shard_tokens, max_tokens=0, max_docume
             dropped = ", ".join(f"{n:,} {why}" for why, n in count.items() if n) or "the input is empty"
             field = "; --text_field=NAME says which field holds the text" * any(why.startswith("no text in") for why in count)
             die(f"{out}: no document was left to write ({dropped}){field or '; --from needs files with text in them'}")
-        about = {"name": tok.name, "fingerprint": tok.fingerprint, "vocab_size": tok.vocab_size, "eos_id": tok.eos_id}
-        manifest = {"format": 1, "dtype": "uint32", "tokenizer": about, "settings": settings, "dropped": count, "shards": shards}
+        manifest = {"format": 1, "dtype": "uint32", "tokenizer": about(tok), "settings": settings, "dropped": count, "shards": shards}
         write_json(manifest_path, manifest)
     except KeyboardInterrupt:
         die(f"{out}: stopped after {seen:,} tokens; the same command goes on from its last note")

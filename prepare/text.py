@@ -38,7 +38,7 @@ NOTES = """
 --exclude     files (as from prepare.val) whose texts must not be trained on: dropped and counted
 --max_tokens  stop before the document that would exceed it (0: no limit)
 --part        i/n: every n-th task of the input; n machines fill one --out, and the last to end writes what one job would have
---tokenizer   bytes, a rank file, a tokenizer.json, a folder, or bpe:N: N ids learnt from the first 32 MB of the training documents
+--tokenizer   bytes, ids:N, a rank file, a tokenizer.json, a folder, or bpe:N: N ids learnt from the first 32 MB of what is trained on
 --workers     processes (0: all cores); the output is the same for any number
 --source      math, stem or code: the published mixture, as dataset, config, split, text_field and max_tokens; all: three directories
 """

@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import time
+from dataclasses import make_dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -223,6 +224,16 @@ def test_the_same_tensors_as_another_function_are_never_taken_silently(tmp_path,
     assert torch.equal(before, model.embed.weight)
     assert words[0] in checkpoint.load_weights(tmp_path, model) and torch.equal(trio[1].embed.weight, model.embed.weight)
     assert checkpoint.load_weights(tmp_path, make()[1]) == f"started from step 1 of {tmp_path}"
+
+
+def test_a_setting_of_your_own_counts_unless_it_is_said_to_change_no_function(monkeypatch):
+    more = make_dataclass("More", [("softcap", float, 0.0)], bases=(checkpoint.ModelConfig,), frozen=True)
+    monkeypatch.setattr(checkpoint, "ModelConfig", more)
+    there = {"config": dict.fromkeys(more.__dataclass_fields__, "another")}
+    always = {"n_head", "norm_eps", "rope_theta", "rope_scaling", "rope_bf16", "cross_rope", "softcap"}
+    for ffn, its_own in (("swiglu", {"act"}), ("polyglu", {"acts", "gate", "gate_enc", "gate_block"})):
+        assert {key for key, *_ in checkpoint.differing(there, more(ffn=ffn))} == always | its_own
+    assert checkpoint.differing({"config": {}}, more(softcap=30.0)) == []  # older than the setting
 
 
 def test_init_from_takes_weights_only(tmp_path):

@@ -188,6 +188,14 @@ def test_what_we_do_not_support_is_refused_by_name(change, word, tmp_path, capsy
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("ffn, arch", [("swiglu", "decoder"), ("polyglu", "decoder"), ("swiglu", "encoder")])
+def test_a_tensor_that_somebody_added_is_not_left_behind(ffn, arch, dies):
+    cfg = ModelConfig(vocab_size=50, n_layer=1, n_head=2, d_model=32, ffn=ffn, arch=arch)
+    state, c, names = build(cfg).state_dict(), hub.full_fields(cfg), hub.PUBLISHED if ffn == "polyglu" else hub.HF
+    hub.to_theirs(state, c, names)
+    dies(lambda: hub.to_theirs(state | {f"{arch}.blocks.0.skip": torch.ones(2)}, c, names), f"{arch}.blocks.0.skip")
+
+
 def test_command_line_mistakes_end_in_one_line(tmp_path, capsys):
     assert "no such file" in refused(capsys, "import", f"--from={tmp_path / 'gone'}", "--out=x")
     assert refused(capsys, "exprt", "--out=x") == "python -m hub exprt --out=x: did you mean export?"

@@ -2,11 +2,13 @@
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import model as M
 from model import ModelConfig, Segments, attention, build, merged_rectangle, rectangle
 from replay import Replay
 
@@ -114,6 +116,55 @@ def test_cache_in_any_chunks(name):
             done[r] += count[r]
     for part, states in zip(parts, whole, strict=True):
         torch.testing.assert_close(torch.cat(part), states, rtol=1e-10, atol=1e-10)
+
+
+EDITS = """RMSNorm.forward Linear.forward Attention.forward Attention.turn SwiGLU.forward PolyGLU.forward Block.forward Stack.forward
+    Embedding.forward Transformer.rope Transformer.head_input Transformer.predict"""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("edit", EDITS.split())
+def test_an_edit_reaches_every_path(edit, dtype, way, monkeypatch):
+    """What a reader changes in model.py is seen by training, by evaluation, by decoding, and where `lean` has laid the weights out."""
+    kind, method = edit.split(".")
+    before, ids = getattr(getattr(M, kind), method), pack([25])["ids"][None]
+    fresh = lambda: make(False, n_kv_head=2, d_model=64, ffn="polyglu" if kind == "PolyGLU" else "swiglu").set_dtype(dtype)  # noqa: E731
+
+    def edited(self, *args):
+        y = before(self, *args)
+        return tuple(3 * t for t in y) if isinstance(y, tuple) else 3 * y
+
+    def decoded(model):
+        cache = model.new_cache(1, 32)
+        chunks = [model.step(ids[:, :9], cache), *(model.step(ids[:, [t]], cache) for t in range(9, 25))]
+        return model.predict(torch.cat(chunks, 1))
+
+    def embedded(model):
+        return M.Embedder(model, SimpleNamespace(eos_id=0), normalize=False)(M.flat(ids.tolist()))[1]
+
+    def same(got, want):
+        assert (got - want).norm() < (1e-5 if dtype == torch.float32 else 0.05) * want.norm()
+
+    with monkeypatch.context() as patch:
+        untouched = fresh().logits(ids).detach()
+        patch.setattr(getattr(M, kind), method, edited)
+        want = fresh().logits(ids).detach()
+        assert (want - untouched).norm() > 0.2 * want.norm()
+        if method != "predict":  # which says so
+            trained = fresh().nll(fresh()(rectangle(ids))[:-1], ids[0, 1:])[1]
+            same(trained, F.cross_entropy(want[0, :-1], ids[0, 1:], reduction="none"))
+        vectors = embedded(fresh()).detach()
+        with torch.no_grad():
+            for got in (fresh().logits(ids), decoded(fresh()), decoded(fresh().lean(1)), decoded(fresh().lean(64))):
+                same(got, want)
+            same(embedded(fresh().lean(2048, head=False)), vectors)
+
+
+def test_a_laid_out_layer_asked_for_another_weight_multiplies_by_that(monkeypatch):
+    x, masked = torch.randn(3, 32), lambda self, x: self.matmul(x, self.weight * 0.5, self.bias)
+    want = make(False).decoder.blocks[0].attn.out(x) / 2
+    monkeypatch.setattr(M.Linear, "forward", masked)
+    torch.testing.assert_close(make(False).lean(64).decoder.blocks[0].attn.out(x), want)
 
 
 @pytest.mark.parametrize("name", ["gqa", "lagged", "running", "llama3 rope"])

@@ -503,3 +503,28 @@ def test_streamed_dataset_resumes_by_rows(tmp_path, small, monkeypatch):
     assert json.loads((tmp_path / "killed" / "progress.json").read_text())["rows"] > 20
     run(*end)
     assert digests(tmp_path / "killed") == digests(tmp_path / "whole")
+
+
+def test_arrays_of_ids_become_shards_that_train_and_write(tmp_path, dies, capsys):
+    """What is no text, from numpy to a run: the stream gives the ids back, numbers are the prompt and the answer."""
+    import sample
+    import train as train_run
+
+    out, rng = tmp_path / "moves", np.random.default_rng(0)
+    docs = [np.append(rng.integers(0, 300, 40), 300).astype(kind) for kind in ("u2", "<i4", "<u4", "<i8") * 3]
+    docs[2][1] += data.UNTRAINED
+    shards.write(str(out), {"train": docs[:9], "val": iter(docs[9:])}, "ids:300", shard_tokens=100)
+    train = data.Shards(out, "train")
+    assert train.verify() == 2 * 5 and (train.tokens(0, 9 * 41) == np.concatenate([d.astype("<u4") for d in docs[:9]])).all()
+    tok = tokenizer.load(out)
+    assert tok.encode("12 7 299, 300") == [12, 7, 299] and tok.decode([12, 7]) == " 12 7" and (tok.vocab_size, tok.eos_id) == (301, 300)
+    assert tok.fingerprint == train.tokenizer["fingerprint"] != tokenizer.load("ids:299").fingerprint
+    text.main([f"--out={out}", "--verify"])
+    size = ["--vocab_size=301", "--n_layer=1", "--n_head=2", "--d_model=16", "--seq_len=32", "--tokens_per_step=64", "--max_steps=2"]
+    train_run.main([f"--data={out}", f"--out={tmp_path / 'run'}", "--device=cpu", *size])
+    capsys.readouterr()
+    sample.main([f"--ckpt={tmp_path / 'run'}", "--prompt=5 6", "--max_new_tokens=3", "--device=cpu", "--seed=1"])
+    assert re.fullmatch(r"5 6( \d+){1,3}\n", capsys.readouterr().out)
+    dies(lambda: shards.write(str(out), {"train": docs}, "ids:300"), "holds shards already")
+    for odd in (np.arange(301), np.array([-1]), np.array([1 << 32]), np.array([0.5]), np.zeros((2, 2), int), np.array([], int)):
+        dies(lambda odd=odd: shards.write(str(tmp_path / "odd"), {"val": [odd + (odd.size == 301)]}, "ids:300"), "val: ")

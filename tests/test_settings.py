@@ -88,6 +88,9 @@ def test_what_would_do_nothing_is_refused_when_typed_and_named_when_inherited(ca
             needs.idle(cfg, [f"--{key}=x"])
         line = capsys.readouterr().err
         assert end.value.code == 2 and line.startswith(f"--{key}=") and need in line and line.count("\n") == 1
+    own = {"objective": "mlm", "arch": "encoder", "d_model": 64, "seq_len": 64, "eval_every": 5, "max_enc": 64}
+    own |= {"schedule": "rsqrt", "min_lr_ratio": 0.0, "ffn": "geglu", "act": "gelu"}
+    assert needs.idle(Config(**own), [f"--{key}=x" for key in own]) == ""  # of which the table has never heard
     assert needs.idle(Config(parallel="fsdp"), ["--parallel=fsdp"]) == "parallel (needs torchrun with several processes)"
     for changes in (
         {},

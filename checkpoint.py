@@ -31,7 +31,8 @@ from files import hold, sync, write_json
 from model import ModelConfig, Transformer
 
 FILES = ("model.safetensors", "optim.safetensors")
-SHAPES = "arch vocab_size n_layer n_head n_kv_head d_model head_dim d_ff qk_norm qkv_bias tie embed_rank ffn gate acts"
+SHAPES = """arch vocab_size n_layer n_head n_kv_head d_model head_dim d_ff qk_norm qkv_bias tie embed_rank ffn gate acts lms adapter
+    latent_encoder latent_reader latent_layers latent_blocks latent_frozen latent_from latent_len latent_ratio latent_dim calibration"""
 
 
 # ---- a run and its folders ----------------------------------------------------------------------------------------------
@@ -41,6 +42,7 @@ def point(link: Path, target: str):
     new = link.with_name(f".tmp-{link.name}")
     new.unlink(missing_ok=True)
     new.symlink_to(target)
+    link.is_symlink() or shutil.rmtree(link, ignore_errors=True)  # a copy of the run that followed links has a folder there
     os.replace(new, link)
 
 
@@ -98,7 +100,7 @@ def resolve(path, which=None) -> Path:
         die(f"{path}: no checkpoint here; give a run directory (out/RUN) or one of its step-NNNNNN folders")
     for name in (which,) if which else ("best", "latest"):
         if (path / name / "state.json").is_file():
-            return path / os.readlink(path / name)
+            return path / (os.readlink(path / name) if (path / name).is_symlink() else name)
     if which == "best":
         die(f"{path}: has no best checkpoint; use latest, or evaluate with --eval_every")
     return list(found.values())[-1]
@@ -153,8 +155,7 @@ def rotate(run, step, keep):
     sync(run)  # a power cut between may bring back what is deleted below, never take what replaces it
     for old in run.glob(".tmp-step-*-old"):
         shutil.rmtree(old)
-    if best and not (run / best).exists():
-        (run / "best").unlink()
+    not best or (run / best).exists() or (run / "best").unlink()
 
 
 def save(run, step, model, optimizer, state: dict, keep, metric=None, is_best=False):
@@ -231,9 +232,9 @@ def fit(model, weights, where, state=None, way="--init_from"):
 
 def differing(state, cfg, keys=""):
     """[(setting, its value there, here)] of `keys`, or of what no shape tells of: by which the same tensors would be another function."""
-    there, here, poly = state["config"], configurator.to_dict(cfg), cfg.ffn == "polyglu"
-    keys = keys or "n_head norm_eps rope_theta rope_scaling rope_bf16 cross_rope " + ("acts gate gate_enc gate_block" if poly else "act")
-    return [(key, there[key], here[key]) for key in keys.split() if key in there and there[key] != here[key]]
+    there, here, more = state["config"], configurator.to_dict(cfg), "acts gate gate_enc gate_block" if cfg.ffn == "polyglu" else "act"
+    keys = keys or f"vocab_size n_head norm_eps rope_theta rope_scaling rope_bf16 cross_rope {more}"
+    return [(key, there[key], here[key]) for key in keys.split() if key in there and there[key] != here.get(key, there[key])]
 
 
 def expect_same(other, run, way):
@@ -291,9 +292,8 @@ def load_training(path, model, optimizer) -> dict:
     state["fp8"] = {key[4:]: saved.pop(key) for key in list(saved) if key.startswith("fp8/")}
     for key in saved:
         name, _, kind = key.rpartition(".")
-        if name not in params or (saved[key].ndim and saved[key].shape != params[name].shape):
+        if (p := params.get(name)) is None or (saved[key].ndim and saved[key].shape != p.shape):
             die(f"{folder / FILES[1]}: {key} fits no parameter of the model; is it a checkpoint of another architecture?")
-        p = params[name]
         optimizer.state[p][kind] = scatter(saved[key], p) if saved[key].ndim else saved[key].to(p.device)
     with safe_open(folder / FILES[1], "pt") as file:
         set_random_state(file.metadata()["rng"])

@@ -85,6 +85,8 @@ def possible(cfg):
         bounded({key: typed(STAGE, key, [value], f"stages[{n}]") for key, value in row.items()}, f"stages[{n}]: ")
     if isinstance(cfg.data, dict) and (not cfg.data or any(not name or "/" in name or name in ("mean", "sd") for name in cfg.data)):
         die(f"data={cfg.data}: give {{name: folder}}; metrics are called by the name, so it is not empty, mean or sd, and has no slash")
+    if {"contrast": cfg.max_tokens or cfg.epochs or any("tokens" in row for row in cfg.stages), "latent": cfg.epochs}.get(cfg.objective):
+        die(f"max_tokens={cfg.max_tokens}, epochs={cfg.epochs}: objective={cfg.objective} counts steps: set --max_steps; in stages `start`")
     for key in {"denoise": ("max_enc", "max_dec"), "contrast": ("max_enc",)}.get(cfg.objective, ()):
         if not 1 < getattr(cfg, key) <= cfg.max_len:  # told here, not by the first long text: 1 is an EOS and no text
             die(f"{key}={getattr(cfg, key)} must lie in 2..{cfg.max_len}, what the model reads at most; change it, or --max_len")
@@ -95,7 +97,7 @@ def possible(cfg):
     for key, values in (("betas", cfg.betas), ("muon_momentum", (cfg.muon_momentum,))):
         if not all(0 <= value < 1 for value in values):
             die(f"{key}={getattr(cfg, key)} must lie in [0, 1)")
-    for key in ("lr", "muon_lr"):
+    for key in ("lr", "muon_lr")[: 1 + (cfg.optimizer == "muon")]:
         if (rate := getattr(cfg, key)) * cfg.weight_decay >= 1:
             die(f"{key}={rate} x weight_decay={cfg.weight_decay}: one step would decay a weight to 0 or past it; lower one of them")
     if cfg.stats_every and (cfg.objective == "latent" or cfg.parallel == "fsdp"):
@@ -128,7 +130,7 @@ def idle(cfg, argv=()):
             if getattr(cfg, key) != getattr(type(cfg), key):
                 found.setdefault(key, f"a stage without `{given}`")
     for row in cfg.stages:
-        vain = {"contrast": "tokens seq_len rows accum mix", "denoise": "" if "rows" in row else "seq_len"}.get(cfg.objective, "")
+        vain = {"contrast": "seq_len rows accum mix", "denoise": "" if "rows" in row else "seq_len"}.get(cfg.objective, "")
         found |= {f"stages.{key}": "objective=lm|latent" for key in vain.split() if key in row}
     for key, need in found.items():
         if f"--{key}" in typed:

@@ -238,6 +238,12 @@ def test_texts_longer_than_the_model_reads_are_refused_before_the_first_of_them(
             dies(lambda: needs.possible(Config(**keys)), f"{key}={value}", "2..64", "--max_len")
 
 
+def test_a_length_is_given_in_what_the_objective_counts(dies):
+    keys = {"objective": "contrast", "arch": "encoder"}
+    for changes in (keys | {"max_tokens": 9}, keys | {"stages": ({"tokens": 9},)}, {"objective": "latent", "epochs": 1.0}):
+        dies(lambda: needs.possible(Config(**changes)), f"objective={changes['objective']} counts steps", "--max_steps")
+
+
 def test_what_does_not_fit_into_memory_is_one_line(dies):
     for error in (torch.OutOfMemoryError("of memory"), MemoryError(), RuntimeError("alloc_cpu.cpp:127: can't allocate memory: 9 bytes")):
         dies(lambda: prelude.last_words(type(error), error, None), "out of memory", "--d_model", "--micro_tokens")

@@ -99,7 +99,7 @@ def check(cfg: ModelConfig) -> None:
     """Refuse what cannot be built, in one line that says what to change."""
     from_dict(ModelConfig, {key: getattr(cfg, key) for key in ModelConfig.__dataclass_fields__}, "ModelConfig")  # ffn="polygu" is no SwiGLU
     if cfg.n_head % cfg.kv_heads:
-        die(f"n_kv_head={cfg.kv_heads} does not divide n_head={cfg.n_head}")
+        die(f"n_kv_head={cfg.kv_heads} does not divide n_head={cfg.n_head}; take one of its divisors, or 0 for as many")
     if not cfg.head_dim and cfg.d_model % cfg.n_head:
         die(f"d_model={cfg.d_model} is not a multiple of n_head={cfg.n_head}; change one of them or set head_dim")
     if cfg.width_head % 2:

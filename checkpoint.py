@@ -31,7 +31,9 @@ from files import hold, sync, write_json
 from model import ModelConfig, Transformer
 
 FILES = ("model.safetensors", "optim.safetensors")
-SHAPES = "arch vocab_size n_layer n_kv_head d_model head_dim d_ff qk_norm qkv_bias tie embed_rank ffn n_head gate acts"
+TENSORS = "arch n_layer n_kv_head d_model head_dim d_ff qk_norm qkv_bias tie embed_rank ffn"  # what their shapes tell of
+SHAPES = f"""{TENSORS} vocab_size n_head gate acts lms adapter latent_encoder latent_reader latent_layers latent_blocks latent_frozen
+    latent_from latent_len latent_ratio latent_dim calibration"""
 
 
 # ---- a run and its folders ----------------------------------------------------------------------------------------------
@@ -41,6 +43,7 @@ def point(link: Path, target: str):
     new = link.with_name(f".tmp-{link.name}")
     new.unlink(missing_ok=True)
     new.symlink_to(target)
+    link.is_symlink() or shutil.rmtree(link, ignore_errors=True)  # a copy of the run that followed links has a folder there
     os.replace(new, link)
 
 
@@ -98,7 +101,7 @@ def resolve(path, which=None) -> Path:
         die(f"{path}: no checkpoint here; give a run directory (out/RUN) or one of its step-NNNNNN folders")
     for name in (which,) if which else ("best", "latest"):
         if (path / name / "state.json").is_file():
-            return path / os.readlink(path / name)
+            return path / (os.readlink(path / name) if (path / name).is_symlink() else name)
     if which == "best":
         die(f"{path}: has no best checkpoint; use latest, or evaluate with --eval_every")
     return list(found.values())[-1]
@@ -153,8 +156,7 @@ def rotate(run, step, keep):
     sync(run)  # a power cut between may bring back what is deleted below, never take what replaces it
     for old in run.glob(".tmp-step-*-old"):
         shutil.rmtree(old)
-    if best and not (run / best).exists():
-        (run / "best").unlink()
+    not best or (run / best).exists() or (run / "best").unlink()
 
 
 def save(run, step, model, optimizer, state: dict, keep, metric=None, is_best=False):
@@ -232,9 +234,9 @@ def fit(model, weights, where, state=None, way="--init_from"):
 def differing(state, cfg, keys=""):
     """[(setting, its value there, here)] of `keys`, or of all by which the same tensors would be another function; a new one is such."""
     there, here, idle = state["config"], configurator.to_dict(cfg), "act" if cfg.ffn == "polyglu" else "acts gate gate_enc gate_block"
-    free = f"max_len n_sentinels init_std remat seed gate_noise allow_noncausal {idle}".split() + SHAPES.split()[:-3]  # heads have none
+    free = f"max_len n_sentinels init_std remat seed gate_noise allow_noncausal {idle} {TENSORS}".split()
     keys = keys.split() or [key for key in ModelConfig.__dataclass_fields__ if key not in free]
-    return [(key, there[key], here[key]) for key in keys if key in there and there[key] != here[key]]
+    return [(key, there[key], here[key]) for key in keys if key in there and there[key] != here.get(key, there[key])]
 
 
 def expect_same(other, run, way):
@@ -254,8 +256,7 @@ def scatter(value, like):
 
 def load(path, device="cpu", build=Transformer):
     """-> (the model of that run in eval mode, its state dict). `build` makes a module from a ModelConfig."""
-    folder = resolve(path)
-    state = read_state(folder)
+    state = read_state(folder := resolve(path))
     mine = {k: v for k, v in state["config"].items() if k in ModelConfig.__dataclass_fields__}
     cfg = configurator.from_dict(ModelConfig, mine, f"{folder}/state.json")
     model, weights = build(cfg), read_tensors(folder, FILES[0], state)
@@ -291,9 +292,8 @@ def load_training(path, model, optimizer) -> dict:
     state["fp8"] = {key[4:]: saved.pop(key) for key in list(saved) if key.startswith("fp8/")}
     for key in saved:
         name, _, kind = key.rpartition(".")
-        if name not in params or (saved[key].ndim and saved[key].shape != params[name].shape):
+        if (p := params.get(name)) is None or (saved[key].ndim and saved[key].shape != p.shape):
             die(f"{folder / FILES[1]}: {key} fits no parameter of the model; is it a checkpoint of another architecture?")
-        p = params[name]
         optimizer.state[p][kind] = scatter(saved[key], p) if saved[key].ndim else saved[key].to(p.device)
     with safe_open(folder / FILES[1], "pt") as file:
         set_random_state(file.metadata()["rng"])

@@ -63,8 +63,9 @@ class PairStream:
         self.cfg, self.plan, self.rank, self.world, self.step, self.names = cfg, plan, rank, world, 0, []
         if not isinstance(cfg.data, str):
             die("data: objective=contrast reads one jsonl file or one directory of shards")
-        if cfg.contrast_pairs % (cfg.contrast_micro * world):
-            die(f"contrast_pairs={cfg.contrast_pairs} is no multiple of contrast_micro x ranks = {cfg.contrast_micro * world}")
+        if cfg.contrast_pairs % (unit := cfg.contrast_micro * world):
+            way = f"set --contrast_pairs={-(-cfg.contrast_pairs // unit) * unit}"
+            die(f"contrast_pairs={cfg.contrast_pairs} is no multiple of contrast_micro x ranks = {unit}; {way}")
         home = Path(cfg.init_from) if cfg.data.endswith(".jsonl") else Path(cfg.data)
         home = checkpoint.resolve(home).parent if cfg.data.endswith(".jsonl") and cfg.init_from else home
         self.tok = tokenizer.load(home)
@@ -99,7 +100,7 @@ class PairStream:
         (start,), (size,) = self.shards.documents(np.array([row]))
         rng, n, crops = np.random.default_rng([cfg.seed, g]), max(int(size) - 1, 1), []
         for _ in range(2):
-            length = int(rng.integers(min(n, 16), min(n, cfg.max_enc - 1) + 1))
+            length = int(rng.integers(min(n, 16, cfg.max_enc - 1), min(n, cfg.max_enc - 1) + 1))
             at = int(start + rng.integers(0, n - length + 1))
             crops.append([*(self.shards.tokens(at, at + length) & 0x7FFFFFFF).tolist(), self.tok.eos_id])
         return *crops, [], row
@@ -112,7 +113,7 @@ class PairStream:
             raise StopIteration
         n, first = self.cfg.contrast_micro, self.step * self.cfg.contrast_pairs
         starts = range(first + self.rank * n, first + self.cfg.contrast_pairs, self.world * n)
-        batches = [self.micro([self.texts(g) for g in range(at, at + n)], at) for at in starts]
+        batches = [self.micro([self.texts(g) for g in range(at, at + n)], first) for at in starts]
         self.step += 1
         self.state = {"step": self.step, "order": self.order}
         return batches

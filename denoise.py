@@ -117,7 +117,7 @@ def mixture(rows: str | tuple, end: tuple[float, ...] | None = None, mode_tokens
 
     def weights(key, values):
         w = np.asarray(values, np.float64)
-        if len(w) != len(denoisers) or (w < 0).any() or not w.sum() > 0:
+        if len(w) != len(denoisers) or (w < 0).any() or not 0 < w.sum() < math.inf:
             die(f"{key}={list(values)}: wants {len(denoisers)} weights, none negative, one per denoiser of the mixture")
         return w / w.sum()
 

@@ -122,7 +122,7 @@ class DenoiseStream:
         """Encoder and decoder tokens of a pack: micro_tokens split as the mixture needs it, in multiples of 128."""
         cfg, total = self.cfg, row.micro_tokens
         if total < cfg.max_enc + cfg.max_dec:
-            die(f"micro_tokens={total}: a pack must hold max_enc + max_dec = {cfg.max_enc + cfg.max_dec} tokens; raise tokens_per_step")
+            die(f"micro_tokens={total}: a pack must hold max_enc + max_dec = {cfg.max_enc + cfg.max_dec}; raise it or tokens_per_step")
         eta = 0.5 if fixed_shapes(cfg) else row.eta
         need = self.need[0] * (1 - eta) + self.need[1] * eta
         enc = round(total * float(need[0] / need.sum()) / 128) * 128
@@ -202,6 +202,9 @@ class DenoiseStream:
         return {**counts, "sources": sources, "queue": [list(item) for item in self.queue]}
 
     def load(self, state):
+        if f"fixed={not fixed_shapes(self.cfg)}" in state["order"].split():  # a word that no user knows
+            die(f"compile={self.cfg.compile}, precision={self.cfg.precision}: packs of one shape or not, unlike the checkpoint's; "
+                "resume with both as they were, or use --init_from")  # fmt: skip
         data.expect_order(state["order"], self.order)
         self.step, self.packs, self.drawn, self.dropped = (state[key] for key in ("step", "packs", "drawn", "dropped"))
         self.queue = [tuple(item) for item in state["queue"]]

@@ -328,7 +328,8 @@ class Stream:
                 die(f"stages: seq_len={s.seq_len} would cut no source: all are cut at --seq_len={cfg.seq_len}; leave it out of the stages")
             count, per_micro = s.tokens / s.seq_len, s.micro_tokens // s.seq_len
             if s.accum * world * per_micro != count or not per_micro:
-                die(f"{count:g} sources a step (tokens / seq_len) do not divide into {s.accum} x {world} micro-batches of {per_micro}")
+                sizes = f"tokens_per_step={s.tokens}, micro_tokens={s.micro_tokens}: {count:g} sources in {s.accum} x {world} micro-batches"
+                die(f"{sizes} of {per_micro}; make both multiples of seq_len={cfg.seq_len}, and the first of the second x {world}")
         texts = {questions is None for rows in self.sources.values() for _, questions in rows}
         for kind, what, keys in ((True, "text", "w_ae w_lm"), (False, "questions", "w_ans w_first w_k w_kd w_ae_qa latent_questions")):
             vain = [f"{key}={getattr(cfg, key)}" for key in keys.split() if getattr(cfg, key) != getattr(LatentConfig, key)]

@@ -36,6 +36,9 @@ from ops import Gather, Thin, WindowMean, attend_segments, attention, full, line
 Gate = Literal["running", "lagged", "token", "static", "sequence"]
 
 
+ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")  # of Llama 3
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     # the model (model.py)
@@ -96,11 +99,13 @@ def check(cfg: ModelConfig) -> None:
     """Refuse what cannot be built, in one line that says what to change."""
     from_dict(ModelConfig, {key: getattr(cfg, key) for key in ModelConfig.__dataclass_fields__}, "ModelConfig")  # ffn="polygu" is no SwiGLU
     if cfg.n_head % cfg.kv_heads:
-        die(f"n_kv_head={cfg.kv_heads} does not divide n_head={cfg.n_head}")
+        die(f"n_kv_head={cfg.kv_heads} does not divide n_head={cfg.n_head}; take one of its divisors, or 0 for as many")
     if not cfg.head_dim and cfg.d_model % cfg.n_head:
         die(f"d_model={cfg.d_model} is not a multiple of n_head={cfg.n_head}; change one of them or set head_dim")
     if cfg.width_head % 2:
         die(f"head_dim={cfg.width_head} is odd; rotary positions need it even")
+    if (rope := cfg.rope_scaling) and not all(isinstance(rope.get(key), (int, float)) and 0 < rope[key] < math.inf for key in ROPE):
+        die(f"rope_scaling={rope}: give each of {', '.join(ROPE)} a number above 0")
     if isinstance(cfg.act, tuple) and len(cfg.act) != cfg.n_layer:
         die(f"act names {len(cfg.act)} activations for n_layer={cfg.n_layer} layers; give one name or one per layer")
     if not cfg.acts:

@@ -8,8 +8,9 @@ over is no mistake; what somebody has just typed is. `NEEDS` is all there is to 
 import os
 from dataclasses import fields
 
-from configurator import die
+from configurator import die, typed
 from latent_data import LatentConfig
+from optim import STAGE
 
 ARCH = {"lm": "decoder", "denoise": "encdec"}  # what an objective can train, where that is one thing
 KNOWN = {  # what the table below speaks of: another objective, feed-forward or schedule, of your own, may need any setting
@@ -28,7 +29,7 @@ NEEDS = (  # what it takes, and which settings; a key without a value: it must b
     ("objective=lm|denoise or eval_sts", "eval_every best_metric"),
     ("objective=lm|latent", "seq_len"),
     ("objective=lm|denoise|latent", "mix mix_end tokens_per_step max_tokens micro_tokens"),
-    ("objective=lm|denoise|contrast", "arch vocab_size tie gate_noise allow_noncausal precision compile decay_embed"),
+    ("objective=lm|denoise|contrast", "max_len arch vocab_size tie gate_noise allow_noncausal precision compile decay_embed"),
     ("objective=lm|denoise|contrast or latent_encoder=pool|byte", SHAPE),
     ("objective=denoise", "mixture mixture_end mode_tokens max_dec closing_sentinel length_adaptive snap analyze_batch"),
     ("objective=denoise|contrast", "max_enc eval_sts"),
@@ -52,6 +53,7 @@ NEEDS = (  # what it takes, and which settings; a key without a value: it must b
     ("mix_end", "mix_decay_start"),
     ("auto_mix", "domain_source"),
     ("domains", "domains_every"),
+    ("eval_every", "domains_every auto_mix"),
     ("latent_ratio=0", "latent_len"),
     ("latent_encoder=lm|query|sent", "latent_reader latent_layers latent_blocks latent_frozen"),
     ("adapter=mlp", "adapter_hidden"),
@@ -63,28 +65,47 @@ NEEDS = (  # what it takes, and which settings; a key without a value: it must b
 
 
 POSITIVE = """vocab_size n_layer n_head d_model max_len gate_block seq_len tokens_per_step decay_share tau_max tau_min max_enc max_dec
-    contrast_tau contrast_pairs contrast_micro fp8_history kd_tau latent_dim latent_len first_k""".split()
+    contrast_tau contrast_pairs contrast_micro fp8_history kd_tau latent_dim latent_len first_k rope_theta init_std eps domains_every
+    tokens rows accum""".split()  # the last three: of a stage
+MOST = dict.fromkeys("norm_eps min_lr_ratio warmup_from decay_share mix_decay_start wire_start".split(), 1) | {"fp8_margin": 32}
+
+
+def bounded(values, where=""):
+    """NaN lies within no bounds, and infinity above them: a config file can say both. 2^53: above it a float counts no steps."""
+    for key, value in values.items():
+        low, high = -32 if key == "fp8_margin" else 0, MOST.get(key, 1 << 53)
+        if type(value) in (int, float) and not (low <= value and (value or key not in POSITIVE)):
+            die(f"{where}{key}={value} must be {'above 0' if key in POSITIVE else f'{low} or more'}")
+        if type(value) in (int, float) and value > high:
+            die(f"{where}{key}={value} must be {high:,} or less")
 
 
 def possible(cfg):
     """Refuse numbers that no run can have."""
-    for key, value in vars(cfg).items():
-        if type(value) in (int, float) and key != "fp8_margin" and (value < 0 or (value == 0 and key in POSITIVE)):
-            die(f"{key}={value} must be {'above 0' if key in POSITIVE else '0 or more'}")
+    bounded(vars(cfg))
     if not cfg.out:
         die("--out= names no folder: give one, as --out=out/RUN")
     if cfg.arch != (fit := ARCH.get(cfg.objective, cfg.arch)):
         die(f"objective={cfg.objective} trains no arch={cfg.arch}: set --arch={fit}")
     for n, row in enumerate(cfg.stages):
-        for key in row.keys() & {"seq_len", "rows", "accum"}:
-            if row[key] < 1:
-                die(f"stages: row {n}: {key}={row[key]} must be above 0")
+        bounded({key: typed(STAGE, key, [value], f"stages[{n}]") for key, value in row.items()}, f"stages[{n}]: ")
+    if isinstance(cfg.data, dict) and (not cfg.data or any(not name or "/" in name or name in ("mean", "sd") for name in cfg.data)):
+        die(f"data={cfg.data}: give {{name: folder}}; metrics are called by the name, so it is not empty, mean or sd, and has no slash")
+    if {"contrast": cfg.max_tokens or cfg.epochs or any("tokens" in row for row in cfg.stages), "latent": cfg.epochs}.get(cfg.objective):
+        die(f"max_tokens={cfg.max_tokens}, epochs={cfg.epochs}: objective={cfg.objective} counts steps: set --max_steps; in stages `start`")
+    for key in {"denoise": ("max_enc", "max_dec"), "contrast": ("max_enc",)}.get(cfg.objective, ()):
+        if not 1 < getattr(cfg, key) <= cfg.max_len:  # told here, not by the first long text: 1 is an EOS and no text
+            die(f"{key}={getattr(cfg, key)} must lie in 2..{cfg.max_len}, what the model reads at most; change it, or --max_len")
     if cfg.tau_max < cfg.tau_min:
         die(f"tau_max={cfg.tau_max} is below tau_min={cfg.tau_min}, and the temperature only falls: set --tau_min={cfg.tau_max}")
     if cfg.mix_end and cfg.mix_decay_start >= 1:
         die(f"mix_decay_start={cfg.mix_decay_start}: mix_end is never walked to; set it below 1, or leave mix_end out")
-    if not all(0 <= beta < 1 for beta in cfg.betas):
-        die(f"betas={cfg.betas} must lie in [0, 1)")
+    for key, values in (("betas", cfg.betas), ("muon_momentum", (cfg.muon_momentum,))):
+        if not all(0 <= value < 1 for value in values):
+            die(f"{key}={getattr(cfg, key)} must lie in [0, 1)")
+    for key in ("lr", "muon_lr")[: 1 + (cfg.optimizer == "muon")]:
+        if (rate := getattr(cfg, key)) * cfg.weight_decay >= 1:
+            die(f"{key}={rate} x weight_decay={cfg.weight_decay}: one step would decay a weight to 0 or past it; lower one of them")
     if cfg.stats_every and (cfg.objective == "latent" or cfg.parallel == "fsdp"):
         die("stats_every reads one whole Transformer on rank 0: not for objective=latent, nor with --parallel=fsdp; leave it at 0")
     if cfg.optimizer == "muon" and not cfg.lr:
@@ -115,6 +136,9 @@ def idle(cfg, argv=()):
         for key in keys.split() if cfg.stages and all(given in row for row in cfg.stages) and not asked else ():
             if getattr(cfg, key) != getattr(type(cfg), key):
                 found.setdefault(key, f"a stage without `{given}`")
+    for row in cfg.stages:
+        vain = {"contrast": "seq_len rows accum mix", "denoise": "" if "rows" in row else "seq_len"}.get(cfg.objective, "")
+        found |= {f"stages.{key}": "objective=lm|latent" for key in vain.split() if key in row}
     for key, need in found.items():
         if f"--{key}" in typed:
             die(f"--{key}={getattr(cfg, key)} would do nothing here: it needs {need}")

@@ -50,10 +50,10 @@ def shares(mix, cfg, where):
     """A dict of non-negative weights of the configured sources, normalised."""
     names = cfg.data if isinstance(cfg.data, dict) else ()
     for name, share in mix.items():
-        if name not in names or not share >= 0:
+        if name not in names or not 0 <= share < math.inf:
             die(f"{where}: {name}={share} must be a share >= 0 of a source of --data ({', '.join(names) or 'a single folder'})")
-    if not sum(mix.values()) > 0:
-        die(f"{where}: the shares {mix} sum to 0; give one source a share")
+    if not 0 < sum(mix.values()) < math.inf:
+        die(f"{where}: the shares {mix} sum to {sum(mix.values())}; give one source a share")
     return {name: share / sum(mix.values()) for name, share in mix.items()}
 
 
@@ -66,13 +66,13 @@ def batch_shape(cfg, world, row, where):
     unit = world * (given or accum * window)
     if tokens % unit and "rows" in row:
         die(f"{where}: rows={row['rows']} do not divide over {world} processes; take a multiple of {world}")
-    if tokens % unit:
-        parts, way = f"accum {accum} x seq_len {length}", f"--tokens_per_step={-(-tokens // unit) * unit}"
-        if given:
-            parts, way = f"micro_tokens {given}", f"--micro_tokens={math.gcd(tokens // world, given) or tokens} or {way}"
-        die(f"{where}: tokens_per_step {tokens} is no multiple of world {world} x {parts}; try {way}")
     if given % window:
         die(f"{where}: micro_tokens {given} is not a multiple of seq_len {length}; try --micro_tokens={-(-given // length) * length}")
+    if tokens % unit:
+        parts, fit = f"micro_tokens {given}" if given else f"accum {accum} x seq_len {length}", math.gcd(tokens // world, given)
+        way = f"--micro_tokens={fit} or " * bool(given and fit and fit % window == 0 and tokens % (fit * world) == 0)
+        way += f"--tokens_per_step={-(-tokens // unit) * unit}"
+        die(f"{where}: tokens_per_step {tokens} is no multiple of world {world} x {parts}; try {way}")
     if window > cfg.max_len:
         die(f"{where}: seq_len {length} exceeds max_len {cfg.max_len}; raise --max_len")
     micro = given or tokens // world // accum

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from dataclasses import make_dataclass
@@ -144,6 +145,12 @@ def test_resolve(tmp_path, dies):
     assert checkpoint.resolve(tmp_path).name == checkpoint.resolve(tmp_path, "best").name == "step-000002"
     assert checkpoint.resolve(tmp_path, "latest").name == "step-000003"
     assert checkpoint.resolve(tmp_path / "step-000003", "best").name == "step-000003"
+    wide = make(vocab_size=101)  # as many rows in memory, another softmax
+    dies(lambda: checkpoint.load_training(tmp_path, *wide[1:]), "vocab_size 100 -> 101")
+    shutil.copytree(tmp_path, copy := tmp_path / "copy")  # scp -r and others make folders of links
+    assert checkpoint.load(copy)[1]["step"] == 2 and checkpoint.read_state(checkpoint.find_resume(copy, "latest"))["step"] == 3
+    save(copy, 4, trio, is_best=True)
+    assert os.readlink(copy / "latest") == os.readlink(copy / "best") == "step-000004"
     (tmp_path / "best").unlink()
     (tmp_path / "latest").unlink()  # links are a convenience: the newest step is still found
     assert checkpoint.resolve(tmp_path).name == "step-000003"

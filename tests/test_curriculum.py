@@ -580,7 +580,7 @@ def test_auto_mix_mistakes(shards, tmp_path, capsys):
         ([*good, "--stages=({'start': 0, 'mix': {'two': 1.0}},)"], "drop mix_end and the stages' mix"),
     ):
         with pytest.raises(SystemExit):
-            train.main(short(shards, tmp_path / "out", "--stages=()", "--auto_mix=True", *keys))
+            train.main(short(shards, tmp_path / "out", "--stages=()", "--auto_mix=True", "--eval_every=1", *keys))
         err = capsys.readouterr().err
         assert word in err and err.count("\n") == 1
 

@@ -187,6 +187,7 @@ def test_weights_and_curricula(capsys):
     for bad in (
         lambda: D.mixture("recommended", end=(1, 2, 3)),
         lambda: D.mixture("minimal", end=(1, -1)),
+        lambda: D.mixture("minimal", end=(1, math.inf)),
         lambda: D.mixture("nonsense"),
         lambda: D.mixture((("span", 3, 1.5, "R", 1),)),
         lambda: D.mixture((("span", 3, 0.15, "Q", 1),)),

@@ -238,6 +238,12 @@ def test_user_errors(shards, tmp_path, capsys):
         assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_packs_of_another_shape_are_named_by_the_settings_that_shape_them(shards, dies):
+    old = S.DenoiseStream(config(shards[0]), plan_of()).state
+    new = S.DenoiseStream(config(shards[0], compile=True, precision="bf16"), plan_of())
+    dies(lambda: new.load(old), "compile=True", "precision=bf16", "--init_from")
+
+
 def test_a_tokenizer_that_has_the_markers_says_how_many(dies):
     """The remedy it names is the one that works; without markers there is room to be made."""
     marks = (

@@ -391,6 +391,8 @@ def test_frozen_layers_are_read_where_they_lie(models, tmp_path, dies, monkeypat
     (tmp_path / "a" / "tokenizer").symlink_to(models / "a" / "tokenizer")
     other = lw.build(SimpleNamespace(**vars(cfg) | {"latent_reader": str(tmp_path / "a")}))
     dies(lambda: checkpoint.put_weights(other, weights, tmp_path), "around other frozen models")
+    wide = lw.build(whole(models, latent_frozen=True, latent_blocks=1, latent_len=cfg.latent_len + 1))
+    dies(lambda: checkpoint.load_weights(tmp_path / "run", wide), f"set --latent_len={cfg.latent_len}, or")
 
 
 def test_an_encoder_is_taken_over_as_it_was_set_up(models, tmp_path, capsys):
@@ -526,7 +528,7 @@ def test_settings_that_nothing_in_the_data_heeds_are_named(models, dies):
             steps = list(latent_data.Stream(cfg, optim.Plan(cfg, 1), 0, 1, sides, reader, print))
             assert [(len(micros), len(micros[0]["z_cu"]) - 1) for micros in steps] == [(1, 2)] * 4 + [(2, 3)] * 4
             continue
-        dies(lambda: latent_data.Stream(cfg, optim.Plan(cfg, 1), 0, 1, sides, reader, print), said)
+        dies(lambda: latent_data.Stream(cfg, optim.Plan(cfg, 1), 0, 1, sides, reader, print), said, "tokens_per_step=100", "seq_len=48")
 
 
 def test_slots_look_like_words(models):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import model as M
-from model import ModelConfig, Segments, attention, build, merged_rectangle, rectangle
+from model import ROPE, ModelConfig, Segments, attention, build, merged_rectangle, rectangle
 from replay import Replay
 
 SMALL = dict(vocab_size=100, n_layer=2, n_head=4, d_model=32, max_len=64, init_std=0.1, gate_noise=False)
@@ -297,6 +297,9 @@ def test_bf16_activations_stay_close():
         (dict(ffn="polyglu", gate="runing"), "gate = 'runing'"),
         (dict(arch="decodr"), "arch = 'decodr'"),
         (dict(n_layer=2.0), "n_layer = 2.0"),
+        (dict(rope_scaling={"factor": 8.0}), "low_freq_factor"),
+        (dict(rope_scaling=dict.fromkeys(ROPE, 1.0) | {"factor": 0.0}), "above 0"),
+        (dict(rope_scaling=dict.fromkeys(ROPE, 1.0) | {"factor": "8"}), "above 0"),
     ],
 )
 def test_what_cannot_be_built_is_refused_in_one_line(kw, word, capsys):

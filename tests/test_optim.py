@@ -166,6 +166,8 @@ def test_batch_is_split_exactly():
         ({"max_steps": 1, "tokens_per_step": 1000}, 1, ["tokens_per_step 1000", "try --tokens_per_step=1024"]),
         ({"max_steps": 1, "tokens_per_step": 1000}, 2, ["tokens_per_step 1000", "world 2", "try --tokens_per_step=1024"]),
         ({"max_steps": 1, "micro_tokens": 1536}, 1, ["micro_tokens", "--micro_tokens=512", "--tokens_per_step=3072"]),
+        ({"max_steps": 1, "micro_tokens": 100}, 1, ["micro_tokens 100", "seq_len 256", "try --micro_tokens=256"]),
+        ({"max_steps": 1, "micro_tokens": 256, "tokens_per_step": 2100}, 1, ["tokens_per_step 2100", "try --tokens_per_step=2304"]),
         ({"max_steps": 1, "seq_len": 768, "max_len": 2048, "tokens_per_step": 2048}, 1, ["seq_len 768"]),
         ({"max_steps": 1, "seq_len": 2048}, 1, ["max_len"]),
         ({}, 1, ["max_steps", "max_tokens", "epochs", "none"]),
@@ -184,6 +186,8 @@ def test_batch_is_split_exactly():
         ({"max_steps": 9, "data": {"a": "x"}, "mix": {"b": 1}}, 1, ["b=1", "(a)"]),
         ({"max_steps": 9, "data": {"a": "x"}, "mix": {"a": -1}}, 1, ["a=-1"]),
         ({"max_steps": 9, "data": {"a": "x"}, "mix": {"a": 0}}, 1, ["sum to 0"]),
+        ({"max_steps": 9, "data": {"a": "x"}, "mix": {"a": float("inf")}}, 1, ["a=inf"]),
+        ({"max_steps": 9, "data": {"a": "x", "b": "x"}, "mix": {"a": 1e308, "b": 1e308}}, 1, ["sum to inf"]),
         ({"max_steps": 9, "data": {"a": "x"}, "mix_end": {"a": 1}}, 1, ["mix_end"]),
     ],
 )

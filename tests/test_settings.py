@@ -1,6 +1,7 @@
 """Every setting does something: it is read, a test touches it, and where it could do nothing (needs.py) it is refused or named."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -17,6 +18,7 @@ import fp8
 import latentwire
 import machine
 import needs
+import prelude
 import train
 from model import build
 from train import Config
@@ -39,8 +41,20 @@ def test_every_setting_is_read_by_the_code_and_touched_by_a_test():
 def test_numbers_that_no_run_can_have_are_refused(dies):
     impossible = {"micro_tokens": -64, "seq_len": 0, "n_layer": 0, "gate_block": 0, "lr": -1.0, "decay_share": 0.0, "betas": (1.5, 0.9)}
     impossible |= {"chunk": -1, "remat": -1, "tau_min": 0.0, "fp8_history": 0, "tau_max": 0.05, "mix_decay_start": 1.0}
-    impossible |= {"latent_len": 0, "first_k": 0}
-    for key, value in (*impossible.items(), ("stages", ({"seq_len": 64}, {"rows": 0}))):
+    impossible |= {
+        "latent_len": 0,
+        "first_k": 0,
+        "min_lr_ratio": 2.5,
+        "warmup_from": 2.5,
+        "eps": 0.0,
+        "rope_theta": 0.0,
+        "domains_every": 0,
+    }
+    impossible |= {"muon_momentum": 1.0, "fp8_margin": 100, "seed": 1 << 63, "weight_decay": 1e9, "data": {}}
+    pairs = [(key, bad) for key in ("lr", "clip", "norm_eps", "init_std", "decay_share", "epochs") for bad in (math.nan, math.inf)]
+    pairs += [("data", {name: "x"}) for name in ("", "mean", "a/b")]  # metrics called val/mean, or cut at the slash
+    rows = ({"rows": 0}, {"clip": -1.0}, {"clip": math.nan}, {"mult": -1.0}, {"warmup": -3}, {"seq_len": "a"})
+    for key, value in (*impossible.items(), *pairs, *(("stages", ({"seq_len": 64}, row)) for row in rows)):
         dies(lambda: needs.possible(Config(**{"mix": {"a": 1.0}, "mix_end": {"a": 1.0}} | {key: value})), key)
     for file in ROOT.glob("config/*.py"):
         if not re.search("^(fp8_table|sweep)", file.name):
@@ -81,6 +95,9 @@ def test_what_would_do_nothing_is_refused_when_typed_and_named_when_inherited(ca
         ({"precision": "te", "fp8_stats_every": 9}, "fp8_stats_every", "precision=fp8"),
         ({"packing": "documents", "chunk": 64}, "chunk", "packing=windows"),
         ({"ffn": "polyglu", "allow_noncausal": True}, "allow_noncausal", "gate=sequence"),
+        ({"auto_mix": True, "domains": "x"}, "auto_mix", "eval_every"),
+        ({"domains": "x", "domains_every": 2}, "domains_every", "eval_every"),
+        ({"objective": "latent", "max_len": 64}, "max_len", "objective=lm|denoise|contrast"),
     ):
         cfg = Config(**changes)
         assert key in needs.idle(cfg) and need in needs.idle(cfg)
@@ -114,7 +131,7 @@ def test_what_every_stage_says_itself_is_not_asked_of_the_run():
     found = needs.idle(Config(stages=stages, micro_tokens=64, clip=3.0))
     assert "micro_tokens (needs a stage without `rows`)" in found and "clip" not in found
     mixed = {"mix": {"a": 1.0}, "stages": ({"start": 0, "mix": {"a": 1.0}},)}
-    assert "mix" in needs.idle(Config(**mixed)) and needs.idle(Config(**mixed, auto_mix=True)) == ""  # it starts from `mix`
+    assert "mix" in needs.idle(Config(**mixed)) and needs.idle(Config(**mixed, auto_mix=True, eval_every=1)) == ""  # it starts from `mix`
 
 
 def test_no_config_that_stands_alone_sets_anything_in_vain():
@@ -211,7 +228,28 @@ def test_an_objective_trains_the_architecture_that_it_is_made_for(dies):
 def test_what_every_stage_sets_itself_is_named():
     stages = ({"start": 0, "seq_len": 64, "accum": 2}, {"start": 9, "seq_len": 128, "accum": 1})
     found = needs.idle(Config(stages=stages, seq_len=512, micro_tokens=64))
+    for objective, keys in (("contrast", ("accum", "seq_len")), ("denoise", ("seq_len",)), ("latent", ())):  # what no stage can set there
+        named = needs.idle(Config(stages=stages, objective=objective, arch="encdec"))
+        assert [key for key in ("accum", "seq_len") if f"stages.{key} (needs " in named] == list(keys)
     assert "seq_len (needs a stage without `seq_len`)" in found and "micro_tokens (needs a stage without `accum`)" in found
+
+
+def test_texts_longer_than_the_model_reads_are_refused_before_the_first_of_them(dies):
+    for objective, key in (("denoise", "max_enc"), ("denoise", "max_dec"), ("contrast", "max_enc")):
+        for value in (1, 65):
+            keys = {"objective": objective, "arch": "encdec", "max_len": 64, "max_enc": 8, "max_dec": 8} | {key: value}
+            dies(lambda: needs.possible(Config(**keys)), f"{key}={value}", "2..64", "--max_len")
+
+
+def test_a_length_is_given_in_what_the_objective_counts(dies):
+    keys = {"objective": "contrast", "arch": "encoder"}
+    for changes in (keys | {"max_tokens": 9}, keys | {"stages": ({"tokens": 9},)}, {"objective": "latent", "epochs": 1.0}):
+        dies(lambda: needs.possible(Config(**changes)), f"objective={changes['objective']} counts steps", "--max_steps")
+
+
+def test_what_does_not_fit_into_memory_is_one_line(dies):
+    for error in (torch.OutOfMemoryError("of memory"), MemoryError(), RuntimeError("alloc_cpu.cpp:127: can't allocate memory: 9 bytes")):
+        dies(lambda: prelude.last_words(type(error), error, None), "out of memory", "--d_model", "--micro_tokens")
 
 
 def test_a_run_without_a_folder_is_refused(dies):

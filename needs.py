@@ -7,10 +7,13 @@ over is no mistake; what somebody has just typed is. `NEEDS` is all there is to 
 
 import os
 from dataclasses import fields
+from pathlib import Path
 
+import data
 from configurator import die
 from latent_data import LatentConfig
 
+SPARE = 512  # rows of an embedding that no token has, and nobody wonders: released models round their vocabulary up
 ARCH = {"lm": "decoder", "denoise": "encdec"}  # what an objective can train, where that is one thing
 SHAPE = """n_layer n_head n_kv_head d_model head_dim d_ff norm_eps qk_norm qkv_bias rope_theta rope_scaling rope_bf16 embed_rank ffn act
     acts gate gate_enc gate_block init_std remat"""
@@ -73,6 +76,8 @@ def possible(cfg):
         for key in row.keys() & {"seq_len", "rows", "accum"}:
             if row[key] < 1:
                 die(f"stages: row {n}: {key}={row[key]} must be above 0")
+    if "," in cfg.data and not isinstance(cfg.data, dict) and not os.path.exists(cfg.data):
+        die(f'data={cfg.data}: several sources are written --data="{ {Path(folder).name: folder for folder in cfg.data.split(",")} }"')
     if cfg.tau_max < cfg.tau_min:
         die(f"tau_max={cfg.tau_max} is below tau_min={cfg.tau_min}, and the temperature only falls: set --tau_min={cfg.tau_max}")
     if cfg.mix_end and cfg.mix_decay_start >= 1:
@@ -113,4 +118,8 @@ def idle(cfg, argv=()):
             die(f"--{key}={getattr(cfg, key)} would do nothing here: it needs {need}")
     if cfg.parallel == "fsdp" and os.environ.get("WORLD_SIZE", "1") == "1":  # never refused: one process may go on with a run of several
         found["parallel"] = "torchrun with several processes"
+    folders = [Path(folder) for folder in (cfg.data.values() if isinstance(cfg.data, dict) else [cfg.data])]
+    known = [data.read_manifest(folder)["tokenizer"]["vocab_size"] for folder in folders if (folder / "manifest.json").is_file()]
+    if known and cfg.vocab_size - (cfg.n_sentinels + 4) * (cfg.arch == "encdec") > max(known) + SPARE:
+        found["vocab_size"] = f"a tokenizer of more than {max(known):,} ids"
     return ", ".join(f"{key} (needs {need})" for key, need in found.items())

@@ -19,7 +19,7 @@ import numpy as np
 import configurator
 import tokenizer
 from configurator import die
-from files import write_json
+from files import writable, write_json
 from prepare import sources
 
 
@@ -31,6 +31,8 @@ def texts_of(path, size, field, limit):
         lines = found[0].splitlines(keepends=True)
         step = max(1, len(lines) // 100)
         found = ["".join(lines[i : i + step]) for i in range(0, len(lines), step)]
+    if not found:
+        die(f"{path}: no text in it (field '{field}'); --text_field=NAME says which holds it")
     if len(found) == 1:
         die(f"{path}: one document of one line cannot be halved, to fit a model and to score it; bring more text")
     return found
@@ -71,16 +73,16 @@ def measure(tok, texts):
 
 def main(argv):
     o = configurator.args({"tokenizers": str, "texts": str, "text_field": "text", "max_docs": 2000, "out": ""}, argv, __doc__)
-    toks = [tokenizer.load(path) for path in o.tokenizers.split(",")]
+    writable(o.out)
+    toks, found = [tokenizer.load(path) for path in o.tokenizers.split(",")], sources.find(o.texts, "texts")
+    every = [texts_of(path, size, o.text_field, o.max_docs) for path, size in found]  # what is missing is said before anything else
     result = {"tokenizers": [], "texts": {}}
     for tok in toks:
         spans = words(tok)
         print(tok)
         print("  words per token: " + ", ".join(f"{k}: {n:,}" for k, n in spans.items() if k <= 4 or n > 99))
         result["tokenizers"].append({"name": tok.name, "vocab_size": tok.vocab_size, "fingerprint": tok.fingerprint, "words": spans})
-    found = sources.find(o.texts, "texts")
-    for (path, size), name in zip(found, names_of([path for path, _ in found]), strict=True):
-        texts = texts_of(path, size, o.text_field, o.max_docs) or die(f"{path}: no text in it (field '{o.text_field}')")
+    for texts, name in zip(every, names_of([path for path, _ in found]), strict=True):
         rows = [measure(tok, texts) for tok in toks]
         result["texts"][name] = {"documents": len(texts), "chars": sum(map(len, texts)), "rows": rows}
         print(f"\n{name}: {len(texts):,} documents, {sum(map(len, texts)):,} characters")

@@ -315,6 +315,7 @@ def main(argv):
         die(f"bench: --suite is cpu, gpu or tiny, --clock wall or cpu, --compile auto, True or False, --rounds > 0; got {' '.join(argv)}")
     if not set(chosen) <= set(known):
         die(f"bench: --only is some of {','.join(known)}; got {opt.only}")
+    not opt.append or opt.out or die("bench: --append needs --out=FILE, to whose rows it adds")
     if opt.threads:
         torch.set_num_threads(opt.threads)
     where = machine.find({"gpu": "cuda", "cpu": "cpu"}.get(opt.suite, "auto"))

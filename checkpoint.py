@@ -98,13 +98,11 @@ def resolve(path, which=None) -> Path:
     if not (found := steps(path)):
         if (path / "config.json").is_file() and list(path.glob("*.safetensors")):
             die(f"{path}: an exported folder; make it a run: python -m hub import --from={path} --out=out/RUN")
-        die(f"{path}: no checkpoint here; give a run directory (out/RUN) or one of its step-NNNNNN folders")
-    for name in (which,) if which else ("best", "latest"):
-        if (path / name / "state.json").is_file():
-            return path / (os.readlink(path / name) if (path / name).is_symlink() else name)
-    if which == "best":
-        die(f"{path}: has no best checkpoint; use latest, or evaluate with --eval_every")
-    return list(found.values())[-1]
+        more = "; the top of the config says what makes it" * (not path.exists())
+        die(f"{path}: no checkpoint here; give a run directory (out/RUN) or one of its step-NNNNNN folders{more}")
+    if links := [path / name for name in ([which] if which else ["best", "latest"]) if (path / name / "state.json").is_file()]:
+        return path / (os.readlink(links[0]) if links[0].is_symlink() else links[0].name)  # a copy may have followed it
+    return list(found.values())[-1] if which != "best" else die(f"{path}: has no best checkpoint; use latest, or set --eval_every")
 
 
 def find_resume(run, how):
@@ -115,6 +113,7 @@ def find_resume(run, how):
         return resolve(run, "latest") if steps(run) else None
     if how in ("latest", "best") and not steps(run) and (Path(run) / ".lock").exists():
         lock(run)  # says so where another process has yet to write its first checkpoint
+    how in ("latest", "best") or os.path.isdir(how) or die(f"--resume={how}: no such folder; give latest, best, auto or a step folder")
     found = resolve(run, how) if how in ("latest", "best") else resolve(how, "latest")
     if steps(run) and found.parent.resolve() != Path(run).resolve():  # `rotate` would take the checkpoints here for a lost future
         die(f"--resume={how} is another run than --out={run}, which holds one: choose a new --out")
@@ -257,6 +256,7 @@ def scatter(value, like):
 def load(path, device="cpu", build=Transformer):
     """-> (the model of that run in eval mode, its state dict). `build` makes a module from a ModelConfig."""
     state = read_state(folder := resolve(path))
+    state["config"].get("objective") != "latent" or die(f"{path}: a packet for other models, not one itself: see eval.latent and sample.py")
     mine = {k: v for k, v in state["config"].items() if k in ModelConfig.__dataclass_fields__}
     cfg = configurator.from_dict(ModelConfig, mine, f"{folder}/state.json")
     model, weights = build(cfg), read_tensors(folder, FILES[0], state)

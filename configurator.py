@@ -5,7 +5,6 @@ of train.py, `args` serves every other command. A config file is plain assignmen
 import ast
 import copy
 import dataclasses
-import difflib
 import inspect
 import json
 import re
@@ -14,10 +13,8 @@ import typing
 from contextlib import suppress
 from pathlib import Path
 
-from prelude import die, execute
+from prelude import die, execute, nearest
 
-NAMES = """learning_rate lr, batch_size tokens_per_step, gradient_accumulation_steps micro_tokens, block_size seq_len, max_iters max_steps,
-    n_embd d_model, dim d_model, grad_clip clip, model ckpt, start prompt"""  # in other programs, where likeness would not lead to ours
 whole = lambda value: [int(value)] if type(value) is float and value % 1 == 0 else []  # noqa: E731  # 1e9 of a user, where an int is wanted
 
 
@@ -43,14 +40,13 @@ def coerce(value, kind):
 def typed(kinds, key, readings, where):
     """The first of `readings` that fits the type of `key`."""
     if key not in kinds:
-        near = [k for k in (*re.findall(rf"\b{re.escape(key)} (\w+)", NAMES), *difflib.get_close_matches(key, kinds, 1, 0.5)) if k in kinds]
-        near = [f"'{k}'" for k in near[:1]] + [f"'_{key}', as names of your own are written"] * (".py, line " in where)
+        near = [f"'{k}'" for k in nearest(key, kinds)] + [f"'_{key}', as names of your own are written"] * (".py, line " in where)
         die(f"{where}: unknown key '{key}'; " + (f"did you mean {' or '.join(near)}?" if near else "--help lists every key"))
     for reading in readings:
         with suppress(TypeError):
             return coerce(reading, kinds[key])
     kind = re.sub(r"Literal\[(.*?)\]", r"one of \1", re.sub(r"typing\.|<class |'|>", "", str(kinds[key])))
-    die(f"{where}: {key} = {readings[0]!r} is not {kind}")
+    die(f"{where}: {key} = {readings[0]!r} is not {kind}" if where != f"--{key}" else f"{where} needs a value: write {where}=VALUE")
 
 
 def parse(values, kinds, argv, usage, rows):
@@ -87,13 +83,19 @@ def load(cls, argv, usage=""):
     return cls(**values), files
 
 
-def args(defaults, argv, doc):
-    """-> SimpleNamespace. `defaults`: key -> its default, or its type when it is required; None means `str | None`."""
+def args(defaults, argv, doc, positive=""):
+    """-> SimpleNamespace. `defaults`: key -> its default, or its type when it is required; None means `str | None`. Only a seed may be
+    below 0, and what is so by default; what `positive` names must be above it."""
     values = {k: v for k, v in defaults.items() if not isinstance(v, type) and not typing.get_origin(v)}
+    needed = [k for k in defaults if k not in values]
     kinds = defaults | {k: str | None if v is None else type(v) for k, v in values.items()}
     parse(values, kinds, argv, doc or "", [(key, "", "") for key in kinds])
-    for key in [k for k in kinds if k not in values]:
+    for key in [k for k in needed if values.get(k, "") == ""]:
         die(f"--{key}=VALUE is required; --help lists every key")
+    for key, value in values.items():
+        above = key in positive.split()
+        if type(value) in (int, float) and key != "seed" and value != defaults[key] and (value < 0 or (above and not value)):
+            die(f"--{key}={value} must be {'above 0' if above else '0 or more'}")
     return types.SimpleNamespace(**values)
 
 

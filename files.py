@@ -5,12 +5,21 @@ import json
 import os
 from pathlib import Path
 
+from configurator import die
+
 
 def sync(path):
     """A rename survives a power cut only if the file, and the folder that names it, have reached the disk."""
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
+
+
+def writable(path):
+    """Said before the work whose result goes there, not after it."""
+    above = next((folder for folder in Path(path).parents if folder.exists()), Path())
+    if path and (os.path.isdir(path) or not above.is_dir()):
+        die(f"--out={path}: {'is a folder' if above.is_dir() else f'{above} is no folder'}; name a file")
 
 
 def write(path, content):

@@ -11,10 +11,9 @@ left over, a parameter left empty or a config field that would change the model 
 otherwise with the same tensors goes out as if it did not. Read next: checkpoint.py.
 """
 
-import prelude  # isort: skip  # noqa: F401
+import prelude  # isort: skip
 
 import dataclasses
-import difflib
 import json
 import shutil
 import sys
@@ -134,6 +133,8 @@ def read_model(path, gate=None, dtype=torch.float32):
     path = Path(path)
     if not path.exists():
         die(f"--from={path}: no such file or folder")
+    if checkpoint.steps(path) or (path / "state.json").is_file():
+        die(f"--from={path}: a run of prism already; sample, evaluate or --init_from it as it is")
     home = path if path.is_dir() else path.parent
     source = read(home / "config.json") if (home / "config.json").is_file() else None
     if path.is_file() and (path.suffix != ".safetensors" or (source or {}).get("model_type") != "prism_polyglu"):
@@ -182,11 +183,11 @@ def hf_config(c, dtype, ids):
         "one activation per layer (act)": not isinstance(c["act"], str),
         f"act={act!r}": act not in ACTS,
         f"{c['n_head']} heads that do not divide d_model={c['d_model']}": kind != "qwen3" and c["d_model"] % c["n_head"],
-        "arch='encdec' (its encoder goes out with --to=sentence-transformers)": c["arch"] == "encdec",
+        "arch='encdec' (its encoder alone goes out, by --to=transformers or sentence-transformers)": c["arch"] == "encdec",
     }
     for what, refused in checks.items():
         if refused:
-            die(f"{what}: no stock transformers class computes this model; train without it to export")
+            die(f"{what}: no stock class computes this model" + "; train without it to export" * (c["arch"] != "encdec"))
     names = {"qwen3": "Qwen3", "qwen2": "Qwen2", "llama": "Llama"}
     rope = {"rope_type": "llama3"} | c["rope_scaling"] if c["rope_scaling"] else {"rope_type": "default"}
     rope |= {key: int(n) for key, n in rope.items() if key == "original_max_position_embeddings"}  # a float there is a warning at each load
@@ -336,7 +337,7 @@ def main(argv):
     if {"--help", "-h"} & set(argv[:1]):
         return print(__doc__.strip())
     if not argv or argv[0] not in commands:
-        near = difflib.get_close_matches(" ".join(argv[:1]), commands, 1)
+        near = prelude.nearest(" ".join(argv[:1]), commands)
         way = f"did you mean {near[0]}?" if near else "import or export comes first; --help shows how"
         die(f"{' '.join(['python -m hub', *argv])}: {way}")
     defaults = {

@@ -188,7 +188,7 @@ class Log:
             try:
                 run = wandb.init(**where, config=configurator.to_dict(cfg), resume="allow", id=known)
             except wandb.errors.Error as error:  # no key, a wrong one, no network: before anything of the run is written
-                die(f"wandb=True: {error}; `wandb login` once, or go without a network by WANDB_MODE=offline")
+                die(f"wandb=True: {str(error).rstrip('.')}; without a network WANDB_MODE=offline will do")
             files.write(kept, run.id)
             self.sinks.append((lambda row: run.log(row, step=row["step"]), run.finish))
         files.write(self.path, "".join(lines))

@@ -7,11 +7,14 @@ over is no mistake; what somebody has just typed is. `NEEDS` is all there is to 
 
 import os
 from dataclasses import fields
+from pathlib import Path
 
+import data
 from configurator import die, typed
 from latent_data import LatentConfig
 from optim import STAGE
 
+SPARE = 512  # rows of an embedding that no token has, and nobody wonders: released models round their vocabulary up
 ARCH = {"lm": "decoder", "denoise": "encdec"}  # what an objective can train, where that is one thing
 KNOWN = {  # what the table below speaks of: another objective, feed-forward or schedule, of your own, may need any setting
     "objective": ("lm", "denoise", "contrast", "latent"),
@@ -91,6 +94,8 @@ def possible(cfg):
         bounded({key: typed(STAGE, key, [value], f"stages[{n}]") for key, value in row.items()}, f"stages[{n}]: ")
     if isinstance(cfg.data, dict) and (not cfg.data or any(not name or "/" in name or name in ("mean", "sd") for name in cfg.data)):
         die(f"data={cfg.data}: give {{name: folder}}; metrics are called by the name, so it is not empty, mean or sd, and has no slash")
+    if "," in cfg.data and not isinstance(cfg.data, dict) and not os.path.exists(cfg.data):
+        die(f'data={cfg.data}: several sources are written --data="{ {Path(folder).name: folder for folder in cfg.data.split(",")} }"')
     if {"contrast": cfg.max_tokens or cfg.epochs or any("tokens" in row for row in cfg.stages), "latent": cfg.epochs}.get(cfg.objective):
         die(f"max_tokens={cfg.max_tokens}, epochs={cfg.epochs}: objective={cfg.objective} counts steps: set --max_steps; in stages `start`")
     for key in {"denoise": ("max_enc", "max_dec"), "contrast": ("max_enc",)}.get(cfg.objective, ()):
@@ -144,4 +149,8 @@ def idle(cfg, argv=()):
             die(f"--{key}={getattr(cfg, key)} would do nothing here: it needs {need}")
     if cfg.parallel == "fsdp" and os.environ.get("WORLD_SIZE", "1") == "1":  # never refused: one process may go on with a run of several
         found["parallel"] = "torchrun with several processes"
+    folders = [Path(folder) for folder in (cfg.data.values() if isinstance(cfg.data, dict) else [cfg.data])]
+    known = [data.read_manifest(folder)["tokenizer"]["vocab_size"] for folder in folders if (folder / "manifest.json").is_file()]
+    if known and cfg.vocab_size - (cfg.n_sentinels + 4) * (cfg.arch == "encdec") > max(known) + SPARE:
+        found["vocab_size"] = f"a tokenizer of more than {max(known):,} ids"
     return ", ".join(f"{key} (needs {need})" for key, need in found.items())

@@ -8,6 +8,7 @@ An error that no line of ours caused keeps its traceback. Read next: configurato
 
 import ast
 import atexit
+import difflib
 import errno
 import os
 import re
@@ -23,6 +24,8 @@ from pathlib import Path
 from typing import NoReturn
 
 HERE = Path(__file__).parent
+NAMES = """learning_rate lr, batch_size tokens_per_step, gradient_accumulation_steps micro_tokens, block_size seq_len, max_iters max_steps,
+    n_embd d_model, dim d_model, hidden_size d_model, grad_clip clip, model ckpt, start prompt"""  # in other programs, and here
 
 
 def die(msg) -> NoReturn:
@@ -30,6 +33,14 @@ def die(msg) -> NoReturn:
         time.sleep(2)  # torchrun ends us meanwhile if the first rank of the machine stumbled over the same: told once, not by every rank
     print(" ".join(str(msg).split()), file=sys.stderr, flush=True)
     raise SystemExit(2)
+
+
+def nearest(word, names):
+    """[the one of `names` that `word` was meant to be, by its own spelling or another program's], or []. Of equals that which begins alike;
+    what shares a few letters with none is no misspelling."""
+    own = dict(map(str.split, NAMES.split(","))) | {name: name for name in names}
+    like = {k: difflib.SequenceMatcher(None, k, word).ratio() + len(os.path.commonprefix((k, word))) / 99 for k in own if own[k] in names}
+    return [own[k] for k in sorted(like, key=like.get)[-1:] if like[k] > 0.65]
 
 
 def execute(path, space):
@@ -125,6 +136,8 @@ def listen(prompt):
     """--prompt; without it what a pipe or a file brings. An open pipe that stays silent is somebody else's, and is not waited for."""
     if prompt not in (None, "-"):
         return prompt
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")  # a log may hold a name in another encoding
     kind = os.fstat(0).st_mode if sys.stdin else 0
     comes = (prompt and sys.stdin) or stat.S_ISREG(kind) or (stat.S_ISFIFO(kind) and select.select([0], [], [], 2.0)[0])
     return sys.stdin.read() if comes else ""

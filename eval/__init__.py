@@ -23,6 +23,7 @@ from configurator import die
 from model import Transformer
 
 OPEN = {"ckpt": str, "device": "auto", "dtype": "float32", "tau": 0.0, "allow_noncausal": False, "gate_hard": False, "out": ""}
+HARD = 1e-6  # a softmax at this temperature is the one-hot argmax to the last bit
 
 
 def open_run(o):
@@ -32,14 +33,16 @@ def open_run(o):
     model, state = checkpoint.load(o.ckpt, str(found.device), at)
     model.set_dtype(found.dtype)
     cfg = model.cfg
-    if o.tau < 0 or (o.tau and cfg.ffn != "polyglu"):
-        die(f"--tau={o.tau}: " + ("must be above 0" if o.tau < 0 else f"{o.ckpt} has ffn={cfg.ffn!r} and so no gate"))
+    if o.tau and cfg.ffn != "polyglu":
+        die(f"--tau={o.tau}: {o.ckpt} has ffn={cfg.ffn!r} and so no gate")
+    if o.tau and (o.gate_hard or o.tau < HARD):
+        die(f"--tau={o.tau}: " + (f"must be above 0, at least {HARD}" if o.tau < HARD else "would do nothing beside --gate_hard"))
     if o.tau:
         model.tau.fill_(o.tau)
-    if o.gate_hard:  # a softmax at this temperature is the one-hot argmax to the last bit
+    if o.gate_hard:
         if cfg.ffn != "polyglu":
             die(f"--gate_hard: {o.ckpt} has ffn={cfg.ffn!r} and so no gate")
-        model.tau.fill_(1e-6)
+        model.tau.fill_(HARD)
     facts = {"ckpt": o.ckpt, "step": state.get("step"), "commit": machine.git_commit(), "torch": torch.__version__}
     facts |= {"device": found.why, "dtype": str(found.dtype)[6:], "causal": cfg.causal, "ffn": cfg.ffn}
     if cfg.ffn == "polyglu":

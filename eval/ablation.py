@@ -32,7 +32,7 @@ from configurator import die
 from eval.controls import paired
 from files import write_json
 
-OPTIONS = {"out": str, "prepare": False, "size": "cpu", "data": "", "domains": "", "seeds": 3, "bytes": 0.0, "lrs": (1.0,), "only": ""}
+OPTIONS = {"out": str, "prepare": False, "size": "cpu", "data": {}, "domains": "", "seeds": 3, "bytes": 0.0, "lrs": (1.0,), "only": ""}
 OPTIONS |= {"texts": "", "vocab": 2048}
 SIZES = {  # argv of every arm; factors that exist; bytes seen
     "cpu": (
@@ -110,7 +110,8 @@ def keep_settings(o):
     digest = hashlib.blake2b(sys.version.encode() if not o.texts else b"", digest_size=8)  # without texts: the standard library of it
     for path in texts:
         digest.update(str(path.relative_to(o.texts)).encode() + hashlib.blake2b(path.read_bytes()).digest())
-    now = {"texts": f"{o.texts or 'stdlib'} {digest.hexdigest()}", "vocab": o.vocab, "size": o.size, "data": o.data, "domains": o.domains}
+    now = {"texts": f"{o.texts or 'stdlib'} {digest.hexdigest()}", "vocab": o.vocab, "size": o.size, "domains": o.domains}
+    now["data"] = json.dumps(o.data) if o.data else ""
     made = any((note.parent / name).exists() for name in ("super", "plain", "runs"))  # a mistyped first try leaves none of them
     old = json.loads(note.read_text()) if made and note.exists() else now
     if differ := [key for key in now if now[key] != old.get(key)]:
@@ -259,7 +260,10 @@ def account(results, factors):
 
 
 def main(argv):
-    o = configurator.args(OPTIONS, argv, __doc__)
+    o = configurator.args(OPTIONS, argv, __doc__, positive="seeds")
+    all(type(lr) in (int, float) and lr > 0 for lr in o.lrs or "?") or die(f"--lrs={o.lrs}: factors of the rate above 0, as 0.5,1,2")
+    o.vocab * 5 // 8 > 256 or die(f"--vocab={o.vocab}: 412 ids or more, of which 5 in 8 are subwords")
+    o.data or not o.domains or die(f"--domains={o.domains} would do nothing here: it needs --data")
     if o.size not in SIZES:
         die(f"--size={o.size}: cpu or gpu")
     if o.size == "gpu" and not o.data:
@@ -273,7 +277,7 @@ def main(argv):
             die(f"--only: {unknown[0]} is no arm; there are {','.join(arm or 'none' for arm in arms)}")
         arms = [arm for arm in arms if arm in wanted]
     keep_settings(o)
-    total, made = o.bytes or total, ast.literal_eval(o.data) | {"domains": o.domains} if o.data else prepare(o.out, o.texts, o.vocab)
+    total, made = o.bytes or total, o.data | {"domains": o.domains} if o.data else prepare(o.out, o.texts, o.vocab)
     if o.prepare:
         return
     results = {}

@@ -122,13 +122,11 @@ def report(rows, order):
 
 
 def main(argv):
-    o = configurator.args(OPTIONS, argv, __doc__)
+    o = configurator.args(OPTIONS, argv, __doc__, positive="seeds steps windows n_layer d_model seq_len tokens")
     table, began = arms(o.n_layer, o.d_model), time.time()
     names = o.arms.split(",") if o.arms else list(table)
     if unknown := sorted(set(names) - set(table)):
         die(f"--arms={o.arms}: no arm {unknown[0]!r}; there are {', '.join(table)}")
-    if min(o.seeds, o.steps, o.windows) < 1:
-        die(f"--seeds={o.seeds} --steps={o.steps} --windows={o.windows}: each must be at least 1")
     log = Path(o.out, "runs.jsonl")
     log.parent.mkdir(parents=True, exist_ok=True)
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []

@@ -15,11 +15,13 @@ from tqdm import tqdm
 
 import checkpoint
 import configurator
+import data
 import denoise
 import denoise_stream
 import tokenizer
 from configurator import die
 from eval import write_json
+from files import writable
 from machine import find, to_device
 
 
@@ -110,7 +112,8 @@ def evaluate(model, val: dict, device) -> dict:
 def main(argv):
     from train import Config, sources
 
-    opt = configurator.args({"ckpt": str, "data": "", "tokens": 65536, "device": "auto", "out": ""}, argv, __doc__)
+    opt = configurator.args({"ckpt": str, "data": "", "tokens": 65536, "device": "auto", "out": ""}, argv, __doc__, positive="tokens")
+    writable(opt.out)
     machine = find(opt.device, "auto")
     model, state = checkpoint.load(opt.ckpt)
     if model.cfg.arch != "encdec":
@@ -120,6 +123,7 @@ def main(argv):
     cfg = configurator.from_dict(Config, known | changes | {"eval_tokens": opt.tokens}, opt.ckpt)
     home = checkpoint.resolve(opt.ckpt).parent
     for path in sources(cfg).values() if (home / "tokenizer").is_dir() else ():
+        data.read_manifest(data.Path(path))
         tokenizer.expect_same(home, path)
     model.set_dtype(machine.dtype).to(machine.device)
     rows = evaluate(model, denoise_stream.val_batches(cfg), machine.device)

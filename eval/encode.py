@@ -11,12 +11,15 @@ Where the machine multiplies bf16 and --dtype=float32, prism is timed in bf16 to
 import statistics
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
 
 import configurator
+from configurator import die
 from eval import write_json
+from files import writable
 from machine import find
 from model import Embedder
 
@@ -34,7 +37,13 @@ def texts_of(count: int, tok, limit: int) -> list[str]:
 
 def main(argv):
     defaults = {"ckpt": str, "texts": 10_000, "repeats": 3, "dtype": "float32", "device": "auto", "best": False, "clock": "wall", "out": ""}
-    opt = configurator.args(defaults, argv, __doc__)
+    opt = configurator.args(defaults, argv, __doc__, positive="texts repeats")
+    writable(opt.out)
+    for key, known in {"dtype": ("float32", "bfloat16"), "clock": ("wall", "cpu")}.items():
+        if getattr(opt, key) not in known:
+            die(f"--{key}={getattr(opt, key)}: one of {', '.join(known)}")
+    if not list(Path(opt.ckpt).glob("*.safetensors")) or (Path(opt.ckpt) / "state.json").is_file():
+        die(f"--ckpt={opt.ckpt}: no exported folder; python -m hub export --ckpt=out/RUN --to=sentence-transformers --out=DIR writes one")
     from sentence_transformers import SentenceTransformer
 
     device, dtype = find(opt.device, "auto").device, getattr(torch, opt.dtype)
@@ -61,7 +70,8 @@ def main(argv):
     result = {}
     for name in sides:
         ratio = [b / a for a, b in zip(seconds["prism"], seconds[name], strict=True)]
-        same = float((vectors[name] * vectors["prism"]).sum(1).min())
+        sides_of = [v / np.linalg.norm(v, axis=1, keepdims=True) for v in (vectors[name], vectors["prism"])]
+        same = float((sides_of[0] * sides_of[1]).sum(1).min())
         result[name] = {
             "texts/s": opt.texts / statistics.median(seconds[name]),
             "seconds": seconds[name],

@@ -28,6 +28,7 @@ from configurator import die
 from eval import OPEN, load_tokenizer, open_run, suffix, write_json
 from eval.perplexity import pack
 from eval.plots import CHANCE
+from files import writable
 from machine import to_device
 from prepare.prompts import chat_ids, prefix_ids, stop_ids
 
@@ -234,11 +235,10 @@ def verdict(row):
 
 
 def main(argv):
-    o = configurator.args(OPTIONS, argv, __doc__)
+    o = configurator.args(OPTIONS, argv, __doc__, positive="batch_size max_gen_toks")
+    writable(o.out)
     if bool(o.tasks) == bool(o.suite) or o.suite not in ("", *SUITES):
         die(f"give --tasks=a,b or --suite=, one of {', '.join(SUITES)}; got tasks={o.tasks!r}, suite={o.suite!r}")
-    if min(o.batch_size, o.max_gen_toks) < 1 or o.limit < 0:
-        die(f"--batch_size={o.batch_size} --max_gen_toks={o.max_gen_toks} --limit={o.limit}: at least 1, 1 and 0 (all documents)")
     if o.suite and o.num_fewshot >= 0:
         die(f"--num_fewshot={o.num_fewshot} would do nothing here: a suite has its own; name its tasks with --tasks")
     model, state, _, facts = open_run(o)

@@ -17,6 +17,7 @@ import json
 import math
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ import mix
 from checkpoint import resolve
 from configurator import die
 from eval import OPEN, bootstrap, load_tokenizer, open_run, suffix, write_json
+from files import writable
 from machine import to_device
 from prepare.sources import read as read_rows
 from tokenizer import expect_same
@@ -180,6 +182,8 @@ def summary(sums, size):
 def window_batches(ckpt, names, known, seq_len, windows, batch_tokens):
     """{name: batches} of val splits; a name is a folder or a source of the run's config."""
     found, names = {}, [name for name in names.split(",") if name] if names else list(known)
+    if not names:
+        die(f"{ckpt}: was trained on no shards that it knows of; give --data=DIR")
     for name in names:
         path = known.get(name, name)
         if not Path(path, "manifest.json").is_file():
@@ -190,6 +194,13 @@ def window_batches(ckpt, names, known, seq_len, windows, batch_tokens):
     return found
 
 
+def window_length(o, state, cfg):
+    """--seq_len, or what the run was trained on, where the model takes as much."""
+    if o.seq_len > cfg.max_len:
+        die(f"--seq_len={o.seq_len}: {o.ckpt} takes at most {cfg.max_len}")
+    return o.seq_len or min(state["config"].get("seq_len", cfg.max_len), cfg.max_len)
+
+
 def sources(state):
     known = state["config"].get("data", {})
     return known if isinstance(known, dict) else {Path(known).name: known}
@@ -197,24 +208,27 @@ def sources(state):
 
 def read_reference(path):
     """An --out of ours -> {name: bits per byte}."""
-    rows = json.loads(Path(path).read_text()).get("results") or die(f"--reference={path}: no results in it; give an --out of this program")
+    rows = None
+    with suppress(ValueError, AttributeError):
+        rows = json.loads(Path(path).read_text(encoding="utf-8")).get("results")
+    rows or die(f"--reference={path}: no results in it; give an --out of this program")
     return {name.removesuffix("_noncausal"): row["bpb"] for name, row in rows.items() if "bpb" in row}
 
 
 def main(argv):
-    o = configurator.args(OPTIONS, argv, __doc__)
+    o = configurator.args(OPTIONS, argv, __doc__, positive="windows eval_len batch_tokens")
+    writable(o.out)
     idle = {"eval_len", "window_stride"} if not o.domains else {"windows", "seq_len"} if not o.data else set()
     if idle := sorted(idle & {arg[2:].partition("=")[0] for arg in argv}):
         die(f"--{idle[0]} would do nothing here: it needs {'--data' if o.domains else '--domains'}")
-    if wrong := [key for key in ("windows", "eval_len", "batch_tokens") if getattr(o, key) < 1]:
-        die(f"--{wrong[0]}={getattr(o, wrong[0])} must be above 0")
     reference = read_reference(o.reference) if o.reference else None
     model, state, device, facts = open_run(o)
     if model.cfg.arch != "decoder":
-        die(f"arch={model.cfg.arch!r} predicts no next token; python -m eval.denoising --ckpt={o.ckpt} measures it")
+        way = "denoising" if model.cfg.arch == "encdec" else "embedding"
+        die(f"arch={model.cfg.arch!r} predicts no next token; python -m eval.{way} --ckpt={o.ckpt} measures it")
     if not 0 < o.window_stride <= 1:
         die(f"--window_stride={o.window_stride}: a share of eval_len above 0, at most 1")
-    seq_len = o.seq_len or min(state["config"].get("seq_len", model.cfg.max_len), model.cfg.max_len)
+    seq_len = window_length(o, state, model.cfg)
     sets, results, began = {}, {}, time.time()
     if o.domains:
         tok, trained = load_tokenizer(o.ckpt), [path for path in sources(state).values() if Path(path, "manifest.json").is_file()]
@@ -224,6 +238,8 @@ def main(argv):
     if o.data or not o.domains:
         windows = window_batches(o.ckpt, o.data, sources(state), seq_len, o.windows, o.batch_tokens)
         sets |= {f"{name}_split" if name in sets else name: batches for name, batches in windows.items()}
+    if o.reference and len(sets) < 2:
+        die(f"--reference={o.reference} would do nothing here: it compares domains, of which there is one")
     if len(sets) > 1:  # says now, not after the scoring, what the reference lacks
         mix.surprise({n: 1.0 for n, batches in sets.items() if any(b["bytes"] for b in batches)}, "bpb", reference)
     for name, batches in sets.items():

@@ -248,6 +248,8 @@ def bars(option, files, out, name, read, label, chance=None):
 def main(argv):
     o = configurator.args(OPTIONS, argv, __doc__)
     made = []
+    if not o.run and (idle := [key for key in ("against", "events", "clock") if getattr(o, key)]):
+        die(f"--{idle[0]}={getattr(o, idle[0])} would do nothing here: it needs --run=out/RUN")
     if o.out:
         Path(o.out).mkdir(parents=True, exist_ok=True)
     if o.run:

@@ -264,7 +264,7 @@ def page(runs, opt, progress=False):
 
 
 def main(argv):
-    opt = configurator.args(OPTIONS, argv, __doc__)
+    opt = configurator.args(OPTIONS, argv, __doc__, positive="max_new_tokens")
     runs = [read_run(path) for path in opt.run.split(",")]
     out = Path(opt.out or runs[0]["path"] / "report.html")
     out.write_text(page(runs, opt, sys.stderr.isatty()), encoding="utf-8")

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 import configurator
 from configurator import die
 from eval import OPEN, bootstrap, load_tokenizer, open_run, suffix, write_json
-from eval.perplexity import score, sources, window_batches
+from eval.perplexity import score, sources, window_batches, window_length
 from kernels import gumbel
 from machine import to_device
 from model import rectangle
@@ -239,12 +239,16 @@ def runs(names):
 
 
 def main(argv):
-    o = configurator.args(OPTIONS, argv, __doc__)
+    o = configurator.args(OPTIONS, argv, __doc__, positive="windows draws")
+    for key, vain in (("prompts", o.skip_dynamic and "skip_dynamic"), ("draws", o.skip_ablations and "skip_ablations")):
+        if vain and getattr(o, key) != OPTIONS[key]:
+            die(f"--{key}={getattr(o, key)} would do nothing beside --{vain}")
+    prompts = read_prompts(o.prompts) if o.prompts else PROMPTS
     model, state, device, facts = open_run(o)
     if model.cfg.ffn != "polyglu" or model.cfg.arch != "decoder":
         die(f"{o.ckpt}: ffn={model.cfg.ffn!r}, arch={model.cfg.arch!r}; only a decoder with ffn='polyglu' has routing to report")
     tok, cfg = load_tokenizer(o.ckpt), model.cfg
-    seq_len = o.seq_len or min(state["config"].get("seq_len", cfg.max_len), cfg.max_len)
+    seq_len = window_length(o, state, cfg)
     sets = window_batches(o.ckpt, o.data, sources(state), seq_len, o.windows, max(4096, 2 * seq_len))  # two rows at least: (d) needs a mate
     layers = survey(model, sets, token_classes(tok, cfg.vocab_size), device)
     rows = [finish(acc, cfg.acts) for acc in layers]
@@ -266,7 +270,6 @@ def main(argv):
     unused = [a for a in cfg.acts if all(r["neurons"][cfg.acts.index(a)] == 0 for r in rows)]
     print(f"never the first choice of any neuron: {', '.join(unused) or 'none'}")
     if not o.skip_dynamic:
-        prompts = read_prompts(o.prompts) if o.prompts else PROMPTS
         report["categories"] = by_category(model, tok, prompts, device)
         gates = torch.tensor(list(report["categories"].values()))  # (C, L, K)
         shift = (gates.amax(0) - gates.amin(0)).amax(-1)

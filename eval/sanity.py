@@ -19,6 +19,7 @@ import denoise
 import denoise_stream
 import sample
 import tokenizer
+from configurator import die
 from eval.plots import read_metrics
 from machine import find, peak_memory, to_device
 from model import rectangle
@@ -53,10 +54,13 @@ def learned(run, warmup: int, check):
 
 
 def main(argv):
-    opt = configurator.args({"ckpt": str, "batch_size": 2, "device": "auto", "learned": False}, argv, __doc__)
+    opt = configurator.args({"ckpt": str, "batch_size": 2, "device": "auto", "learned": False}, argv, __doc__, positive="batch_size")
     machine, check = find(opt.device, "auto"), Checks("sanity")
     model, state = checkpoint.load(opt.ckpt)
-    tok = tokenizer.load(checkpoint.resolve(opt.ckpt).parent)
+    run = checkpoint.resolve(opt.ckpt).parent
+    tok = tokenizer.load(run)
+    if opt.learned and not (run / "metrics.jsonl").is_file():
+        die(f"--learned: {run} has no metrics.jsonl, it was not trained here; leave it out")
     model.set_dtype(machine.dtype).to(machine.device)
     check("loads", True, f"{model.cfg.arch}, step {state['step']}, {model.num_params():,} parameters, {machine.why}")
     check("every weight is finite", all(bool(torch.isfinite(p).all()) for p in model.parameters()))
@@ -86,7 +90,7 @@ def main(argv):
         text = sample.generate(model, tok, "The quick brown", max_new_tokens=8)
         check("generates", isinstance(text, str), repr(text))
     if opt.learned:
-        learned(checkpoint.resolve(opt.ckpt).parent, state["config"].get("warmup", 0), check)
+        learned(run, state["config"].get("warmup", 0), check)
     check("memory", True, f"peak {peak_memory(machine.device) / 1e9:.2f} GB")
     raise SystemExit(0 if check.end() else 1)
 

@@ -16,6 +16,7 @@ import configurator
 import precision
 from configurator import die
 from eval import write_json
+from files import writable
 from train import Config, check_vocabulary
 
 FP8 = tuple(f.name for f in fields(precision.PrecisionConfig))
@@ -76,7 +77,8 @@ def here(device="auto"):
 
 def main(argv):
     mine = [arg for arg in argv if arg.partition("=")[0][2:] in OPTIONS or arg == "--help"]
-    o, rest = configurator.args(OPTIONS, mine, __doc__), [arg for arg in argv if arg not in mine]
+    o, rest = configurator.args(OPTIONS, mine, __doc__, positive="steps"), [arg for arg in argv if arg not in mine]
+    writable(o.out)
     lengths = [int(n) for n in str(o.lengths).split(",") if n]
     if unknown := [name for name in o.precisions.split(",") if name and name not in ("bf16", "fp8", "te")]:
         die(f"--precisions: {unknown[0]} is none of bf16, fp8, te")

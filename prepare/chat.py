@@ -96,12 +96,14 @@ def banner(out, manifest):
 
 
 def main(argv):
-    o = configurator.args(OPTIONS, argv, __doc__)
+    o = configurator.args(OPTIONS, argv, __doc__, positive="max_len shard_tokens")
     local = getattr(o, "from")
     if not o.out or bool(local) == bool(o.dataset):
         die("give --out=DIR and either --from=FILES or --dataset=NAME; --help lists every key")
-    if not 0 <= o.val < 1 or min(o.max_len, o.shard_tokens) < 1 or min(o.workers, o.max_examples) < 0:
-        die(f"--val={o.val} must be in [0, 1), --max_len and --shard_tokens at least 1, the other counts not negative")
+    if o.val >= 1:
+        die(f"--val={o.val} must be below 1: it is a share of the conversations")
+    if local and (idle := [arg for arg in argv if arg.startswith(("--config=", "--split="))]):
+        die(f"{idle[0]} would do nothing here: it needs --dataset")
     tok = tokenizer.load(o.tokenizer).configure(chat_template=CHATML)
     print(tok)
     if "<|im_start|>" not in tok.special or "<|im_end|>" not in tok.special:

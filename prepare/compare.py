@@ -23,7 +23,7 @@ import machine
 import tokenizer
 from configurator import die
 from eval import perplexity
-from files import write_json
+from files import writable, write_json
 from prepare import sources
 
 
@@ -35,6 +35,8 @@ def texts_of(path, size, field, limit):
         lines = found[0].splitlines(keepends=True)
         step = max(1, len(lines) // 100)
         found = ["".join(lines[i : i + step]) for i in range(0, len(lines), step)]
+    if not found:
+        die(f"{path}: no text in it (field '{field}'); --text_field=NAME says which holds it")
     if len(found) == 1:
         die(f"{path}: one document of one line cannot be halved, to fit a model and to score it; bring more text")
     return found
@@ -92,16 +94,17 @@ def measure(tok, texts):
 def main(argv):
     defaults = {"tokenizers": str, "texts": str, "text_field": "text", "max_docs": 2000, "device": "auto", "out": ""}
     o = configurator.args(defaults, argv, __doc__)
+    writable(o.out)
     device, paths, found = machine.find(o.device).device, o.tokenizers.split(","), sources.find(o.texts, "texts")
     toks, models = [tokenizer.load(path) for path in paths], [open_model(path, device) for path in paths]
+    every = [texts_of(path, size, o.text_field, o.max_docs) for path, size in found]  # what is missing is said before anything else
     result = {"tokenizers": [], "texts": {}}
     for tok in toks:
         spans = words(tok)
         print(tok)
         print("  words per token: " + ", ".join(f"{k}: {n:,}" for k, n in spans.items() if k <= 4 or n > 99))
         result["tokenizers"].append({"name": tok.name, "vocab_size": tok.vocab_size, "fingerprint": tok.fingerprint, "words": spans})
-    for (path, size), name in zip(found, names_of([path for path, _ in found]), strict=True):
-        texts = texts_of(path, size, o.text_field, o.max_docs) or die(f"{path}: no text in it (field '{o.text_field}')")
+    for texts, name in zip(every, names_of([path for path, _ in found]), strict=True):
         rows = [measure(tok, texts) for tok in toks]
         for row, tok, model in zip(rows, toks, models, strict=True):
             row["model_bits_per_byte"] = model_bits(model, tok, texts, device) if model else None

@@ -170,7 +170,7 @@ def main(argv):
         if name.startswith(("tokenizer", "special", "added", "chat", "generation")):  # what stands beside a tokenizer.json
             (run / "tokenizer" / name).write_bytes(content)
     tok = tokenizer.load(run)
-    doubled, weights = double(fields, state, tok.vocab_size, opt.num_sentinels, opt.seed)
+    doubled, weights = double(fields, state, tok.vocab_size, opt.num_sentinels, opt.seed % 2**63)
     cfg = configurator.from_dict(ModelConfig, doubled, str(source))
     sp = denoise_stream.special_of(cfg, tok)
     (run / "tokenizer" / "tokenizer.json").write_bytes(extend(raw, sp, tok))

@@ -213,14 +213,14 @@ def write_shards(cfg) -> None:
         shards.build(str(dest / name), tok, tasks, job, settings, 1 << 28, workers=1)
 
 
-def main(argv=None) -> None:
-    cfg = configurator.args(DEFAULTS, sys.argv[1:] if argv is None else argv, __doc__)
+def main(argv) -> None:
+    cfg = configurator.args(DEFAULTS, argv, __doc__, positive="train dev test lm_docs natural_docs passage_every")
     if not 2 <= cfg.values <= 32 or not 1 <= cfg.facts <= len(ATTRIBUTES) or not 1 <= cfg.value_words < cfg.values:
-        configurator.die(f"values={cfg.values} facts={cfg.facts} value_words={cfg.value_words}: values 2..32, facts 1..8, words < values")
+        configurator.die(f"--values={cfg.values} --facts={cfg.facts} --value_words={cfg.value_words}: 2 to 32, 1 to 8, 1 to values - 1")
     if not 0 <= cfg.distractors <= len(ATTRIBUTES) or (cfg.bpe and cfg.bpe < 257):
-        configurator.die(f"distractors={cfg.distractors} bpe={cfg.bpe}: 0..8 distractors; 257 ids or more, or 0 for bytes")
-    if low := [f"{key}={getattr(cfg, key)}" for key in (*FILES[:3], "lm_docs", "natural_docs", "passage_every") if getattr(cfg, key) < 1]:
-        configurator.die(f"{low[0]} must be above 0")
+        configurator.die(f"--distractors={cfg.distractors} --bpe={cfg.bpe}: 0 to 8; 257 ids or more, or 0 for bytes")
+    if not cfg.shards and (idle := [arg for arg in argv if arg.startswith(("--bpe=", "--passage_every="))]):
+        configurator.die(f"{idle[0]} would do nothing here: it needs --shards=DIR")
     note, done = Path(cfg.out) / "settings.json", None
     with contextlib.suppress(OSError, ValueError):
         done = json.loads(note.read_text())
@@ -237,4 +237,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -7,6 +7,7 @@ be 0. Only real positions are looked at: states of padding look bidirectional in
 
 import importlib.util
 import json
+import os
 import sys
 
 
@@ -52,4 +53,9 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    sys.exit(print(__doc__) if sys.argv[1:] in ([], ["--help"]) else main(sys.argv[1]))
+    if sys.argv[1:] in ([], ["-h"], ["--help"]):
+        sys.exit(print(__doc__))
+    if not os.path.isfile(os.path.join(sys.argv[1], "config.json")):
+        print(f"{sys.argv[1]}: no exported folder; give one that holds a config.json", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(main(sys.argv[1]))

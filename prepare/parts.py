@@ -76,9 +76,10 @@ def fetch(name):
 
 
 def main(names):
-    if "--help" in names or (unknown := [n for n in names if n not in PARTS]):
-        print(__doc__) if "--help" in names else die(f"no part is called {unknown[0]}: {', '.join(PARTS)}")
-        return
+    if {"--help", "-h"} & set(names):
+        return print(__doc__)
+    if unknown := [n for n in names if n not in PARTS]:
+        die(f"no part is called {unknown[0]}: {', '.join(PARTS)}")
     for name in names or PARTS:
         if names and not (HERE / name).exists():
             fetch(name)

@@ -103,8 +103,9 @@ def hf_fields(source, where):
 def read_published(path, source):
     """The PolyGLU release (.safetensors, or .pt read without ever unpickling objects), and our own export of that layout."""
     files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".pt"))
-    if len(files) != 1:
-        die(f"--from={path}: {len(files)} weight files and no config.json; name one .safetensors or .pt file")
+    if len(files) != 1 or files[0].suffix not in (".safetensors", ".pt"):
+        what = f"{len(files)} weight files and no config.json" if path.is_dir() else "no weights"
+        die(f"--from={path}: {what}; name a folder of transformers, or one .gguf, .safetensors or .pt file")
     saved = {}
     if files[0].suffix == ".pt":
         try:
@@ -122,7 +123,7 @@ def read_published(path, source):
         return source["prism"], tensors, info
     for name in ("embeddings.weight", "model_core.0.polyglu.alpha", "model_core.0.gqa.rmsnorm_q.gama", "model_core.0.gqa.W_q.weight"):
         if name not in tensors:
-            die(f"{name}: missing from {files[0]}; not the published PolyGLU layout")
+            die(f"{name}: missing from {files[0]}; not the published PolyGLU layout: other weights are read as a folder with config.json")
     (v, d), (f, k) = tensors["embeddings.weight"].shape, tensors["model_core.0.polyglu.alpha"].shape
     hd, wk = len(tensors["model_core.0.gqa.rmsnorm_q.gama"]), tensors.get("model_core.0.gqa.W_k.weight")
     if k != 4:

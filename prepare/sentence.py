@@ -99,7 +99,8 @@ def chosen(opt) -> list[Path]:
             die(f"--average_best={count}: {len(ranked)} of {len(found)} checkpoints carry {opt.metric}; try --average_last")
         found = {step: found[step] for step in ranked[:count]}
     if len(found) < count:
-        die(f"{opt.ckpt}: has {len(found)} checkpoints, --average asks for {count}")
+        way = f"ask for fewer than {count}" if found else "name the run, not one of its steps"
+        die(f"--average_{'last' if opt.average_last else 'best'}={count}: {opt.ckpt} has {len(found)} checkpoints; {way}")
     return [found[step] for step in sorted(found)[-count:]]
 
 
@@ -189,7 +190,7 @@ def export(opt) -> Path:
     if opt.to == "sentence-transformers":
         write_modules(out, c["d_model"], opt)
     print(f"{out}: {kind}, {count:,} parameters in {opt.dtype}" + f", {opt.pooling} pooling" * (opt.to != "transformers"))
-    print(f"from {', '.join(folder.name for folder in folders)} of {run}")
+    print(f"from {', '.join(folder.name for folder in folders)} of {run}" + "; its encoder alone" * (model.cfg.arch == "encdec"))
     return out
 
 
@@ -215,6 +216,8 @@ def main(argv):
     opt = configurator.args(OPTIONS, argv, __doc__)
     if opt.to == "transformers" and (idle := [arg for arg in argv if arg.startswith(("--pooling", "--normalize"))]):
         die(f"{idle[0]}: would do nothing, --to=transformers leaves pooling to its reader; export --to=sentence-transformers")
+    if not opt.average_best and (idle := [arg for arg in argv if arg.startswith(("--metric", "--higher_is_better"))]):
+        die(f"{idle[0]}: would do nothing, it chooses among checkpoints; add --average_best=N")
     allowed = {"to": ("sentence-transformers", "transformers"), "dtype": ("float32", "bfloat16"), "pooling": ("", *POOLING)}
     for key, values in allowed.items():
         if getattr(opt, key) not in values:

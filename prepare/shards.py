@@ -155,6 +155,8 @@ def build(out, tok, tasks, job, settings, shard_tokens, max_tokens=0, max_docume
             tidy(note_path, parts)
             return found, 0, 0
         note |= found
+    if os.path.exists(os.path.join(out, "config.json")):  # whose tokenizer folder would become ours
+        die(f"{out}: holds a run or a model, not shards; choose another --out")
     os.makedirs(parts if part[1] > 1 else out, exist_ok=True)
     lock = files.hold(os.path.join(parts, f"lock-{mark}") if part[1] > 1 else os.path.join(out, ".lock"))
     if not lock:

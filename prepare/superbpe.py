@@ -23,6 +23,7 @@ import tokenizer
 from configurator import die
 from files import write, write_json
 from prepare import sources
+from prepare.utf8 import unescaped
 
 STAGE1 = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+"
@@ -135,11 +136,11 @@ def read(spec, field="text", separator=b"", max_docs=0, max_bytes=1e9, keep=None
 
 
 def main(argv):
-    o = configurator.args(OPTIONS, argv, __doc__)
+    o = configurator.args(OPTIONS, argv, __doc__, positive="max_bytes")
     if not 256 < o.transition <= o.vocab or o.transition > 0xFFFF:
         die(f"--transition={o.transition}: more than 256, at most --vocab={o.vocab} and 65,535")
     start = time.monotonic()
-    texts = read(getattr(o, "from"), o.text_field, o.separator.encode().decode("unicode_escape").encode("latin-1"), o.max_docs, o.max_bytes)
+    texts = read(getattr(o, "from"), o.text_field, unescaped(o.separator), o.max_docs, o.max_bytes)
     size = sum(map(len, texts))
     if sum(len(t.encode()) for t in texts) >= o.max_bytes:
         print(f"stopped reading at --max_bytes={o.max_bytes:.0f}: stage 2 holds whole sentences, about 20 bytes of memory per byte of text")

@@ -24,7 +24,7 @@ import numpy as np
 import configurator
 import tokenizer
 from configurator import die
-from prepare import shards, sources
+from prepare import shards, sources, utf8
 
 OPTIONS = {
     "from": "", "out": "", "tokenizer": "bytes", "text_field": "text", "separator": "", "val": 0.01, "val_from": "", "exclude": "",
@@ -166,7 +166,7 @@ def check(o):
 
 
 def main(argv):
-    o = configurator.args(OPTIONS, argv, __doc__ + NOTES)
+    o = configurator.args(OPTIONS, argv, __doc__ + NOTES, positive="shard_tokens")
     given = {arg[2:].partition("=")[0] for arg in argv}
     if o.source == "all":
         for name in SOURCES:
@@ -177,19 +177,25 @@ def main(argv):
         if o.source not in SOURCES:
             die(f"--source={o.source}: one of {', '.join(SOURCES)}, all")
         vars(o).update({k: v for k, v in SOURCES[o.source].items() if k not in given})
-    o.separator = o.separator.encode().decode("unicode_escape").encode("latin-1")
+    o.separator = utf8.unescaped(o.separator)
     if o.verify or o.check:
         return check(o)
     local = getattr(o, "from")
     if not o.out or bool(local) == bool(o.dataset):
         die("give --out=DIR and either --from=FILES (or stdlib) or --dataset=NAME; --help lists every key")
-    if not 0 <= o.val < 1 or o.shard_tokens < 1 or min(o.workers, o.max_tokens, o.min_chars) < 0:
-        die(f"--val={o.val} must be in [0, 1), --shard_tokens={o.shard_tokens} at least 1, the other counts not negative")
+    if o.val >= 1:
+        die(f"--val={o.val} must be below 1: it is a share of the documents")
     part = re.fullmatch(r"(\d+)/(\d+)", o.part) or die(f"--part={o.part}: write i/n")
     this, parts = map(int, part.groups())
     if this >= parts or (parts > 1 and o.dataset):
         die(f"--part={o.part}: i/n with i < n, for local files")
     files, vals = (sources.find(spec, name) if spec else [] for name, spec in (("from", local), ("val_from", o.val_from)))
+    tabled = [path.endswith(sources.LINES + sources.TABLES) for path, _ in files + vals]
+    text_field = not o.exclude and tabled and not any(tabled)
+    needs = {"val": (vals, "no --val_from"), "config": (files, "--dataset"), "split": (files, "--dataset")}
+    needs |= {"text_field": (text_field, "jsonl or tables"), "separator": (tabled and all(tabled), "files of plain text")}
+    if idle := [key for key, (vain, _) in needs.items() if vain and key in given]:
+        die(f"--{idle[0]} would do nothing here: it needs {needs[idle[0]][1]}")
     o.val = 0.0 if vals else o.val
     held = list(sources.tasks(vals + (sources.find(o.exclude, "exclude") if o.exclude else []), None, o.separator))
     fields = {o.text_field, "text"}  # the second is prepare.val's, whatever the training text calls its own
@@ -210,7 +216,7 @@ def main(argv):
         return itertools.islice(itertools.chain(sources.tasks(files, o.text_field, o.separator), valid), done, None)
 
     settings = {k: getattr(o, k) for k in ("from", "dataset", "config", "split", "text_field", "val", "val_from", "exclude", "min_chars")}
-    settings |= {"separator": o.separator.decode("latin-1"), "tokenizer": tok.fingerprint, "files": hash_of([files, vals, len(held_out)])}
+    settings |= {"separator": o.separator.decode(), "tokenizer": tok.fingerprint, "files": hash_of([files, vals, len(held_out)])}
     job, total = functools.partial(encode, o, held_out), sum(size for _, size in files + vals)
     result = shards.build(o.out, tok, tasks, job, settings, o.shard_tokens, o.max_tokens, 0, o.workers, (this, parts), total)
     report(o.out, *result) if result else print(f"{o.out}: part {o.part} is encoded; the last part to end writes the shards")

@@ -94,7 +94,7 @@ def main(argv):
     tok = tokenizer.load(source)
     out = o.out or (os.path.join(source, "tokenizer") if os.path.isdir(os.path.join(source, "tokenizer")) else source)
     if not o.out and not os.path.isdir(out):
-        die(f"--from={source} is a file: say --out=DIR")
+        die(f"--from={source} is no folder to write into: say --out=DIR")
     files = {
         "tokenizer.json": convert(tok),
         "tokenizer_config.json": json.dumps({"eos_token": tok.decode([tok.eos_id])} | tok.config).encode(),

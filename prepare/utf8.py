@@ -6,6 +6,7 @@ again. So where one field of a long line is wanted, prepare/sources.py parses th
 
 import codecs
 
+from configurator import die
 from tokenizer import LONG, pieces
 
 repaired = [0]  # characters, so far
@@ -16,6 +17,14 @@ def decode(raw):
     if "\ufffd" in text:
         repaired[0] += text.count("\ufffd") - raw.count(b"\xef\xbf\xbd")
     return text
+
+
+def unescaped(text):
+    """--separator='\\n\\n' as the bytes that stand in a file."""
+    try:
+        return text.encode("latin-1", "backslashreplace").decode("unicode_escape").encode()
+    except UnicodeError as error:
+        die(f"--separator={text}: no text ({error}); write a backslash twice where one is meant")
 
 
 def slices(raw, size):

@@ -44,6 +44,8 @@ def main(argv):
                     die(f"{files[0][0]}: a row has {', '.join(row)}, none of the known shapes; add one to SHAPES in prepare/val.py")
                 texts.append(scalar(shape.format(**row)))
         texts = [t for t in texts if t.strip()][: o.max_rows or None]
+        if not texts:
+            die(f"{files[0][0]}: no text in it to score; bring another file")
         path = os.path.join(o.out, f"{name}.jsonl")
         write_rows(path, ({"text": t} for t in texts))
         nbytes = sum(len(t.encode()) for t in texts)

@@ -169,6 +169,8 @@ def test_find_resume(tmp_path, dies):
     assert checkpoint.find_resume(tmp_path / "other", str(run / "step-000001")).name == "step-000001"
     assert checkpoint.find_resume(tmp_path / "other", str(run)).name == "step-000002"
     save(tmp_path / "other", 9, trio)  # its checkpoints are later than those of `run`: rotation would delete them
+    dies(lambda: checkpoint.find_resume(run, "latests"), "--resume=latests", "latest")
+    dies(lambda: checkpoint.resolve(tmp_path / "none"), "none: no checkpoint here", "the top of the config")
     for how in (run, run / "step-000001", run / "best"):
         dies(lambda how=how: checkpoint.find_resume(tmp_path / "other", str(how)), f"--resume={how}", "another run", "--out")
     assert checkpoint.find_resume(run, str(run / "best")).name == "best" and names(tmp_path / "other") == ["step-000009"]

@@ -14,6 +14,7 @@ from typing import Literal
 import pytest
 
 import configurator
+import prelude
 
 ROOT = Path(__file__).parents[1]
 
@@ -96,8 +97,8 @@ def test_accepts(arg, key, value):
         ("--n_layer=1e999", ["int"]),
         ("--lr=True", ["lr", "float"]),
         ("--lr=fast", ["'fast'", "float"]),
-        ("--lr", ["lr", "float"]),
-        ("--out", ["out", "str"]),
+        ("--lr", ["--lr needs a value: write --lr=VALUE\n"]),  # what follows a blank is another argument
+        ("--out", ["--out needs a value: write --out=VALUE\n"]),
         ("--compile=1", ["bool"]),
         ("--arch=decodr", ["arch = 'decodr' is not one of decoder, encoder\n"]),
         ("--betas=0.9", ["betas", "tuple[float, float]"]),
@@ -195,6 +196,12 @@ def test_args(capsys, dies):
     dies(lambda: configurator.args(keys, ["--ckpt=a", "--device=tpu"], "doc"), "tpu", "one of cpu, cuda")
     dies(lambda: configurator.args(keys, ["--topk=3"], "doc"), "topk", "top_k")
     dies(lambda: configurator.args(keys, ["out/run"], "doc"), "out/run")
+    dies(lambda: configurator.args({"out": str}, ["--out="], ""), "--out=VALUE is required")  # never the current folder
+    counts = {"n": 3, "shots": -1, "seed": 0, "need": int, "share": 0.5}
+    assert vars(configurator.args(counts, ["--seed=-2", "--need=0"], "")) == {"n": 3, "shots": -1, "seed": -2, "share": 0.5, "need": 0}
+    for arg, words in (("n=-1", "--n=-1 must be 0 or more"), ("shots=-2", "--shots=-2 must"), ("need=-1", "--need=-1 must")):
+        dies(lambda arg=arg: configurator.args(counts, ["--need=1"][arg[:4] == "need" :] + [f"--{arg}"], ""), words)
+    dies(lambda: configurator.args(counts, ["--need=1", "--share=0"], "", positive="n share"), "--share=0.0 must be above 0")
     with pytest.raises(SystemExit) as stop:
         configurator.args(keys, ["--help"], "what it does")
     text = capsys.readouterr().out
@@ -214,9 +221,12 @@ def test_names_of_other_programs_lead_to_ours():
     from train import Config
 
     ours = {f.name for f in fields(Config)} | {"ckpt", "prompt"}
-    for pair in configurator.NAMES.split(","):
+    for pair in prelude.NAMES.split(","):
         theirs, name = pair.split()
         assert name in ours and theirs not in ours
+    meant = {"lerning_rate": "lr", "max_enk": "max_enc", "bacth_size": "tokens_per_step", "optimiser": "optimizer", "outt": "out"}
+    assert {word: prelude.nearest(word, ours) for word in meant} == {word: [name] for word, name in meant.items()}
+    assert prelude.nearest("dropout", ours) == prelude.nearest("x", ()) == []  # three letters alike are no likeness
 
 
 def test_help_of_every_command_at_once_and_without_torch():

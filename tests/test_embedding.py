@@ -19,6 +19,7 @@ import checkpoint
 import eval.embedding as E
 import hub
 import tokenizer
+from eval import denoising, encode, sanity
 from model import Embedder, ModelConfig, build, flat, pool
 from prepare import encdec, later_token, sentence, sts
 
@@ -310,6 +311,15 @@ def test_export_refuses(qwen, run, tmp_path, capsys, monkeypatch, dies):
             sentence.export(options(**({"ckpt": str(run), "out": str(tmp_path / "st")} | changes)))
     with pytest.raises(SystemExit):
         hub.main(["export", f"--ckpt={run}", "--to=sentence-transformers", f"--out={tmp_path / 'st'}", "--pooling=max"])
+    to = ["export", f"--ckpt={run}", "--to=sentence-transformers", f"--out={tmp_path / 'st'}"]
+    dies(lambda: hub.main([*to, "--metric=val/x"]), "--metric=val/x: would do nothing", "--average_best")
+    dies(lambda: hub.main([*to, "--average_last=9"]), "--average_last=9: ", "ask for fewer")
+    for option in ("--texts=0", "--repeats=0", "--dtype=fp16", "--clock=sun", f"--out={tmp_path}"):
+        dies(lambda option=option: encode.main([f"--ckpt={run}", option]), option)
+    dies(lambda: encode.main([f"--ckpt={run}"]), f"--ckpt={run}: no exported folder", "hub export")
+    dies(lambda: sanity.main([f"--ckpt={run}", "--batch_size=0"]), "--batch_size=0")
+    dies(lambda: sanity.main([f"--ckpt={run}", "--learned"]), "--learned", "no metrics.jsonl")
+    dies(lambda: denoising.main([f"--ckpt={run}", "--data=gone"]), "gone is no directory of shards")
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)  # not installed
     with pytest.raises(ModuleNotFoundError):
         sentence.export(options(ckpt=str(run), out=str(tmp_path / "st")))

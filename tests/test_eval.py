@@ -152,6 +152,8 @@ def test_training_split_is_never_opened_and_mistakes_are_one_line(home, tmp_path
     perplexity.main([f"--ckpt={home / 'run'}", "--windows=1"])
     assert set(opened) == {"val"}
     (tmp_path / "odd").mkdir()
+    model = build(ModelConfig(n_layer=1, n_head=2, d_model=16))  # as imported: it knows no shards
+    checkpoint.save(tmp_path / "alone", 0, model, None, {"config": configurator.to_dict(model.cfg)}, keep=1)
     (tmp_path / "part.json").write_text('{"results": {"digits": {"bpb": 1.0}, "windows": {"loss": 2.0}}}')
     (tmp_path / "odd" / "a.jsonl").write_text('{"text": "a"}\n{"body": "b"}\n')
     for argv, word in (
@@ -162,6 +164,12 @@ def test_training_split_is_never_opened_and_mistakes_are_one_line(home, tmp_path
         ([f"--ckpt={home / 'run'}", "--eval_len=64"], "--eval_len would do nothing"),
         ([f"--ckpt={home / 'run'}", f"--domains={tmp_path / 'odd'}", "--eval_len=0"], "--eval_len=0 must be above 0"),
         ([f"--ckpt={home / 'run'}", f"--reference={home / 'run' / 'config.json'}"], "no results in it"),
+        ([f"--ckpt={home / 'run'}", f"--reference={tmp_path / 'odd' / 'a.jsonl'}"], "no results in it"),
+        ([f"--ckpt={home / 'run'}", "--data=a", f"--out={tmp_path}"], "is a folder"),
+        ([f"--ckpt={home / 'run'}", f"--out={tmp_path / 'part.json' / 'x'}"], "part.json is no folder"),
+        ([f"--ckpt={home / 'run'}", "--seq_len=99999"], "--seq_len=99999"),
+        ([f"--ckpt={home / 'run'}", "--seq_len=-1"], "--seq_len=-1"),
+        ([f"--ckpt={tmp_path / 'alone'}"], "give --data=DIR"),
         ([f"--ckpt={home / 'run'}", f"--reference={tmp_path / 'part.json'}"], "the reference has no bpb of words"),
         ([f"--ckpt={home / 'run'}", f"--domains={tmp_path / 'odd'}", "--windows=3"], "--windows would do nothing"),
     ):
@@ -328,13 +336,18 @@ def test_plots_go_where_they_are_sent_and_refuse_what_they_cannot_read(home, tmp
         dies(lambda: plots.main([*arg.split(), *([] if "--out" in arg else [f"--out={tmp_path}"])]), said)
 
 
-def test_a_temperature_that_means_nothing_is_refused(home, tmp_path, capsys):
+def test_a_temperature_that_means_nothing_is_refused(home, tmp_path, capsys, dies):
     model = build(ModelConfig(vocab_size=257, n_layer=1, n_head=2, d_model=16))
     checkpoint.save(tmp_path / "plain", 0, model, None, {"config": configurator.to_dict(model.cfg)}, keep=1)
     for ckpt, tau, said in ((home / "run", -1.0, "must be above 0"), (tmp_path / "plain", 0.5, "has ffn='swiglu' and so no gate")):
         with pytest.raises(SystemExit):
             open_run(SimpleNamespace(**OPEN | {"ckpt": str(ckpt), "tau": tau}))
         assert f"--tau={tau}: " in (line := capsys.readouterr().err) and said in line
+    for some, said in ({"tau": 1e-30}, "must be above 0"), ({"tau": 0.5, "gate_hard": True}, "beside --gate_hard"):
+        dies(lambda some=some: open_run(SimpleNamespace(**OPEN | {"ckpt": str(home / "run")} | some)), said)
+    for option in ("--draws=0", "--windows=0", "--seq_len=-1"):
+        dies(lambda option=option: routing.main([f"--ckpt={home / 'run'}", option]), option)
+    dies(lambda: routing.main([f"--ckpt={home / 'run'}", "--skip_dynamic", "--prompts=x"]), "--prompts=x would do nothing beside")
 
 
 def test_benchmark_bars(tmp_path):

@@ -201,11 +201,16 @@ def test_command_line_mistakes_end_in_one_line(tmp_path, capsys):
     assert refused(capsys, "exprt", "--out=x") == "python -m hub exprt --out=x: did you mean export?"
     assert "import or export comes first" in refused(capsys) and "first" in refused(capsys, "--out=x", "export")
     assert "--form" in refused(capsys, "import", "--form=x")
+    (tmp_path / "text.txt").write_text("no weights")
+    assert "text.txt: no weights; name a folder" in refused(capsys, "import", f"--from={tmp_path / 'text.txt'}", "--out=x")
     assert "--to=onnx" in refused(capsys, "export", "--ckpt=x", "--to=onnx", "--out=y")
     cfg = ModelConfig(n_layer=2, n_head=2, d_model=32, act=("silu", "relu"))
     checkpoint.save(tmp_path / "run", 0, build(cfg), None, {"config": configurator.to_dict(cfg)}, keep=1)
+    assert "a run of prism already" in refused(capsys, "import", f"--from={tmp_path / 'run'}", "--out=x")
     args = ("export", f"--ckpt={tmp_path / 'run'}", "--to=transformers", f"--out={tmp_path / 'out'}")
     assert "one activation per layer" in refused(capsys, *args)
+    checkpoint.save(tmp_path / "packet", 0, build(cfg), None, {"config": {"objective": "latent"}}, keep=1)
+    assert "a packet for other models" in refused(capsys, "export", f"--ckpt={tmp_path / 'packet'}", *args[2:])
     assert not (tmp_path / "out").exists()
 
 

@@ -20,7 +20,7 @@ import pytest
 import data
 import files
 import tokenizer
-from prepare import chat, parts, prompts, shards, sources, text
+from prepare import chat, compare, factqa, parts, prompts, shards, sources, sts, superbpe, text, val
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 MARKED = "a <|endoftext|> b <|im_end|>"
@@ -88,9 +88,9 @@ def test_a_few_documents_hold_one_out_whoever_reads_them(tmp_path, small):
         run(*args, f"out={tmp_path}/{out}", *more)
     assert len(read(tmp_path / "1", "val")) == 1 and len(read(tmp_path / "1", "train")) == 8
     assert digests(tmp_path / "1") == digests(tmp_path / "2") == digests(tmp_path / "p")
-    for some, val, n in (("0", "1e-9", 0), ("*", "0", 0), ("[01]", "1e-9", 1)):  # a single text is for training
-        run(f"from={tmp_path}/in/{some}.txt", f"val={val}", f"out={tmp_path}/{n}{val}{len(some)}", "workers=1")
-        assert sum(s["documents"] for s in data.read_manifest(tmp_path / f"{n}{val}{len(some)}")["shards"] if s["split"] == "val") == n
+    for some, share, n in (("0", "1e-9", 0), ("*", "0", 0), ("[01]", "1e-9", 1)):  # a single text is for training
+        run(f"from={tmp_path}/in/{some}.txt", f"val={share}", f"out={tmp_path}/{n}{share}{len(some)}", "workers=1")
+        assert sum(s["documents"] for s in data.read_manifest(tmp_path / f"{n}{share}{len(some)}")["shards"] if s["split"] == "val") == n
 
 
 def test_any_number_of_processes_gives_the_same_files(tmp_path, small):
@@ -421,15 +421,53 @@ def test_parts_are_unpacked_beside_their_place(tmp_path, monkeypatch):
 def test_wrong_arguments_end_in_one_line(tmp_path, capsys):
     corpus(tmp_path / "a.jsonl")
     (tmp_path / "b.jsonl.zst").write_bytes(b"packed")
+    (tmp_path / "t.txt").write_text("a€b€c")
     for bad in [
         ["from=nowhere*", "out=x"], ["out=x"], [f"from={tmp_path}", "out=x", "val=1.5"], [f"from={tmp_path}", "out=x", "part=3/3"],
         [f"from={tmp_path}", "out=x", "tokenizer=nowhere"], ["source=poems", "out=x"], [f"from={tmp_path}", "out=x", "tokenizer=bpe:9"],
         [f"from={tmp_path}", f"out={tmp_path}/o", "text_field=body", "workers=1"], [f"out={tmp_path}/none", "--verify"],
-        [f"from={tmp_path}/b.jsonl.zst", f"out={tmp_path}/z", "workers=1"],
+        [f"from={tmp_path}/b.jsonl.zst", f"out={tmp_path}/z", "workers=1"], [f"from={tmp_path}/t.txt", "out=x", "separator=\\x"],
+        [f"from={tmp_path}/a.jsonl", "out=x", "separator=;"], [f"from={tmp_path}/t.txt", "out=x", "text_field=body"],
+        [f"from={tmp_path}/t.txt", "out=x", "split=train"], [f"from={tmp_path}/t.txt", "out=x", "val=0.1", f"val_from={tmp_path}/a.jsonl"],
     ]:  # fmt: skip
         with pytest.raises(SystemExit) as stop:
             run(*bad)
         assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1, bad
+    for sign in ("€", "\\u20ac"):
+        run(f"from={tmp_path}/t.txt", f"out={tmp_path}/{len(sign)}", f"separator={sign}", "val=0", "workers=1")
+        assert read(tmp_path / str(len(sign)), "train") == ["a", "b", "c"]
+
+
+def test_the_tokenizer_of_a_run_is_never_replaced(tmp_path, dies):
+    corpus(tmp_path / "a.jsonl")
+    (tmp_path / "run" / "tokenizer").mkdir(parents=True)
+    (tmp_path / "run" / "config.json").write_text("{}")
+    dies(lambda: run(f"from={tmp_path}/a.jsonl", f"out={tmp_path}/run", "workers=1"), f"{tmp_path}/run: holds a run", "--out")
+    assert not os.listdir(tmp_path / "run" / "tokenizer")
+
+
+def test_other_commands_refuse_before_they_write(tmp_path, capsys, dies):
+    corpus(tmp_path / "a.jsonl")
+    (tmp_path / "none.jsonl").touch()
+    (tmp_path / "sts-train.csv").write_text("a\tb\n")
+    a, out = f"{tmp_path}/a.jsonl", f"--out={tmp_path}/out"
+    dies(lambda: val.main([f"--from={tmp_path}/none.jsonl", out]), "none.jsonl: no text")
+    dies(lambda: val.main([f"--from={a}", out, "--max_rows=-3"]), "--max_rows=-3")  # it took the last three away
+    dies(lambda: sts.main([f"--from={tmp_path}", out]), "sts-train.csv")
+    dies(lambda: chat.main([f"--from={a}", out, "--tokenizer=bytes", "--split=x"]), "--split=x would do nothing")
+    dies(lambda: factqa.main([out, "--bpe=400"]), "--bpe=400 would do nothing", "--shards")
+    dies(lambda: superbpe.main([f"--from={a}", out, "--vocab=400", "--transition=300", "--separator=\\x"]), "--separator")
+    for wrong, word in (
+        (f"texts={tmp_path}/gone", "gone"),
+        (f"texts={tmp_path}/none.jsonl", "--text_field"),
+        (f"texts={a}", "is a folder"),
+    ):
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            compare.main(["--tokenizers=bytes", f"--{wrong}", f"--out={tmp_path}/{'' if word == 'is a folder' else 'c.json'}"])
+        said = capsys.readouterr()
+        assert said.out == "" and said.err.count("\n") == 1 and word in said.err
+    assert not (tmp_path / "out").exists()
 
 
 def test_standard_library_is_a_corpus_everywhere():

@@ -179,6 +179,7 @@ def test_wandb_without_a_key_is_one_line_and_writes_nothing(corpus, tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 2 and last.startswith("wandb=True: ") and "WANDB_MODE=offline" in last and "Traceback" not in done.stderr
+    assert last.count("wandb login") == 1  # as wandb itself says it
     assert not list((tmp_path / "run").glob("*.json*"))
 
 
@@ -254,3 +255,11 @@ def test_what_does_not_fit_into_memory_is_one_line(dies):
 
 def test_a_run_without_a_folder_is_refused(dies):
     dies(lambda: needs.possible(Config(out="", max_steps=1)), "--out= names no folder")
+    dies(lambda: needs.possible(Config(data="x/a,x/b", max_steps=1)), "data=x/a,x/b", "{'a': 'x/a', 'b': 'x/b'}")
+
+
+def test_rows_of_the_vocabulary_that_no_token_has_are_named(corpus):
+    assert needs.idle(Config(data=corpus, vocab_size=257 + needs.SPARE)) == ""
+    cfg = Config(data={"a": corpus}, vocab_size=8192)
+    assert needs.idle(cfg, ["--vocab_size=8192"]) == "vocab_size (needs a tokenizer of more than 257 ids)"  # no reason to stop
+    assert needs.idle(Config(data=corpus, vocab_size=361 + needs.SPARE, arch="encdec", objective="denoise")) == ""  # modes and sentinels

@@ -8,7 +8,7 @@
 
 The frozen models are run directories; they are neither trained nor saved, their fingerprints are. Everything is flat: packets of any
 lengths lie behind one another, cut by `z_cu`. What was measured to matter: the reader starts from a pretrained model, and slots pool the
-text in order. Read next: latent_data.py (layouts, batches), eval/latent.py (what it is worth).
+text in order. Read next: wire.py (bytes), latent_data.py (layouts, batches), eval/latent.py (what it is worth).
 """
 
 import dataclasses
@@ -29,10 +29,10 @@ import needs
 import tokenizer
 from beams import greedy
 from configurator import die
-from latent_data import WIDTHS, decode, encode
 from machine import to_device
 from model import Embedding, Linear, ModelConfig, Segments, Transformer, full
 from model import build as build_transformer
+from wire import WIDTHS, decode, encode, over_wire
 
 # ---- the encoder --------------------------------------------------------------------------------------------------------
 
@@ -133,14 +133,6 @@ class Adapter(nn.Module):
     def forward(self, z):
         x = self.net(z)
         return x if self.gain is None else x * (x.square().mean(-1, keepdim=True) + 1e-12).rsqrt() * (self.rms * self.gain)
-
-
-def over_wire(z, z_cu, bits):
-    """encode then decode, packet by packet; the gradient passes straight through (z - z.detach() is zero)."""
-    if not bits or not torch.isfinite(z).all():  # what is not finite is the loop's to refuse
-        return z
-    packets = [decode(encode(part, bits)) for part in z.split(z_cu.diff().tolist())]
-    return torch.cat(packets).to(z) + (z - z.detach())
 
 
 # ---- the losses ---------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import latentwire as lw
 import sample
 import tokenizer
 import train
-from eval import latent
+from eval import latent, latent_report
 from eval.answers import best_first, budget_arms, cut_bytes, cut_tokens, exact, f1, interval, normalise
 from files import write_rows
 from model import ModelConfig, build
@@ -308,8 +308,15 @@ def test_fewer_slots_private_ones_and_other_gains(overfit, capsys, dies):
         assert kept["rms_mean_raw"] == kept["rms_mean_cal"] > 0 < kept["embed_rms"] and kept["count"] == 7  # calibration=none
         assert len({arms["latent8"]["nll_token"] for arms in (a, b, c)}) == 3 and a["text"]["nll_token"] == c["text"]["nll_token"]
     assert json.loads((overfit / "n" / "training_stats.json").read_text()) == metrics["training_stats"]
+    early = latent_report.training_stats(overfit / "nested", 60, lw.load(overfit / "nested")[0])  # of a checkpoint before the last
+    assert [kept["count"] for kept in early.values()] == [2, 2]
     table = capsys.readouterr().out
-    assert "| latent8@2 | 50 |" in table and "1 slots of each packet are private" in table and "(mean of 7 steps of training)" in table
+    assert (
+        "| latent8@2 | 50 |" in table
+        and "| bytes@8@2bit:head | 50 |" in table
+        and "1 slots of each packet are private" in table
+        and "(mean of 7 steps of training)" in table
+    )
     for wrong, said in (
         ("--slots=5", "more than 5"),
         ("--slots=0", "slots=(0,)"),

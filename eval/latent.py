@@ -143,8 +143,8 @@ def arms_of(model, m, rows, packets, payload_bytes, opt):
     read |= {"shared": [p[:-private] for p in first]} if private else {}
     arms |= {name: (asked(packet), packet, False) for name, packet in read.items()}
     budgets = {"tokens": (slots, cut_tokens, lambda q: len(side.tok.encode(q)))}
-    for n in opt.slots:
-        budgets[f"tokens@{n}"] = ([min(n, s) for s in slots], *budgets["tokens"][1:])
+    for few in opt.slots:
+        budgets[f"tokens@{few}"] = ([min(few, s) for s in slots], *budgets["tokens"][1:])
     for form, sizes in payload_bytes.items():
         budgets[f"bytes@{form}bit"] = (sizes, cut_bytes, lambda q: len(q.encode()))
     for size in opt.bytes:

@@ -74,7 +74,7 @@ def table(metrics) -> str:
     left = f"; {metrics['dropped']} questions left out, whose answer begins inside a token" if metrics["dropped"] else ""
     lines += [f"M = {metrics['latent_len']:g}, {metrics['tokens_per_slot']:.1f} source tokens per slot{unread}{left}"]
     if private := metrics["config"].get("latent_private"):
-        lines += [f"{private} slots of each packet are private to its model; shared: the packet without them"]
+        lines += [f"private slots in each packet: {private}; shared: the packet without them"]
     for lm, kept in metrics["training_stats"].items():
         rms = "rms of slots {rms_mean_raw:.3f}, calibrated {rms_mean_cal:.3f} (mean of {count} steps of training), of words {embed_rms:.3f}"
         lines += [f"{lm}: {rms.format(**kept)}"]

@@ -292,7 +292,7 @@ def test_fewer_slots_private_ones_and_other_gains(overfit, capsys, dies):
     found = []
     for run, *more in (("run",), ("nested",), ("nested", "--calibration=train_stats"), ("nested", "--prefix_gain=9")):
         args = [f"--ckpt={overfit}/{run}", f"--data={overfit}/train.jsonl", "--resamples=9", "--max_new_tokens=6", "--bits=8", "--slots=2"]
-        latent.main([*args, *more, f"--out={overfit}/n"])
+        latent.main([*args, *more, "--bytes=40", f"--out={overfit}/n"])
         found.append(json.loads((overfit / "n" / "metrics.json").read_text()))
     plain, nested, stats, loud = ([*m["arms"].values()] for m in found)
     assert all(
@@ -314,7 +314,7 @@ def test_fewer_slots_private_ones_and_other_gains(overfit, capsys, dies):
     assert (
         "| latent8@2 | 50 |" in table
         and "| bytes@8@2bit:head | 50 |" in table
-        and "1 slots of each packet are private" in table
+        and "private slots in each packet: 1;" in table
         and "(mean of 7 steps of training)" in table
     )
     for wrong, said in (

@@ -1,4 +1,4 @@
-"""LatentWire without its models: settings, the bytes on the wire, what is read and what is asked, flat batches and their stream.
+"""LatentWire without its models: settings, what is read and what is asked, flat batches and their stream.
 
     [BOS?] [head] [P_1 .. P_M] [tail: question, anchor] [answer] [EOS]          one flat document per question and model
 
@@ -9,8 +9,7 @@ A step is a pure function of (seed, step): any world size sees the same sources 
 import hashlib
 import random
 import re
-import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Literal
 
@@ -21,6 +20,7 @@ import data
 from configurator import die
 from prepare import prompts
 from prepare.squad import read_rows
+from wire import WIDTHS
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class LatentConfig:
     latent_from: str = ""  # a latent run whose encoder is taken over, frozen; only adapters are trained (a further model joins)
     latent_len: int = 12  # slots M of a packet
     latent_ratio: int = 0  # instead: one slot per so many source tokens
+    latent_private: int = 0  # further slots behind these for each model, which are sent to no other
     latent_dim: int = 16  # d_z of a slot
     adapter: Literal["mlp", "linear"] = "mlp"
     adapter_hidden: int = 0  # its inner width; 0: 4 x latent_dim
@@ -56,68 +57,32 @@ class LatentConfig:
     w_lm: float = 0.5  # text: what follows the source
     w_ae_qa: float = 0.0  # questions: the source back from the packet
     wire_bits: tuple[int, ...] = ()  # straight-through quantisation at one of these widths per step; (): none
-    wire_start: float = 0.0  # from this share of the run on
+    wire_slots: tuple[int, ...] = ()  # nested packets: one of these numbers per step, only that many first slots are sent; (): all
+    wire_start: float = 0.0  # both from this share of the run on
     sequential: bool = False  # one model's activations at a time: less memory, one more forward
 
 
-# ---- the wire -----------------------------------------------------------------------------------------------------------
-
-HEADER = struct.Struct("<4sBBHHHI")  # magic, version, bits, group, M, d_z, count: 16 bytes
-MAGIC, VERSION, GROUP = b"LWIR", 1, 32
-WIDTHS = (32, 16, 8, 6, 4)
-
-
-def scales_of(amax, qmax):
-    """fp16 scales as stored, rounded towards zero: then scale <= amax / qmax and the error stays below amax / (2 qmax)."""
-    exact = amax / qmax
-    half = exact.astype(np.float16)
-    return np.where(half.astype(np.float32) > exact, np.nextafter(half, np.float16(0)), half)
-
-
-def encode(z, bits: int) -> bytes:
-    """(M, d_z) -> the bytes that travel. 32 and 16 are floats; below, groups of 32 values share a scale."""
-    z = np.ascontiguousarray(torch.as_tensor(z).detach().float().cpu().numpy())
-    if bits not in WIDTHS or z.ndim != 2 or max(z.shape) > 65535 or not np.isfinite(z).all():
-        raise ValueError(f"cannot send bits={bits}, shape {z.shape}: bits in {WIDTHS}, (M, d_z) up to 65535, finite values")
-    header, flat = HEADER.pack(MAGIC, VERSION, bits, GROUP, *z.shape, z.size), z.reshape(-1)
-    if bits == 32:
-        return header + flat.astype("<f4").tobytes()
-    qmax = 2 ** (bits - 1) - 1
-    if np.abs(flat).max(initial=0) > 65504 * (1 if bits == 16 else qmax):
-        raise ValueError(f"{np.abs(flat).max():g} does not fit fp16 {'values' if bits == 16 else 'scales'}; send 32 bits")
-    if bits == 16:
-        return header + flat.astype("<f2").tobytes()
-    groups = np.pad(flat, (0, -len(flat) % GROUP)).reshape(-1, GROUP)
-    scale = scales_of(np.abs(groups).max(1, initial=0), qmax)  # (G,)
-    step = scale.astype(np.float32)[:, None]
-    q = np.clip(np.rint(np.divide(groups, step, out=np.zeros_like(groups), where=step > 0)), -qmax, qmax).astype(np.int64)
-    raised = (q.reshape(-1)[: len(flat)] + qmax).astype(np.uint8)  # 0 .. 2 qmax
-    packed = np.packbits(np.unpackbits(raised[:, None], axis=1)[:, 8 - bits :])
-    return header + scale.astype("<f2").tobytes() + packed.tobytes()
-
-
-def decode(payload: bytes) -> torch.Tensor:
-    """The bytes -> (M, d_z) fp32, exactly what every model gets to see. Anything but a whole packet of ours is refused."""
-    if len(payload) < HEADER.size:
-        raise ValueError(f"a packet has a header of {HEADER.size} bytes, this one has {len(payload)} bytes in all")
-    magic, version, bits, group, m, d, count = HEADER.unpack_from(payload)
-    if (magic, version, group) != (MAGIC, VERSION, GROUP) or bits not in WIDTHS or count != m * d:
-        raise ValueError(f"not a packet: magic {magic!r}, version {version}, bits {bits}, group {group}, {m} x {d} != {count}?")
-    n_groups, body = -(-count // GROUP) if bits < 16 else 0, payload[HEADER.size :]
-    if len(body) != 2 * n_groups + -(-count * bits // 8):
-        raise ValueError(f"a packet of {count} values at {bits} bits has {2 * n_groups + -(-count * bits // 8)} bytes, not {len(body)}")
-    if bits >= 16:
-        flat = np.frombuffer(body, f"<f{bits // 8}").astype(np.float32)
-    else:
-        scale = np.frombuffer(body[: 2 * n_groups], "<f2").astype(np.float32)
-        ones, rest = np.split(np.unpackbits(np.frombuffer(body[2 * n_groups :], np.uint8)), [count * bits])
-        q = (ones.reshape(count, bits) @ (1 << np.arange(bits - 1, -1, -1))).astype(np.float32) - (2 ** (bits - 1) - 1)
-        if (q >= 2 ** (bits - 1)).any() or np.signbit(scale).any() or rest.any():
-            raise ValueError("not a packet: no encoder writes such a value, scale or last byte")
-        flat = q * np.repeat(scale, GROUP)[:count]
-    if not np.isfinite(flat).all():
-        raise ValueError("the packet holds values that are not finite")
-    return torch.from_numpy(flat.reshape(m, d).copy())
+def check(cfg):
+    """Refuse what contradicts itself."""
+    if not cfg.lms:
+        die("objective=latent needs frozen models: --lms=\"('out/a', 'out/b')\"")
+    if len(set(cfg.lms)) < len(cfg.lms):
+        die(f"lms={cfg.lms} names one model twice")
+    if cfg.parallel == "fsdp":
+        die("parallel=fsdp does not shard frozen models; use --parallel=ddp, with --sequential and smaller micro_tokens if memory is short")
+    if (cfg.calibration == "fixed") != (cfg.prefix_rms > 0):
+        die(f"calibration={cfg.calibration}, prefix_rms={cfg.prefix_rms}: fixed needs --prefix_rms above 0, nothing else reads it")
+    if cfg.latent_encoder in ("query", "sent") and (cfg.latent_blocks or cfg.latent_frozen):
+        die(f"latent_encoder={cfg.latent_encoder} reads a model as it stands; drop latent_blocks and latent_frozen")
+    if bad := set(cfg.wire_bits) - set(WIDTHS):
+        die(f"wire_bits={sorted(bad)}: the codec has {WIDTHS}")
+    most = 65535 if cfg.latent_ratio else cfg.latent_len + cfg.latent_private
+    if bad := [n for n in cfg.wire_slots if not 0 < n <= most]:
+        die(f"wire_slots={bad}: a packet has {most} slots at most, of which at least one is sent")
+    if (cfg.wire_bits or cfg.wire_slots) and cfg.wire_start >= 1:
+        die(f"wire_start={cfg.wire_start}: the run ends before packets change; set it below 1, or drop wire_bits and wire_slots")
+    if not any(getattr(cfg, f.name) for f in fields(LatentConfig) if f.name.startswith("w_")):
+        die("every weight of the loss (w_ans, w_first, w_k, ...) is 0: nothing would be learned")
 
 
 # ---- what is asked ------------------------------------------------------------------------------------------------------
@@ -231,6 +196,13 @@ def flat(ids, lengths, prefix=""):
     }
 
 
+def blocks(n, m):
+    """n[i] items in m[i] blocks, floor(jn/m) .. floor((j+1)n/m), at least one. -> of every block its number j, first item, items"""
+    j, n, m = data.ramp(np.zeros_like(m), m), np.repeat(n, m), np.repeat(m, m)
+    start = j * n // m
+    return j, start, np.maximum((j + 1) * n // m - start, 1)
+
+
 class Reader:
     """How sources become the encoder's input: tokens, packet lengths, and which tokens each slot pools."""
 
@@ -262,27 +234,34 @@ class Reader:
     def slots(self, n):
         return -(-n // self.cfg.latent_ratio) if self.cfg.latent_ratio else self.cfg.latent_len
 
-    def collate(self, sources):
-        """Lists of ids -> flat encoder input; slot j of n tokens pools tokens floor(jn/M) .. floor((j+1)n/M), at least one."""
+    def collate(self, sources, keep=None):
+        """Lists of ids -> flat encoder input, and where packets of all their slots, or of the first `keep`, find them."""
         m = np.array([self.slots(len(s)) for s in sources])
         front = m if self.queries else np.zeros_like(m)
         lengths = np.array([len(s) for s in sources])
         base = np.cumsum(np.append(0, lengths + front))[:-1]
-        j = data.ramp(np.zeros_like(m), m)  # (sum M,) number of each slot in its packet
-        n, mm, first = (np.repeat(x, m) for x in (lengths, m, base + front))
-        start = j * n // mm
-        size = np.maximum((j + 1) * n // mm - start, 1)
+        j, start, size = blocks(lengths, m)  # (sum M,) each
+        first, z, k = np.repeat(base + front, m), np.append(0, m.cumsum()), self.cfg.latent_private
+        _, own, own_size = blocks(m, np.full_like(m, k))  # (B k,) each
+        packets = [[*range(z[i], z[i + 1]), *range(z[-1] + i * k, z[-1] + (i + 1) * k)][:keep] for i in range(len(m))]
         batch = flat([t for s, f in zip(sources, front, strict=True) for t in [0] * f + list(s)], lengths + front)
-        return batch | {
-            "z_cu": torch.from_numpy(np.append(0, m.cumsum()).astype(np.int32)),  # (B + 1,)
-            "z_max": int(m.max()),
-            "slot": torch.from_numpy(j),  # (sum M,)
-            "query_at": torch.from_numpy(np.repeat(base, m) + j),  # (sum M,), where `byte` puts its queries
-            "text_of": torch.from_numpy(np.repeat(np.arange(len(m)), lengths)),  # (tokens,) the source of each
-            "pool": torch.from_numpy(data.ramp(first + start, size)),  # (P,) tokens ...
-            "pool_to": torch.from_numpy(np.repeat(np.arange(len(j)), size)),  # (P,) ... and the slot that pools them
-            "tokens": int(lengths.sum()),
-        }
+        return (
+            batch
+            | {
+                "z_cu": torch.from_numpy(z.astype(np.int32)),  # (B + 1,)
+                "z_max": int(m.max()),
+                "slot": torch.from_numpy(j),  # (sum M,)
+                "query_at": torch.from_numpy(np.repeat(base, m) + j),  # (sum M,), where `byte` puts its queries
+                "text_of": torch.from_numpy(np.repeat(np.arange(len(m)), lengths)),  # (tokens,) the source of each
+                "pool": torch.from_numpy(data.ramp(first + start, size)),  # (P,) tokens ...
+                "pool_to": torch.from_numpy(np.repeat(np.arange(len(j)), size)),  # (P,) ... and the slot that pools them
+                "own": torch.from_numpy(data.ramp(np.repeat(z[:-1], k) + own, own_size)),  # (Q,) shared slots ...
+                "own_to": torch.from_numpy(np.repeat(np.arange(len(own)), own_size)),  # (Q,) ... and the private slot that pools them
+                "packet": torch.tensor(sum(packets, [])),  # a model's packets, in [shared slots; its own]
+                "packet_cu": torch.tensor(np.cumsum([0, *map(len, packets)]), dtype=torch.int32),  # (B + 1,)
+                "tokens": int(lengths.sum()),
+            }
+        )
 
 
 def sources_of(rows, cfg, sides):
@@ -307,7 +286,7 @@ def sources_of(rows, cfg, sides):
 def terms_of(cfg) -> list[str]:
     """Names of all loss terms that this config may ask for: the same on every rank, whatever a micro-batch happens to hold."""
     optional = dict(kd=cfg.w_kd, ae=cfg.w_ae, ae_qa=cfg.w_ae_qa, lm=cfg.w_lm)
-    names = ["ans", "first", "k", "first_right", *(name for name, weight in optional.items() if weight)]
+    names = ["ans", "first", "k", "first_right", "rms_raw", "rms_cal", *(name for name, weight in optional.items() if weight)]
     return [f"{name}/{m}" for name in names for m in range(len(cfg.lms))]
 
 
@@ -362,11 +341,13 @@ class Stream:
         names = sorted(rng.choices(list(mix), list(mix.values()), k=count))
         chosen = [(*self.take(name), rng.random()) for name in names]
         rng.shuffle(chosen)  # every micro-batch gets its share of each source
-        bits = rng.choice(self.cfg.wire_bits) if self.cfg.wire_bits and row.eta >= self.cfg.wire_start else 0
+        late = row.eta >= self.cfg.wire_start
+        bits = rng.choice(self.cfg.wire_bits) if self.cfg.wire_bits and late else 0
+        keep = rng.choice(self.cfg.wire_slots) if self.cfg.wire_slots and late else None
         micros, cut, rest = [], self.reader.cut, {"bits": bits, "first_k": self.cfg.first_k, "terms": terms_of(self.cfg)}
         for i in range(row.accum):
             first = (i * self.world + self.rank) * per_micro
-            micros.append(self.collate(chosen[first : first + per_micro]) | rest)
+            micros.append(self.collate(chosen[first : first + per_micro], keep) | rest)
         if self.reader.cut and not cut:
             self.log(f"data: step {self.step}: a source is longer than seq_len={self.cfg.seq_len}; its end is not read, nor that of others")
         self.step += 1
@@ -378,7 +359,7 @@ class Stream:
         self.taken[name] += 1
         return rows[int(data.permute([i], len(rows), f"{self.cfg.seed}/{name}/{epoch}")[0])]
 
-    def collate(self, chosen):
+    def collate(self, chosen, keep=None):
         """[(context, questions or None, a random number)] -> one micro-batch for the encoder and every model."""
         cfg, texts, later = self.cfg, [], []
         for context, questions, u in chosen:
@@ -395,8 +376,8 @@ class Stream:
             if questions and cfg.w_ae_qa and len(texts[-1]) == self.reader.limit:  # nobody can repeat what was never read
                 read = context[: self.reader.fits(context, carried)]
             later.append((context, questions, read, rest))
-        batch = self.reader.collate(texts)
-        z = batch["z_cu"].tolist()
+        batch = self.reader.collate(texts, keep)
+        z = batch["packet_cu"].tolist()
         for m, side in enumerate(self.sides):
             docs, teacher = [], []
             for i, (context, questions, read, rest) in enumerate(later):

@@ -8,7 +8,7 @@
 
 The frozen models are run directories; they are neither trained nor saved, their fingerprints are. Everything is flat: packets of any
 lengths lie behind one another, cut by `z_cu`. What was measured to matter: the reader starts from a pretrained model, and slots pool the
-text in order. Read next: latent_data.py (layouts, batches), eval/latent.py (what it is worth).
+text in order. Read next: wire.py (bytes), latent_data.py (layouts, batches), eval/latent.py (what it is worth).
 """
 
 import dataclasses
@@ -29,10 +29,10 @@ import needs
 import tokenizer
 from beams import greedy
 from configurator import die
-from latent_data import WIDTHS, decode, encode
 from machine import to_device
 from model import Embedding, Linear, ModelConfig, Segments, Transformer, full
 from model import build as build_transformer
+from wire import decode, encode, over_wire
 
 # ---- the encoder --------------------------------------------------------------------------------------------------------
 
@@ -80,6 +80,7 @@ class Encoder(nn.Module):
             self.gate = nn.Linear(width, width)
 
     def forward(self, batch):
+        """-> shared slots Z (sum M, d_z), and the states (sum M, width) that they were made of"""
         reader, slot = self.readers[0], batch["slot"]
         if self.kind == "byte":
             ids = reader.embed_tokens(batch["ids"])
@@ -99,7 +100,22 @@ class Encoder(nn.Module):
                 see = Segments(batch["z_cu"], batch["z_max"], batch["cu"], batch["max_len"], causal=False)
                 x = see.attend(q, k, v).flatten(1)
                 x = asked + torch.sigmoid(self.gate(asked)) * x
-        return self.out(self.norm(full(x))) + self.slot[slot]  # (sum M, d_z)
+        x = self.norm(full(x))
+        return self.out(x) + self.slot[slot], x
+
+
+class Private(nn.Module):
+    """The slots of one model alone: each is a stretch of the shared slots' states, of which this model may need something else."""
+
+    def __init__(self, cfg, width):
+        super().__init__()
+        self.out = nn.Linear(width, cfg.latent_dim)
+        self.slot = nn.Parameter(torch.randn(cfg.latent_private, cfg.latent_dim) * 0.02)
+
+    def forward(self, states, batch):
+        n = len(batch["z_cu"]) - 1
+        x = mean_of(states[batch["own"]], batch["own_to"], n * len(self.slot))
+        return self.out(x) + self.slot.repeat(n, 1)  # (B k, d_z)
 
 
 def mean_of(x, to, n):
@@ -127,20 +143,17 @@ class Adapter(nn.Module):
         out = self.net[-1]
         nn.init.normal_(out.weight, std=float(table.std()) / math.sqrt(out.in_features / 4))
         out.bias.data.copy_(table.mean(0))
-        self.gain = nn.Parameter(torch.ones(())) if cfg.calibration != "none" else None
-        self.rms = cfg.prefix_rms if cfg.calibration == "fixed" else rms
+        self.words_rms, self.rms = rms, {"embed_rms": rms, "fixed": cfg.prefix_rms, "none": 0.0}[cfg.calibration]
+        if self.rms:
+            self.gain = nn.Parameter(torch.ones(()))
+        else:  # nothing to learn or to save, but evaluation may turn it
+            self.register_buffer("gain", torch.ones(()), persistent=False)
+
+    def calibrate(self, x):
+        return x * (x.square().mean(-1, keepdim=True) + 1e-12).rsqrt() * (self.rms * self.gain) if self.rms else x * self.gain
 
     def forward(self, z):
-        x = self.net(z)
-        return x if self.gain is None else x * (x.square().mean(-1, keepdim=True) + 1e-12).rsqrt() * (self.rms * self.gain)
-
-
-def over_wire(z, z_cu, bits):
-    """encode then decode, packet by packet; the gradient passes straight through (z - z.detach() is zero)."""
-    if not bits or not torch.isfinite(z).all():  # what is not finite is the loop's to refuse
-        return z
-    packets = [decode(encode(part, bits)) for part in z.split(z_cu.diff().tolist())]
-    return torch.cat(packets).to(z) + (z - z.detach())
+        return self.calibrate(self.net(z))
 
 
 # ---- the losses ---------------------------------------------------------------------------------------------------------
@@ -159,8 +172,9 @@ def answer_sums(logits, goal, step, k: int, teacher=None, tau: float = 1.0) -> d
 
 
 def weights(cfg) -> dict[str, float]:
-    """What each term of each model counts in the loss; the share of right first tokens is only logged."""
-    terms = dict(ans=cfg.w_ans, first=cfg.w_first, k=cfg.w_k, kd=cfg.w_kd, ae=cfg.w_ae, ae_qa=cfg.w_ae_qa, lm=cfg.w_lm, first_right=0.0)
+    """What each term of each model counts in the loss; the share of right first tokens and the rms of slots are only logged."""
+    terms = dict(ans=cfg.w_ans, first=cfg.w_first, k=cfg.w_k, kd=cfg.w_kd, ae=cfg.w_ae, ae_qa=cfg.w_ae_qa, lm=cfg.w_lm)
+    terms |= dict.fromkeys(("first_right", "rms_raw", "rms_cal"), 0.0)
     return {f"{term}/{m}": w for term, w in terms.items() for m in range(len(cfg.lms))}
 
 
@@ -169,7 +183,7 @@ class Interlingua(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        check(cfg)
+        latent_data.check(cfg)
         self.cfg = cfg
         self.lms = [frozen(path) for path in cfg.lms]
         for m, lm in enumerate(self.lms):  # a checkpoint fits these very models and no others: its tensors' names say so
@@ -201,6 +215,7 @@ class Interlingua(nn.Module):
 
             reader.register_state_dict_post_hook(leave_out)
         self.adapters = nn.ModuleList(Adapter(cfg, lm) for lm in self.lms)
+        self.private = nn.ModuleList(Private(cfg, reader.cfg.d_model) for _ in cfg.lms if cfg.latent_private)
         self.sides, self.reader = layouts(cfg)
         if cfg.latent_from:
             take_encoder(self.encoder, cfg, None if own_blocks(cfg) else lm)
@@ -231,21 +246,23 @@ class Interlingua(nn.Module):
 
     # -- forward
 
-    def slots(self, batch, bits=0):
-        """Source batch -> Z as it leaves the wire."""
-        return over_wire(self.encoder(batch), batch["z_cu"], bits)
+    def packets(self, batch):
+        """Source batch -> of each model all its packets (P, d_z), cut by packet_cu: shared slots, then those that only it gets."""
+        z, states = self.encoder(batch)
+        own = [private(states, batch) for private in self.private] or [z[:0]] * len(self.lms)
+        return [torch.cat((z, mine))[batch["packet"]] for mine in own]
 
-    def embeds(self, m, ids, slot_at, z):
-        """Input embeddings of model m: words, and the packet's vectors where its slots are."""
+    def embeds(self, m, ids, slot_at, vectors):
+        """Input embeddings of model m: words, and what its adapter made of slots where these are."""
         words = self.lms[m].embed_tokens(ids)
-        return words if z is None else words.index_copy(0, slot_at, self.adapters[m](z).to(words.dtype))
+        return words if vectors is None else words.index_copy(0, slot_at, vectors.to(words.dtype))
 
     def side_sums(self, m, z, part, teacher):
         """One forward of model m; answers, reconstruction and continuation are documents of the same flat batch."""
-        lm, cfg = self.lms[m], self.cfg
-        embeds = self.embeds(m, part["ids"], part["slot_at"], z[part["slot_z"]])
-        hidden = lm(part | {"embeds": embeds})  # (N, d_m)
-        out = {}
+        lm, cfg, adapter = self.lms[m], self.cfg, self.adapters[m]
+        vectors = adapter.calibrate(raw := adapter.net(z))  # (P, d_m), once for all documents of a packet
+        hidden = lm(part | {"embeds": self.embeds(m, part["ids"], part["slot_at"], vectors[part["slot_z"]])})  # (N, d_m)
+        out = {f"rms_{name}": x.detach().square().mean(-1).sqrt().sum() for name, x in (("raw", raw), ("cal", vectors))}
         for kind in ("ae", "ae_qa", "lm"):
             if f"{kind}.at" in part:
                 out[kind] = lm.nll(hidden[part[f"{kind}.at"]], part[f"{kind}.goal"])[0]
@@ -260,11 +277,12 @@ class Interlingua(nn.Module):
         return lm.predict(lm(part)[part["kd.at"]])
 
     def forward(self, batch):
-        z, out = self.slots(batch, batch["bits"]), {}
-        for m, lm in enumerate(self.lms):
+        out = {}
+        for m, (lm, z) in enumerate(zip(self.lms, self.packets(batch), strict=True)):
             part = {k.removeprefix(f"{m}."): v for k, v in batch.items() if k.startswith(f"{m}.")}
             text = {k.removeprefix("teacher."): v for k, v in part.items() if k.startswith("teacher.")}
-            given = m, z, part, self.teacher(lm, text) if text else None  # logits of the first k tokens: small enough to be kept
+            teacher = self.teacher(lm, text) if text else None  # logits of the first k tokens: small enough to be kept
+            given = m, over_wire(z, batch["packet_cu"], batch["bits"]), part, teacher
             # sequential: activations of one model live at a time, kept as z, made again in its turn of the backward
             out |= recompute(self.side_sums, *given, use_reentrant=False) if self.cfg.sequential else self.side_sums(*given)
         return out
@@ -273,30 +291,30 @@ class Interlingua(nn.Module):
 
     @torch.no_grad()
     def latents(self, sources):
-        """Lists of source ids -> what their packets hold, a list of (M, d_z)."""
+        """Lists of source ids -> what their packets hold, for each model a list of (M, d_z)."""
         batch = to_device(self.reader.collate(sources), self.device)
-        return self.encoder(batch).split(batch["z_cu"].diff().tolist())
+        return [z.split(batch["packet_cu"].diff().tolist()) for z in self.packets(batch)]
 
-    def sent(self, latents, bits):
-        """-> the payloads, and what their decoder makes of them."""
-        payloads = [encode(z, bits) for z in latents]
+    def sent(self, latents, bits, slots=None):
+        """-> the payloads of these packets, or of their first slots, and what their decoder makes of them."""
+        payloads = [encode(z[:slots], bits) for z in latents]
         return payloads, [decode(p).to(self.device) for p in payloads]
 
     @torch.no_grad()
     def prompt_embeds(self, m, ids, packet=None):
         """One prompt (-1 = slot) -> (T, d_m)"""
         ids = torch.tensor(ids, device=self.device)
-        return self.embeds(m, ids.clamp(min=0), (ids < 0).nonzero()[:, 0], packet)
+        return self.embeds(m, ids.clamp(min=0), (ids < 0).nonzero()[:, 0], None if packet is None else self.adapters[m](packet))
 
 
 @torch.no_grad()
 def answers(model: Interlingua, context: str, question: str, bits: int = 16, max_new_tokens: int = 32, only=None):
     """Text in, (bytes on the wire, [answer of each frozen model, or of `only` that one]) out; what sample.py prints."""
     source = model.reader.source(context, question if model.cfg.compress == "all" else None)
-    (payload,), (packet,) = model.sent(model.latents([source]), bits)
-    texts = []
+    latents, texts = model.latents([source]), []
     for m, side in enumerate(model.sides):
         if only in (None, m):
+            (payload,), (packet,) = model.sent(latents[m], bits)
             prompt = model.prompt_embeds(m, side.prompt(question, slots=len(packet)), packet)
             texts.append(side.tok.decode(greedy(model.lms[m], [prompt], side.stops, max_new_tokens)[0]).strip())
     return len(payload), texts
@@ -313,7 +331,8 @@ def say(path, prompt: str, max_new_tokens: int, where) -> None:
     if model.reader.cut:
         read = model.reader.fits(context, question if model.cfg.compress == "all" else None)
         print(f"of {len(context)} characters the first {read} were read: seq_len={model.cfg.seq_len}", file=sys.stderr)
-    print(f"{len(context.encode())} bytes of text, {size} on the wire at 16 bits")
+    each = " to each model" if model.cfg.latent_private else ""
+    print(f"{len(context.encode())} bytes of text, {size} on the wire at 16 bits{each}")
     for name, text in zip(state["config"]["lms"], texts, strict=True):
         print(f"{name}: {text}")
 
@@ -375,25 +394,6 @@ def load(path, device="cpu"):
     return model.to(device).eval(), state
 
 
-def check(cfg):
-    if not cfg.lms:
-        die("objective=latent needs frozen models: --lms=\"('out/a', 'out/b')\"")
-    if len(set(cfg.lms)) < len(cfg.lms):
-        die(f"lms={cfg.lms} names one model twice")
-    if cfg.parallel == "fsdp":
-        die("parallel=fsdp does not shard frozen models; use --parallel=ddp, with --sequential and smaller micro_tokens if memory is short")
-    if (cfg.calibration == "fixed") != (cfg.prefix_rms > 0):
-        die(f"calibration={cfg.calibration}, prefix_rms={cfg.prefix_rms}: fixed needs --prefix_rms above 0, nothing else reads it")
-    if cfg.latent_encoder in ("query", "sent") and (cfg.latent_blocks or cfg.latent_frozen):
-        die(f"latent_encoder={cfg.latent_encoder} reads a model as it stands; drop latent_blocks and latent_frozen")
-    if bad := set(cfg.wire_bits) - set(WIDTHS):
-        die(f"wire_bits={sorted(bad)}: the codec has {WIDTHS}")
-    if cfg.wire_bits and cfg.wire_start >= 1:
-        die(f"wire_start={cfg.wire_start}: the run ends before a packet is quantised; set it below 1, or drop wire_bits")
-    if not any(weights(cfg).values()):
-        die("every weight of the loss (w_ans, w_first, w_k, ...) is 0: nothing would be learned")
-
-
 build = Interlingua
 
 
@@ -403,7 +403,7 @@ def open_stream(cfg, plan, rank, world):
 
 def counts(batch) -> dict[str, float]:
     """Targets of each term and model in this micro-batch, known before the forward; every rank names every term."""
-    out = dict.fromkeys(batch["terms"], 0.0)
+    out = {term: float(len(batch["packet"]) * term.startswith("rms_")) for term in batch["terms"]}
     for key in [key for key in batch if key.endswith(".goal")]:
         m, kind = key.removesuffix(".goal").split(".", 1)
         sizes = {kind: len(batch[key])}

@@ -128,9 +128,7 @@ class Meter:
             mix = denoise.mixture(self.cfg.mixture, self.cfg.mixture_end, self.cfg.mode_tokens)
             record |= {f"train/{n}/weight": w for n, w in zip(self.names, denoise.weights(mix, row.eta).tolist(), strict=False)}
         for m, adapter in enumerate(getattr(self.model, "adapters", ())):
-            if adapter.gain is not None:
-                gain = float(adapter.gain.detach())
-                record |= {f"train/gain/{m}": gain, f"train/slot_rms/{m}": gain * adapter.rms}
+            record |= {f"train/gain/{m}": float(adapter.gain.detach())}
         record |= {"train/tau": row.tau} if self.cfg.ffn == "polyglu" else {}
         loss = losses.get("loss", sum(weights.get(t, 1.0) * v for t, v in losses.items()))
         line = f"loss {loss:.4f} | lr {row.lr:.2e} | {speed / 1e3:.1f}k tok/s | {1e3 * seconds / max(self.steps, 1):.0f} ms"

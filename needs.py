@@ -62,7 +62,7 @@ NEEDS = (  # what it takes, and which settings; a key without a value: it must b
     ("adapter=mlp", "adapter_hidden"),
     ("w_kd", "kd_tau"),
     ("w_k or w_kd", "first_k"),
-    ("wire_bits", "wire_start"),
+    ("wire_bits or wire_slots", "wire_start"),
     ("calibration=fixed", "prefix_rms"),
 )
 

@@ -4,11 +4,12 @@
     python -m eval.latent --lms="('out/a', 'out/b')" --data=data/factqa/dev.jsonl --require=0.95     # can they answer from text?
 
 Arms, per frozen model, all decoded greedily alike: the text; the same through input embeddings (must be equal); no context; the
-packet at each width, as decoded from its bytes; a zero packet; another passage's packet; text cut to as many tokens as the packet has
-slots; text cut to as many bytes as it has (head, tail, or the sentences that share most words with the question). With
-compress=context the question stands in text after all of them; with compress=all it is part of the budget. Differences come with
-paired bootstrap intervals. Files in --out: metrics.json, metrics.csv, predictions.jsonl, table.md, two plots. Finished arms are kept
-there; --fresh runs them again. Read next: eval/answers.py (measures and budgets), latentwire.py.
+packet at each width, as decoded from its bytes, and of each the first --slots alone (latent4@6: 4 bits, 6 slots); a zero packet; another
+passage's packet; a packet without its private slots (shared); text cut to as many tokens as the packet has slots; text cut to as many
+bytes as it has (head, tail, or the sentences that share most words with the question). With compress=context the question stands in
+text after all of them; with compress=all it is part of the budget. Differences come with paired bootstrap intervals. Files in --out:
+metrics.json, training_stats.json, metrics.csv, predictions.jsonl, table.md, two plots. Finished arms are kept there; --fresh runs them
+again. Read next: eval/answers.py (measures and budgets), latentwire.py.
 """
 
 import collections
@@ -33,8 +34,9 @@ import latentwire
 import machine
 import tokenizer
 from eval import write_json
-from eval.answers import budget_arms, cut_bytes, cut_tokens, exact, f1, interval, normalise, zstd_size
-from eval.latent_report import table, write
+from eval.answers import budget_arms, cut_bytes, cut_tokens, exact, f1, normalise, zstd_size
+from eval.latent_report import differences, summary, table, training_stats, write
+from wire import WIDTHS
 
 DEFAULTS = dict(
     ckpt="",  # a latent run ...
@@ -43,6 +45,9 @@ DEFAULTS = dict(
     data="",  # jsonl of {context, question, answers}; "": test.jsonl beside the training questions
     samples=512,  # questions; a seeded choice when there are more
     bits=(16, 8, 6, 4),  # widths on the wire; the first one also serves zero, shuffled and joint arms
+    slots=(),  # further arms: only so many first slots of each packet, at every width
+    prefix_gain=1.0,  # what slots are multiplied by, after their calibration ...
+    calibration="",  # ... which is the run's; train_stats: every slot at the mean rms that slots had in training
     bytes=(),  # further byte budgets for text, beside those of the packets
     max_new_tokens=16,
     batch=64,
@@ -63,8 +68,8 @@ def teacher_forced(model, m, prompts, golds, packets=None, by_ids=False):
     batch = {k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k, v in latent_data.pack(docs).items()}
     lm = model.lms[m]
     if not by_ids:
-        z = torch.cat(packets)[batch["slot_z"]] if packets else None
-        batch["embeds"] = model.embeds(m, batch["ids"], batch["slot_at"], z)
+        vectors = model.adapters[m](torch.cat(packets))[batch["slot_z"]] if packets else None
+        batch["embeds"] = model.embeds(m, batch["ids"], batch["slot_at"], vectors)
     logits = lm.predict(lm(batch)[batch["ans.at"]])
     ce = F.cross_entropy(logits, batch["ans.goal"], reduction="none").double()
     first = batch["ans.step"] == 0
@@ -97,17 +102,6 @@ def run_arm(model, m, rows, prompts, packets=None, by_ids=False, opt=None):
     return {name: [values[i] for i in back] for name, values in out.items()}
 
 
-def summary(arm):
-    rank = np.array(arm["rank"])
-    return {
-        "em": float(np.mean(arm["em"])),
-        "f1": float(np.mean(arm["f1"])),
-        "nll_token": -sum(arm["ll"]) / sum(arm["tokens"]),
-        "first_top1": float((rank < 1).mean()),
-        "first_top5": float((rank < 5).mean()),
-    }
-
-
 def seconds(model, m, rows, bits, opt):
     """Median seconds of one question, all included: tokenising, encoder, codec, reading, answering, words. -> (text, packet)"""
     side, times = model.sides[m], ([], [])
@@ -137,21 +131,22 @@ def seconds(model, m, rows, bits, opt):
 def arms_of(model, m, rows, packets, payload_bytes, opt):
     """{name: (prompts, packets or None, read by ids)}"""
     side, n = model.sides[m], len(rows)
-    slots = [len(p) for p in packets[opt.bits[0]]]
+    first, private = next(iter(packets.values())), model.cfg.latent_private
+    slots = [len(p) for p in first]
     other = [next(j % n for j in range(i + 1, i + n) if rows[j % n]["context"] != rows[i]["context"]) for i in range(n)]
     text = [side.prompt(r["question"], context=r["context"]) for r in rows]
-    latent = [side.prompt(r["question"], slots=s) for r, s in zip(rows, slots, strict=True)]
+    asked = lambda packets: [side.prompt(r["question"], slots=len(p)) for r, p in zip(rows, packets, strict=True)]  # noqa: E731
     arms = {"text": (text, None, True), "replay": (text, None, False)}
     arms["none"] = ([side.prompt(r["question"], context="") for r in rows], None, True)
-    for bits in opt.bits:
-        arms[f"latent{bits}"] = (latent, packets[bits], False)
-    first = packets[opt.bits[0]]
-    arms["zero"] = (latent, [torch.zeros_like(p) for p in first], False)
-    swapped = [side.prompt(r["question"], slots=slots[j]) for r, j in zip(rows, other, strict=True)]
-    arms["shuffled"] = (swapped, [first[j] for j in other], False)
+    read = {f"latent{form}": packet for form, packet in packets.items()}
+    read |= {"zero": [torch.zeros_like(p) for p in first], "shuffled": [first[j] for j in other]}
+    read |= {"shared": [p[:-private] for p in first]} if private else {}
+    arms |= {name: (asked(packet), packet, False) for name, packet in read.items()}
     budgets = {"tokens": (slots, cut_tokens, lambda q: len(side.tok.encode(q)))}
-    for bits in opt.bits:
-        budgets[f"bytes@{bits}bit"] = (payload_bytes[bits], cut_bytes, lambda q: len(q.encode()))
+    for few in opt.slots:
+        budgets[f"tokens@{few}"] = ([min(few, s) for s in slots], *budgets["tokens"][1:])
+    for form, sizes in payload_bytes.items():
+        budgets[f"bytes@{form}bit"] = (sizes, cut_bytes, lambda q: len(q.encode()))
     for size in opt.bytes:
         budgets[f"bytes@{size}"] = ([size] * n, cut_bytes, lambda q: len(q.encode()))
     for name, (sizes, cut, measure) in budgets.items():
@@ -163,16 +158,16 @@ def arms_of(model, m, rows, packets, payload_bytes, opt):
 
 def joint(model, rows, results, packets, opt):
     """Every model's packet answer, scored by all models under the same packet; the likeliest one is the joint answer."""
-    arm, packets, n_lms = f"latent{opt.bits[0]}", packets[opt.bits[0]], range(len(model.lms))
+    arm, n_lms = f"latent{opt.bits[0]}", range(len(model.lms))
     answers = [[results[arm, m]["text"][i] for m in n_lms] for i in range(len(rows))]
     total = np.zeros((len(model.lms), len(rows)))
     for c in n_lms:
         for m in n_lms:
             side = model.sides[m]
-            prompts = [side.prompt(r["question"], slots=len(p)) for r, p in zip(rows, packets, strict=True)]
+            prompts = [side.prompt(r["question"], slots=len(p)) for r, p in zip(rows, packets[m], strict=True)]
             for at in (slice(i, i + opt.batch) for i in range(0, len(rows), opt.batch)):
                 golds = [side.gold(r["question"], a[c]) for r, a in zip(rows[at], answers[at], strict=True)]
-                total[c, at] += teacher_forced(model, m, prompts[at], golds, packets[at])[0]
+                total[c, at] += teacher_forced(model, m, prompts[at], golds, packets[m][at])[0]
     chosen = [a[c] for a, c in zip(answers, total.argmax(0), strict=True)]
     em = [exact(a, r["answers"]) for a, r in zip(chosen, rows, strict=True)]
     return {
@@ -181,20 +176,6 @@ def joint(model, rows, results, packets, opt):
         "agreement": float(np.mean([len({normalise(x) for x in a}) == 1 for a in answers])),
         "oracle": float(np.mean([max(exact(x, r["answers"]) for x in a) for a, r in zip(answers, rows, strict=True)])),
     }
-
-
-def differences(results, m, rows, opt):
-    """The comparisons that decide; budgets are represented by their best kind on this very set, which favours them."""
-
-    def best(prefix):
-        return max((name for name, k in results if k == m and name.startswith(prefix + ":")), key=lambda n: np.mean(results[n, m]["em"]))
-
-    first, out, passage = f"latent{opt.bits[0]}", {}, [r["context"] for r in rows]
-    pairs = [(first, "text"), (first, "none"), (first, best("tokens")), ("zero", "none"), ("shuffled", "none"), ("replay", "text")]
-    pairs += [(f"latent{b}", best(f"bytes@{b}bit")) for b in opt.bits] + [(f"latent{b}", first) for b in opt.bits[1:]]
-    for a, b in pairs:
-        out[f"{a} - {b}"] = {k: interval(results[a, m][k], results[b, m][k], opt.resamples, opt.seed, passage) for k in ("em", "f1")}
-    return out
 
 
 def read_from_text(opt) -> None:
@@ -218,6 +199,12 @@ def read_from_text(opt) -> None:
 def evaluate(opt) -> dict:
     model, state = latentwire.load(opt.ckpt)
     cfg, where = state["config"], machine.find(opt.device, state["config"]["dtype"])
+    if not (stats := training_stats(opt.ckpt, state["step"], model)) and opt.calibration:
+        configurator.die(f"{opt.ckpt}: its metrics.jsonl has no rms of slots in training; train it again, or drop --calibration")
+    for path, adapter in zip(cfg["lms"], model.adapters, strict=True):
+        if opt.calibration:
+            adapter.rms, adapter.gain.data = stats[path]["rms_mean_cal"], torch.ones(())
+        adapter.gain.data *= opt.prefix_gain
     model.set_dtype(where.dtype).to(where.device)
     qa = cfg["data"].get("qa") if isinstance(cfg["data"], dict) else cfg["data"]
     data = opt.data or str(Path(qa or "").parent / "test.jsonl")
@@ -229,23 +216,28 @@ def evaluate(opt) -> dict:
         configurator.die(f"{data}: {len(rows)} questions of --samples={opt.samples} remain; two passages are needed, to swap their packets")
     (out := Path(opt.out or Path(opt.ckpt) / "eval")).mkdir(parents=True, exist_ok=True)
     asks = [[r["context"], r["question"], r["answers"]] for r in rows]
-    how = [opt.max_new_tokens, opt.bits[0], str(where.dtype), where.device.type]  # zero and shuffled arms are of the first width
+    how = [opt.max_new_tokens, opt.bits[0], str(where.dtype), where.device.type, opt.prefix_gain, opt.calibration]  # bits: of most arms
     key = checkpoint.digest_json([state["sha256"], asks, *how])
     cache = out / "arms.json"
     kept = json.loads(cache.read_text()) if cache.exists() and not opt.fresh else {}
     kept = kept["arms"] if kept.get("key") == key else {}
 
     sources = [model.reader.source(r["context"], r["question"] if cfg["compress"] == "all" else None) for r in rows]
-    cut, packets, payload_bytes = model.reader.cut, {}, {}
-    latents = [z for i in range(0, len(rows), opt.batch) for z in model.latents(sources[i : i + opt.batch])]
-    for bits in opt.bits:
-        payloads, packets[bits] = model.sent(latents, bits)
-        payload_bytes[bits] = [len(p) for p in payloads]
+    cut, packets, payload_bytes = model.reader.cut, [{} for _ in model.lms], {}
+    batches = [model.latents(sources[i : i + opt.batch]) for i in range(0, len(rows), opt.batch)]
+    forms = {str(b): (b, None) for b in opt.bits} | {f"{b}@{n}": (b, n) for n in opt.slots for b in opt.bits}
+    for m, parts in enumerate(zip(*batches, strict=True)):
+        for form, way in forms.items():
+            payloads, packets[m][form] = model.sent([z for part in parts for z in part], *way)
+            payload_bytes[form] = [len(p) for p in payloads]  # as many for every model
+    slots = {form: [len(p) for p in packets[0][form]] for form in forms}
+    if opt.slots and max(opt.slots) >= (most := max(slots[str(opt.bits[0])])):
+        configurator.die(f"slots={opt.slots}: no packet has more than {most}, and fewer are to be kept")
 
     results, metrics = {}, {"arms": {}, "intervals": {}}
     with torch.no_grad():
         for m, path in enumerate(cfg["lms"]):
-            arms = arms_of(model, m, rows, packets, payload_bytes, opt)
+            arms = arms_of(model, m, rows, packets[m], payload_bytes, opt)
             for name, (prompts, vectors, by_ids) in tqdm(arms.items(), desc=path, disable=not sys.stderr.isatty()):
                 if f"{name}/{m}" not in kept:
                     kept[f"{name}/{m}"] = run_arm(model, m, rows, prompts, vectors, by_ids, opt)
@@ -254,24 +246,28 @@ def evaluate(opt) -> dict:
             metrics["arms"][path] = {name: summary(results[name, m]) for name in arms}
             for name, time_ in zip(("text", f"latent{opt.bits[0]}"), seconds(model, m, rows, opt.bits[0], opt), strict=True):
                 metrics["arms"][path][name]["seconds"] = time_
-            metrics["intervals"][path] = differences(results, m, rows, opt)
-        metrics["joint"] = joint(model, rows, results, packets, opt)
+            metrics["intervals"][path] = differences(results, m, rows, list(forms), opt)
+        metrics["joint"] = joint(model, rows, results, [mine[str(opt.bits[0])] for mine in packets], opt)
     raw = [r["context"].encode() if cfg["compress"] == "context" else f"{r['context']}\n{r['question']}".encode() for r in rows]
-    zstd, slots = [zstd_size(r) for r in raw], [len(p) for p in packets[opt.bits[0]]]
+    zstd, mine = [zstd_size(r) for r in raw], slots[str(opt.bits[0])]
     metrics = {
         "samples": len(rows),
         "dropped": dropped,  # their answer begins inside a token
         "cut": cut,  # sources longer than seq_len, whose end was not read
-        "latent_len": statistics.mean(slots),
-        "tokens_per_slot": sum(map(len, sources)) / sum(slots),
+        "latent_len": statistics.mean(mine),
+        "tokens_per_slot": sum(map(len, sources)) / sum(mine),
         "bits": list(opt.bits),
         **metrics,
         "wire": {
             "text_bytes": statistics.mean(map(len, raw)),
             "zlib": statistics.mean(len(zlib.compress(r, 9)) for r in raw),
             "zstd": statistics.mean(zstd) if zstd[0] else None,
-            "payload": {str(b): statistics.mean(payload_bytes[b]) for b in opt.bits},
+            "payload": {form: statistics.mean(sizes) for form, sizes in payload_bytes.items()},
+            "slots": {form: statistics.mean(sizes) for form, sizes in slots.items()},
         },
+        "training_stats": stats,
+        "calibration": opt.calibration or cfg["calibration"],
+        "prefix_gain": opt.prefix_gain,
         "data": data,
         "seed": opt.seed,
         "config": cfg,
@@ -282,15 +278,18 @@ def evaluate(opt) -> dict:
 
 def main(argv=None):
     opt = configurator.args(DEFAULTS, argv := sys.argv[1:] if argv is None else argv, __doc__)
-    if not opt.bits or set(opt.bits) - set(latentwire.WIDTHS):
-        configurator.die(f"bits={opt.bits}: at least one of {latentwire.WIDTHS}")
-    for name in ("samples", "batch", "resamples", "max_new_tokens", "bytes"):
+    if not opt.bits or set(opt.bits) - set(WIDTHS):
+        configurator.die(f"bits={opt.bits}: at least one of {WIDTHS}")
+    for name in ("samples", "batch", "resamples", "max_new_tokens", "bytes", "slots"):
         if min(np.atleast_1d(getattr(opt, name)), default=1) < 1:
             configurator.die(f"{name}={getattr(opt, name)} must be above 0")
+    if opt.prefix_gain <= 0 or opt.calibration not in ("", "train_stats"):
+        configurator.die(f"prefix_gain={opt.prefix_gain}, calibration={opt.calibration}: a gain above 0, and train_stats or nothing")
     if bool(opt.ckpt) == bool(opt.lms):
         configurator.die("give --ckpt=RUN of a latent run, or --lms of language models")
     if opt.lms:
-        if idle := {arg.partition("=")[0][2:] for arg in argv} & {"bits", "bytes", "out", "fresh", "seed", "resamples"}:
+        vain = "bits bytes slots prefix_gain calibration out fresh seed resamples".split()
+        if idle := {arg.partition("=")[0][2:] for arg in argv} & {*vain}:
             configurator.die(f"--{min(idle)} does nothing with --lms, which sends no packets: drop it")
         return read_from_text(opt)
     print(f"{table(evaluate(opt))}\nwritten to {opt.out or Path(opt.ckpt) / 'eval'}")

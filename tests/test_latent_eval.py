@@ -16,7 +16,7 @@ import latentwire as lw
 import sample
 import tokenizer
 import train
-from eval import latent
+from eval import latent, latent_report
 from eval.answers import best_first, budget_arms, cut_bytes, cut_tokens, exact, f1, interval, normalise
 from files import write_rows
 from model import ModelConfig, build
@@ -250,6 +250,8 @@ def overfit(tmp_path_factory):
         progress=False,
     )
     train.main([f"--{k}={v}" for k, v in keys.items()])
+    more = dict(out=str(root / "nested"), latent_private=1, wire_slots=(2, 5), calibration="none")
+    train.main([f"--{k}={v}" for k, v in (keys | more).items()])
     return root
 
 
@@ -283,6 +285,49 @@ def test_overfit_answers_and_the_controls_do_not(overfit, capsys):
     assert (overfit / "e" / "table.md").read_text() in capsys.readouterr().out and (overfit / "e" / "metrics.csv").read_text().count(
         "\n"
     ) > 20
+
+
+def test_fewer_slots_private_ones_and_other_gains(overfit, capsys, dies):
+    """A run that was trained on cut packets answers from them, another does not; without their private slots they are others."""
+    found = []
+    for run, *more in (("run",), ("nested",), ("nested", "--calibration=train_stats"), ("nested", "--prefix_gain=9")):
+        args = [f"--ckpt={overfit}/{run}", f"--data={overfit}/train.jsonl", "--resamples=9", "--max_new_tokens=6", "--bits=8", "--slots=2"]
+        latent.main([*args, *more, "--bytes=40", f"--out={overfit}/n"])
+        found.append(json.loads((overfit / "n" / "metrics.json").read_text()))
+    plain, nested, stats, loud = ([*m["arms"].values()] for m in found)
+    assert all(
+        a["latent8"]["em"] == b["latent8"]["em"] == 1 and a["latent8@2"]["em"] < 0.5 < b["latent8@2"]["em"]
+        for a, b in zip(plain, nested, strict=True)
+    )
+    metrics = found[1]
+    assert metrics["wire"]["payload"] == {"8": 16 + 80 + 2 * 3, "8@2": 16 + 32 + 2} and metrics["wire"]["slots"] == {"8": 5, "8@2": 2}
+    pairs = next(iter(metrics["intervals"].values()))
+    assert {"shared - latent8", "latent8@2 - tokens@2:head", "latent8@2 - bytes@8@2bit:head"} <= set(pairs)
+    assert all(len({arms["shared"]["nll_token"], arms["latent8"]["nll_token"], arms["zero"]["nll_token"]}) == 3 for arms in nested)
+    for kept, a, b, c in zip(metrics["training_stats"].values(), nested, stats, loud, strict=True):
+        assert kept["rms_mean_raw"] == kept["rms_mean_cal"] > 0 < kept["embed_rms"] and kept["count"] == 7  # calibration=none
+        assert len({arms["latent8"]["nll_token"] for arms in (a, b, c)}) == 3 and a["text"]["nll_token"] == c["text"]["nll_token"]
+    assert json.loads((overfit / "n" / "training_stats.json").read_text()) == metrics["training_stats"]
+    early = latent_report.training_stats(overfit / "nested", 60, lw.load(overfit / "nested")[0])  # of a checkpoint before the last
+    assert [kept["count"] for kept in early.values()] == [2, 2]
+    table = capsys.readouterr().out
+    assert (
+        "| latent8@2 | 50 |" in table
+        and "| bytes@8@2bit:head | 50 |" in table
+        and "private slots in each packet: 1;" in table
+        and "(mean of 7 steps of training)" in table
+    )
+    for wrong, said in (
+        ("--slots=5", "more than 5"),
+        ("--slots=0", "slots=(0,)"),
+        ("--prefix_gain=0", "a gain above 0"),
+        ("--calibration=x", "train_stats"),
+    ):
+        dies(lambda: latent.main([*args[:5], wrong]), said)
+    sample.main([f"--ckpt={overfit}/nested", "--prompt=case 00: b\nWhich?", "--max_new_tokens=4", "--device=cpu", "--dtype=float32"])
+    assert capsys.readouterr().out == f"10 bytes of text, 176 on the wire at 16 bits to each model\n{overfit}/a: b\n{overfit}/b: b\n"
+    (overfit / "nested" / "metrics.jsonl").rename(overfit / "nested" / "away")
+    dies(lambda: latent.main([*args, "--calibration=train_stats"]), "no rms of slots in training")
 
 
 def test_sample_answers_from_a_packet(overfit, capsys):

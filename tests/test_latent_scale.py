@@ -54,5 +54,5 @@ def test_real_configs_take_a_step_without_memory(monkeypatch, files, sizes, new,
     sum(sums[t] for t in sums if "right" not in t).backward()
     assert all(p.grad is not None and p.grad.shape == p.shape for p in [*trained, *net.adapters.parameters()])
     assert [a.net[-1].out_features for a in net.adapters] == [lm.cfg.d_model for lm in net.lms]
-    z = net.slots(batch)
+    z = net.packets(batch)[0]
     assert z.shape == (2 * cfg.latent_len, cfg.latent_dim) and z.dtype == torch.float32

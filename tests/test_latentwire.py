@@ -19,6 +19,7 @@ import latentwire as lw
 import optim
 import tokenizer
 import train
+import wire
 from eval import latent
 from files import write_rows
 from model import ModelConfig, build
@@ -34,7 +35,7 @@ TEXTS = ["Anna Lind lives in Oslo. She has a pet cat.", "Otto Berg lives in Rome
 @given(
     m=st.integers(0, 9),
     d=st.integers(0, 70),
-    bits=st.sampled_from(lw.WIDTHS),
+    bits=st.sampled_from(wire.WIDTHS),
     seed=st.integers(0, 999),
     power=st.integers(-3, 2),
     outlier=st.booleans(),
@@ -266,11 +267,11 @@ def config(models, **changed):
     return settings_of(lms=(str(models / "a"), str(models / "b")), **changed)
 
 
-def micro_batch(model, cfg, texts=TEXTS, qa=True):
+def micro_batch(model, cfg, texts=TEXTS, qa=True, keep=None):
     stream = latent_data.Stream.__new__(latent_data.Stream)
     stream.cfg, stream.sides, stream.reader = cfg, model.sides, model.reader
     chosen = [(t, [("Where?", "Oslo"), ("Who?", "")] if qa else None, 0.5) for t in texts]
-    return stream.collate(chosen) | {"bits": 0, "first_k": cfg.first_k, "terms": latent_data.terms_of(cfg)}
+    return stream.collate(chosen, keep) | {"bits": 0, "first_k": cfg.first_k, "terms": latent_data.terms_of(cfg)}
 
 
 def loss_of(model, batch):
@@ -282,7 +283,7 @@ def loss_of(model, batch):
 
 @pytest.mark.parametrize("kind", ["lm", "pool", "byte", "query", "sent"])
 def test_every_encoder_trains_and_ignores_batch_mates(models, kind):
-    cfg = config(models, latent_encoder=kind, w_kd=1.0, w_ae_qa=0.1)
+    cfg = config(models, latent_encoder=kind, w_kd=1.0, w_ae_qa=0.1, latent_private=1)
     model = lw.build(cfg).set_dtype(torch.float64).double()
     before = [lw.fingerprint(m) for m in model.lms]
     model.adapters.requires_grad_(True)
@@ -296,17 +297,37 @@ def test_every_encoder_trains_and_ignores_batch_mates(models, kind):
     assert not any("lms" in n or n.startswith("readers") for n in model.state_dict())
     model.eval()
     sources = [model.reader.source(t) for t in TEXTS]
-    together, alone = model.sent(model.latents(sources), 32)[1], [model.sent(model.latents([s]), 32)[1][0] for s in sources]
+    together, alone = model.latents(sources)[0], [model.latents([s])[0][0] for s in sources]
     for a, b in zip(together, alone, strict=True):
-        assert a.shape == (3, 8) and torch.allclose(a, b, atol=1e-6)
+        assert a.shape == (3 + 1, 8) and torch.allclose(a, b, atol=1e-6)
+
+
+def test_private_slots_reach_their_model_alone(models):
+    """Ragged packets of shared slots, alike for all, and two more of each model's own, which no other's loss depends on."""
+    model = lw.build(cfg := config(models, latent_ratio=9, latent_private=2, w_ae_qa=0.1))
+    batch, each = micro_batch(model, cfg), model.latents([model.reader.source(t) for t in TEXTS])
+    shared = batch["z_cu"].diff().tolist()
+    assert shared[2] == 1 and len(set(shared)) > 2 and [len(z) for z in each[0]] == [m + 2 for m in shared]
+    assert all(torch.equal(a[:-2], b[:-2]) and not torch.equal(a[-2:], b[-2:]) for a, b in zip(*each, strict=True))
+    assert [len(p) for p in model.sent(each[1], 32)[0]] == [16 + 4 * 8 * (m + 2) for m in shared]  # paid for
+    pooled = [batch["own"][batch["own_to"] == j].tolist() for j in range(10)]
+    assert sum(pooled[:2], []) == list(range(shared[0])) and pooled[4] == pooled[5] == [sum(shared[:2])]
+    sum(v for term, v in model(batch).items() if term.endswith("/1")).backward()
+    assert all((p.grad is None) == (m == 0) for m in range(2) for p in model.private[m].parameters())
+    short, (payloads, packets) = micro_batch(model, cfg, keep=4), model.sent(each[0], 8, 4)
+    assert torch.equal(short["0.slot_z"].unique(), torch.arange(short["packet_cu"][-1])) and short["packet_cu"].diff().max() == 4
+    cut = lw.over_wire(model.packets(short)[0], short["packet_cu"], 8)  # what is not sent has no part in the groups of what is
+    assert torch.allclose(torch.cat(packets), cut) and len(payloads[0]) == 16 + 2 + 4 * 8
+    with pytest.raises(RuntimeError):
+        model.load_state_dict(lw.build(config(models, latent_ratio=9)).state_dict())
 
 
 def test_sequential_gradients_are_the_joint_ones(models):
     grads = []
     for sequential in (False, True):
-        cfg = config(models, sequential=sequential, w_kd=0.5, w_ae_qa=0.2)
+        cfg = config(models, sequential=sequential, w_kd=0.5, w_ae_qa=0.2, latent_ratio=9, latent_private=2)
         model = lw.build(cfg).set_dtype(torch.float64).double()
-        loss_of(model, micro_batch(model, cfg)).backward()
+        loss_of(model, micro_batch(model, cfg, keep=4)).backward()
         grads.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
     assert all(torch.allclose(grads[0][n], grads[1][n], atol=1e-12) for n in grads[0])
 
@@ -381,7 +402,7 @@ def test_frozen_layers_are_read_where_they_lie(models, tmp_path, dies, monkeypat
     assert any(".blocks.2." in name for name in weights)
     monkeypatch.setattr(checkpoint, "read_state", lambda folder, real=checkpoint.read_state: older(real(folder)))
     again, batch = lw.load(tmp_path / "run")[0], micro_batch(model, cfg)
-    assert torch.equal(model.eval().slots(batch), again.slots(batch))
+    assert torch.equal(model.eval().packets(batch)[0], again.packets(batch)[0])
     third = lw.build(whole(models, latent_frozen=True, latent_blocks=1, latent_from=str(tmp_path / "run"), seed=99))  # its own blocks' seed
     third.set_dtype(torch.bfloat16)  # what its checkpoint will hold stays whole
     assert all(torch.equal(value, weights[name]) for name, value in third.state_dict().items() if name.startswith("encoder."))
@@ -444,6 +465,9 @@ def test_wire_start_and_latent_questions_hold_back(models):
         cfg = config(models, wire_start=wire_start, **keys)
         stream = latent_data.Stream(cfg, optim.Plan(cfg, 1), 0, 1, sides, reader, print)
         assert [step[0]["bits"] for step in stream] == [0] * first + [4] * (8 - first)
+        cfg = config(models, wire_start=wire_start, **keys | {"wire_bits": (), "wire_slots": (1, 2)})
+        kept = [step[0]["packet_cu"].diff().unique().tolist() for step in latent_data.Stream(cfg, optim.Plan(cfg, 1), 0, 1, sides, reader)]
+        assert kept[:first] == [[3]] * first and {n for (n,) in kept[first:]} == {1, 2}
     for latent_questions, asked in ((1, 1), (2, 2), (0, 5)):
         stream.cfg = config(models, latent_questions=latent_questions)
         batch = stream.collate([("Anna lives in Oslo.", [(f"Q{i}?", "Oslo") for i in range(5)], 0.5)])
@@ -534,7 +558,12 @@ def test_settings_that_nothing_in_the_data_heeds_are_named(models, dies):
 def test_slots_look_like_words(models):
     model = lw.build(config(models, adapter_hidden=20))
     assert [a.net[0].out_features for a in model.adapters] == [20, 20]
-    z = model.slots(micro_batch(model, model.cfg))
+    batch = micro_batch(model, model.cfg)
+    z, sums, n = model.packets(batch)[0], model(batch), lw.counts(batch)["rms_raw/0"]
+    model.adapters[0].gain.data *= 2
+    assert n == len(z) and model(batch)["rms_cal/0"].item() == pytest.approx(2 * n * model.adapters[0].words_rms, rel=1e-4)
+    assert sums["rms_raw/0"].item() == pytest.approx(sum(row.square().mean().sqrt().item() for row in model.adapters[0].net(z)), rel=1e-4)
+    model.adapters[0].gain.data /= 2
     for adapter, lm in zip(model.adapters, model.lms, strict=True):
         words = lm.embed_tokens(torch.arange(lm.cfg.vocab_size))
         assert adapter(z).square().mean().sqrt().item() == pytest.approx(words.square().mean().sqrt().item(), rel=1e-3)
@@ -550,7 +579,9 @@ def arguments(models, out, **changed):
         tokens_per_step=192,
         latent_len=3,
         latent_dim=8,
+        latent_private=2,
         wire_bits=(8, 4),
+        wire_slots=(2, 4, 5),
         stages=({"start": 0, "mix": {"text": 1.0}}, {"start": 3, "mix": {"qa": 0.7, "text": 0.3}}),
         max_steps=6,
         save_every=2,
@@ -575,7 +606,7 @@ def test_train_resumes_to_the_bit_and_keeps_the_frozen_frozen(models, tmp_path, 
     assert again["step-000006"] == whole["step-000006"]
     assert before == {n: lw.fingerprint(lw.frozen(models / n)) for n in "ab"}
     rows = [json.loads(line) for line in open(tmp_path / "one" / "metrics.jsonl")]
-    assert {"train/ae/0", "train/lm/1"} <= set(rows[0]) and {"train/ans/0", "train/first_right/1"} <= set(rows[-1])
+    assert {"train/ae/0", "train/lm/1", "train/rms_raw/1"} <= set(rows[0]) and {"train/ans/0", "train/first_right/1"} <= set(rows[-1])
     assert all(0 < row[f"adapter_grad/{m}"] < math.inf for row in rows for m in range(2) if "train/lr" in row)
     model, state = lw.load(tmp_path / "one")
     assert state["step"] == 6 and not model.training
@@ -585,11 +616,12 @@ def test_train_resumes_to_the_bit_and_keeps_the_frozen_frozen(models, tmp_path, 
         "another architecture",
     )
     size, texts = lw.answers(model, TEXTS[0], "Where?", bits=4, max_new_tokens=4)
-    assert size == 16 + 2 + 12 and len(texts) == 2
+    assert size == 16 + 4 + 20 and len(texts) == 2
     third = dict(latent_from=str(tmp_path / "one"), lms=(str(models / "b"),), latent_reader=str(models / "a"))
     joined = run_train(models, tmp_path / "third", save_every=6, **third)
     new, old = lw.read(tmp_path / "third")[1], lw.read(tmp_path / "one")[1]
-    assert joined and all(torch.equal(v, old[k]) for k, v in new.items() if k.startswith("encoder."))  # only the adapter moved
+    assert joined and all(torch.equal(v, old[k]) for k, v in new.items() if k.startswith("encoder."))  # only adapter and own slots moved
+    assert new["private.0.out.weight"].shape == old["private.1.out.weight"].shape and not any(k.startswith("private.1") for k in new)
     dies(lambda: lw.build(train.Config(**vars(settings_of(**third, latent_dim=16)))), "latent_dim=16, but")
     train.main(arguments(models, tmp_path / "none", max_steps=8, save_every=0) + ["--benchmark=1"])
     assert capsys.readouterr().out.split()[-4] == "-"  # jsonl has no bytes per token
@@ -623,10 +655,13 @@ def test_settings_that_contradict_each_other_stop(models):
         {"parallel": "fsdp"},
         {"wire_bits": (5,)},
         {"wire_bits": (4,), "wire_start": 1.0},
+        {"wire_slots": (2,), "wire_start": 1.0},
+        {"wire_slots": (0,)},
+        {"wire_slots": (4,)},
         dict.fromkeys("w_ans w_first w_k w_kd w_ae w_lm w_ae_qa".split(), 0.0),
     ):
         with pytest.raises(SystemExit):
-            lw.check(SimpleNamespace(**vars(config(models)) | bad))
+            latent_data.check(SimpleNamespace(**vars(config(models)) | bad))
 
 
 def test_stream_is_the_same_for_any_world(models, dies):

@@ -209,7 +209,8 @@ def test_fp8_reduce_amax_is_what_lets_ranks_agree(reduce, monkeypatch):
 def test_every_weight_of_a_latent_loss_is_its_own():
     values = dict(w_ans=2.0, w_first=3.0, w_k=5.0, w_kd=7.0, w_ae=11.0, w_lm=13.0, w_ae_qa=17.0)
     found = latentwire.weights(Config(lms=("a", "b"), **values))
-    assert found == {f"{k[2:]}/{m}": v for k, v in values.items() for m in range(2)} | {"first_right/0": 0.0, "first_right/1": 0.0}
+    logged = {f"{term}/{m}": 0.0 for term in ("first_right", "rms_raw", "rms_cal") for m in range(2)}
+    assert found == {f"{k[2:]}/{m}": v for k, v in values.items() for m in range(2)} | logged
 
 
 def test_adapter_hidden_is_a_width():

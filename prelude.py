@@ -39,7 +39,7 @@ def nearest(word, names):
     """[the one of `names` that `word` was meant to be, by its own spelling or another program's], or []. Of equals that which begins alike;
     what shares a few letters with none is no misspelling."""
     own = dict(map(str.split, NAMES.split(","))) | {name: name for name in names}
-    like = {k: difflib.SequenceMatcher(None, k, word).ratio() + len(os.path.commonprefix((k, word))) / 99 for k in own if own[k] in names}
+    like = {k: difflib.SequenceMatcher(None, k, word).ratio() + len(os.path.commonprefix((k, word))) / 50 for k in own if own[k] in names}
     return [own[k] for k in sorted(like, key=like.get)[-1:] if like[k] > 0.65]
 
 

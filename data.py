@@ -168,7 +168,7 @@ def byte_lengths(dir):
 def read_manifest(dir):
     """DIR/manifest.json, or one clear line about what is wrong with it."""
     if not (path := dir / "manifest.json").is_file():
-        way = f"`python -m prepare.text --from=FILES --out={dir}`, or see the top of the config"
+        way = f"`python -m prepare.text --from=FILES --out={dir}`, prepare.chat for chats, or see the top of the config"
         die(f"{dir} is no directory of shards (no manifest.json): correct --data or write one: {way}")
     try:
         manifest = json.loads(path.read_bytes())

@@ -67,7 +67,8 @@ class Meter:
         self.sizes = None if sizes is None else torch.from_numpy(sizes).to(machine.device, torch.float64)
         self.groups = torch.zeros(max(len(names), 1), 3, dtype=torch.float64, device=machine.device)  # nats, targets, bytes of these
         self.here = torch.zeros_like(self.groups)  # of this step, which may yet be refused
-        self.losses, self.norm, self.alerts, self.targets = [], 0.0, 0, 0.0  # of the logged steps; norm, targets: since the last of them
+        self.losses, self.norms, self.alerts = [], [], 0  # of the logged steps
+        self.norm, self.targets = 0.0, 0.0  # since the last of them
         self.restart()
 
     def restart(self):
@@ -131,6 +132,7 @@ class Meter:
             record |= {f"train/gain/{m}": float(adapter.gain.detach())}
         record |= {"train/tau": row.tau} if self.cfg.ffn == "polyglu" else {}
         loss = losses.get("loss", sum(weights.get(t, 1.0) * v for t, v in losses.items()))
+        record.setdefault(f"train/loss{suffix}", loss)
         line = f"loss {loss:.4f} | lr {row.lr:.2e} | {speed / 1e3:.1f}k tok/s | {1e3 * seconds / max(self.steps, 1):.0f} ms"
         line += f" | MFU {mfu:.1%}" * bool(mfu) + f" | {record['train/peak_mem'] / 1e9:.1f} GB" * (self.machine.device.type == "cuda")
         self.groups.zero_()
@@ -140,12 +142,13 @@ class Meter:
         return record, line + (f" | T {row.seq_len}" if self.cfg.stages else "") + said
 
     def alert(self, loss):
-        """What has leapt: the loss, against the hundred logged before it, or a norm before clipping."""
-        window, norm, self.norm = self.losses[-100:], self.norm, 0.0
-        found = [f"norm up to {norm:.1f}"] if norm > 10 else []
-        if len(window) >= 10 and loss > 2 * stats.fmean(window):
-            found += [f"loss more than twice the mean of {len(window)}"]
-        self.losses += [loss] if math.isfinite(loss) else []
+        """What has leapt beyond twice the mean of the hundred logged before it, ten at least; a norm, before clipping, beyond 10, too."""
+        found, norm, self.norm = [], self.norm, 0.0
+        for seen, value, least, what in ((self.norms, norm, 10, f"norm up to {norm:.1f}"), (self.losses, loss, 0, "loss")):
+            window = seen[-100:]
+            if len(window) >= 10 and value > max(least, 2 * stats.fmean(window)):
+                found.append(f"{what} more than twice the mean of {len(window)}")
+            seen += [value] if math.isfinite(value) else []
         self.alerts += bool(found)
         return " | ALERT: " + ", ".join(found) if found else ""
 
@@ -154,7 +157,7 @@ class Meter:
         if not (x := self.losses):
             return "logged losses: none that is finite"
         facts = {"first": x[0], "last": x[-1], "mean": stats.fmean(x), "sd": stats.pstdev(x), "min": min(x), "max": max(x)}
-        how = "falling" if x[-1] < x[0] else "NOT falling"
+        how = "too few to say more" if len(x) < 5 else "falling" if x[-1] < x[0] else "NOT falling"
         if out:
             files.write_json(out / "summary.json", {"logged": len(x)} | facts | {"alerts": self.alerts, "verdict": how})
         first, last, mean, sd, low, high = (f"{value:.4f}" for value in facts.values())

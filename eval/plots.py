@@ -67,10 +67,10 @@ def series(rows, key):
 
 
 def smooth(values, width=50):
-    """Mean of the last `width` points; of as many as there are at the start."""
-    total = np.concatenate(([0.0], np.cumsum(values)))
-    end = np.arange(1, len(values) + 1)
-    start = np.maximum(end - width, 0)
+    """Mean of the `width` points around each: one of those before it would lag behind, and held-out losses seem to lie below."""
+    total, here = np.concatenate(([0.0], np.cumsum(values))), np.arange(len(values))
+    reach = np.minimum(width // 2, np.minimum(here, len(values) - 1 - here))  # as many on both sides
+    start, end = here - reach, here + reach + 1
     return (total[end] - total[start]) / (end - start)
 
 
@@ -87,7 +87,7 @@ def loss_figure(run, against="", events="", out=""):
         mean = smooth(values, min(50, max(1, len(values) // 10)))
         loss.plot(steps, values, color=COLORS[n], alpha=0.3, lw=0.8)
         loss.plot(steps, mean, color=COLORS[n], lw=1.8, label=f"{name}: training")
-        held = sorted({k for r in rows for k in r if k.startswith("val/") and "loss" in k and "/mean/" not in k})
+        held = sorted({k for r in rows for k in r if k.startswith("val/") and "loss" in k and k.split("/")[1] not in ("mean", "sd")})
         for i, k in enumerate(held):
             color = COLORS[(n + 1 + i) % len(COLORS)]
             loss.plot(*series(rows, k), "o--", ms=4, lw=1.2, color=color, label=f"{name}: {k.split('/')[1]}, held out")
@@ -227,6 +227,7 @@ def bars(option, files, out, name, read, label, chance=None):
             results[path.stem] = read(json.loads(path.read_text(encoding="utf-8")))
         if not results.get(path.stem):
             die(f"--{option}={path}: is no result of eval.{option}, or an empty one")
+    out = out or Path(files.split(",")[0]).parent  # beside the first result
     figure, axes = canvas(1, 1, (11, 4.5))
     axis = axes[0, 0]
     groups = list(dict.fromkeys(g for r in results.values() for g in r))
@@ -260,10 +261,10 @@ def main(argv):
             made.append(routing_figure(json.loads(report.read_text()), Path(o.out or o.run, "routing.png")))
     if o.harness:
         read = lambda r: {t["task"]: (t["value"], *(t["value"] + d * 1.96 * (t["stderr"] or 0) for d in (-1, 1))) for t in r["tasks"]}  # noqa: E731
-        made.append(bars("harness", o.harness, o.out or ".", "tasks.png", read, "score", CHANCE))
+        made.append(bars("harness", o.harness, o.out, "tasks.png", read, "score", CHANCE))
     if o.perplexity:
         read = lambda r: {k: (v["bpb"], v["bpb_low"], v["bpb_high"]) for k, v in r["results"].items() if "bpb" in v}  # noqa: E731
-        made.append(bars("perplexity", o.perplexity, o.out or ".", "domains.png", read, "bits per byte"))
+        made.append(bars("perplexity", o.perplexity, o.out, "domains.png", read, "bits per byte"))
     if not made:
         die("nothing to draw: give --run=out/RUN, --harness=FILES or --perplexity=FILES")
     print("\n".join(str(p) for p in made if p))

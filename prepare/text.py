@@ -127,7 +127,7 @@ def report(out, manifest, seconds=0, read=0):
         ratio = f", {nbytes / tokens:.3f} bytes/token" if tokens else ""
         print(f"{split:5} {documents:>12,} documents {tokens:>15,} tokens {nbytes:>15,} bytes in {len(mine)} shards{ratio}")
     if tokens < 20_000 and (wanted.get("val") or wanted.get("val_from")):  # of val, the last; training refuses an empty one
-        way = "give --val_from more text" if wanted.get("val_from") else "raise --val"
+        way = "give --val_from more text" if wanted.get("val_from") else "raise --val" if documents > 1 else "bring more documents"
         way += ", cut with --separator, or give --val_from=FILES" * bool("separator" in wanted and not wanted["val_from"])
         print(f"val holds {documents:,} documents, {tokens:,} tokens, few to measure with: remove {out}, then {way}")
     dropped = {k: n for k, n in manifest["dropped"].items() if n}

@@ -335,7 +335,7 @@ def test_flops_are_those_of_the_paper_arithmetic(monkeypatch):
         meter.expect([pack, pack])
         meter.accept(1, 0.0, True, False)
     assert "train/alert" not in record
-    meter.norm = 11.0
+    meter.norm, meter.norms = 11.0, [5.0] * 10
     record, _ = meter.read(row, ["loss"], torch.zeros(1), {"loss": 1.0}, {})  # of a step, whatever log_every is
     assert record["train/alert"] == 1
     assert record["train/source_tokens"] == 1200 and record["train/encoder_tokens"] == 2 * sum(S)
@@ -343,7 +343,7 @@ def test_flops_are_those_of_the_paper_arithmetic(monkeypatch):
 
 
 def test_what_leaps_is_said(tmp_path):
-    """Ten losses make a window; then one beyond twice its mean, and a norm beyond 10 since the last line, are said and counted."""
+    """Ten lines make a window; then a loss beyond twice its mean, and a norm beyond that and 10, are said and counted."""
     import monitor
 
     meter = monitor.Meter(train.Config(), None, [], train.hardware.find("cpu"))
@@ -351,10 +351,17 @@ def test_what_leaps_is_said(tmp_path):
     meter.accept(1, 0.0, True, True, 10.5)
     meter.accept(1, 0.0, True, False, 0.5)
     lines += [meter.alert(2.0), meter.alert(4.9), meter.alert(5.9)]  # the mean is 2.7, then 2.6, then 2.8
-    assert lines == [""] * 10 + [" | ALERT: norm up to 10.5", "", " | ALERT: loss more than twice the mean of 12"]
+    alert = " | ALERT: {} more than twice the mean of {}".format
+    assert lines == [""] * 10 + [alert("norm up to 10.5", 10), "", alert("loss", 12)]
     said, facts = meter.summary(tmp_path), json.loads((tmp_path / "summary.json").read_text())
     assert "first 9.0000, last 5.9000, falling" in said and "2.0000 to 9.0000; 2 alerts" in said
     assert facts["logged"] == 13 and facts["max"] == 9.0 and facts["alerts"] == 2 and facts["verdict"] == "falling"
+    wild = monitor.Meter(train.Config(), None, [], train.hardware.find("cpu"))  # whose norms are always so leaps no more
+    for norm in [40.0] * 10 + [70.0]:
+        wild.accept(1, 0.0, True, True, norm)
+        assert wild.alert(2.0) == ""
+    wild.losses = wild.losses[:4]
+    assert "too few to say more" in wild.summary(None)
 
 
 def test_a_run_that_did_not_learn_is_not_prolonged(tmp_path, capsys):

@@ -353,7 +353,7 @@ def test_a_temperature_that_means_nothing_is_refused(home, tmp_path, capsys, die
 def test_benchmark_bars(tmp_path):
     rows = [{"task": "hellaswag", "value": 0.3, "stderr": 0.01}, {"task": "gsm8k", "value": 0.02, "stderr": None}]
     (tmp_path / "a.json").write_text(json.dumps({"tasks": rows}))
-    plots.main([f"--harness={tmp_path / 'a.json'}", f"--out={tmp_path}"])
+    plots.main([f"--harness={tmp_path / 'a.json'}"])  # beside it
     assert (tmp_path / "tasks.csv").read_text().splitlines()[1].startswith("a,hellaswag,0.3,0.28")
 
 

@@ -607,6 +607,7 @@ def test_train_resumes_to_the_bit_and_keeps_the_frozen_frozen(models, tmp_path, 
     assert before == {n: lw.fingerprint(lw.frozen(models / n)) for n in "ab"}
     rows = [json.loads(line) for line in open(tmp_path / "one" / "metrics.jsonl")]
     assert {"train/ae/0", "train/lm/1", "train/rms_raw/1"} <= set(rows[0]) and {"train/ans/0", "train/first_right/1"} <= set(rows[-1])
+    assert all(math.isfinite(row["train/loss"]) for row in rows if "train/lr" in row)  # what eval.plots draws
     assert all(0 < row[f"adapter_grad/{m}"] < math.inf for row in rows for m in range(2) if "train/lr" in row)
     model, state = lw.load(tmp_path / "one")
     assert state["step"] == 6 and not model.training

@@ -270,8 +270,8 @@ def open_stream(cfg, plan, rank=0, world=1, log=print):
     return stream
 
 
-def val_batches(cfg) -> dict[str, list]:
-    """About cfg.eval_tokens of the split val under each denoiser alone: {name: packs}, the same for every checkpoint."""
+def val_batches(cfg, length=0) -> dict[str, list]:
+    """About cfg.eval_tokens of the split val under each denoiser alone: {name: packs}, the same for every checkpoint and stage."""
     micro, out = max(min(cfg.eval_tokens, 16384), cfg.max_enc + cfg.max_dec), {}
     row = SimpleNamespace(micro_tokens=micro, accum=1, eta=0.0, mix={})
     plan = lambda step: row  # noqa: E731

@@ -140,15 +140,16 @@ class Objective(NamedTuple):
     sums: object  # wrapped model, raw model, batch -> {term: sum}, per-target nll or None
     prepare: object = None  # wrapped model, raw model, batches -> None: work over the whole step's batches before the first backward
     weights: dict = {}  # of terms in the loss, 1 unless named; a term of weight 0 is only logged
+    held_out: object = lambda cfg, length: {}  # cfg, a window's length or 0 -> {name: batches that `evaluate` scores}
 
 
 def find_objective(cfg) -> Objective:
     if cfg.objective == "lm":
-        return Objective(build, data.open_stream, token_counts, token_sums)
+        return Objective(build, data.open_stream, token_counts, token_sums, held_out=held_out)
     if cfg.objective == "denoise":
         import denoise_stream
 
-        return Objective(build, denoise_stream.open_stream, token_counts, token_sums)
+        return Objective(build, denoise_stream.open_stream, token_counts, token_sums, held_out=denoise_stream.val_batches)
     if cfg.objective == "contrast":
         return Objective(contrast.build, contrast.open_stream, contrast.counts, contrast.sums, contrast.prepare)
     import latentwire
@@ -218,21 +219,14 @@ def check_vocabulary(cfg, resumed=None):
     return ids["fingerprint"]
 
 
-def held_out(cfg, length=0) -> dict[str, list]:
-    if cfg.benchmark:
-        return {}
-    if cfg.objective == "lm":
-        longest = length or max([row.get("seq_len", cfg.seq_len) for row in cfg.stages], default=cfg.seq_len)
-        micro = max(min(cfg.micro_tokens or cfg.tokens_per_step, 16384), longest)
-        how = {"packing": "windows" if length else cfg.packing, "doc_mask": cfg.doc_mask}
-        val = {name: data.val_batches(path, longest, cfg.eval_tokens, micro, **how) for name, path in sources(cfg).items()}
-        texts = domains(cfg, 1 if cfg.auto_mix else None, length or 2048)
-        return {f"{k}_split" if k in texts else k: v for k, v in val.items()} | texts
-    if cfg.objective == "denoise":
-        import denoise_stream
-
-        return denoise_stream.val_batches(cfg)
-    return {}
+def held_out(cfg, length) -> dict[str, list]:
+    """The val split of every source, and whole documents of domains."""
+    longest = length or max([row.get("seq_len", cfg.seq_len) for row in cfg.stages], default=cfg.seq_len)
+    micro = max(min(cfg.micro_tokens or cfg.tokens_per_step, 16384), longest)
+    how = {"packing": "windows" if length else cfg.packing, "doc_mask": cfg.doc_mask}
+    val = {name: data.val_batches(path, longest, cfg.eval_tokens, micro, **how) for name, path in sources(cfg).items()}
+    texts = domains(cfg, 1 if cfg.auto_mix else None, length or 2048)
+    return {f"{k}_split" if k in texts else k: v for k, v in val.items()} | texts
 
 
 def domains(cfg, half, window=2048) -> dict[str, list]:
@@ -385,8 +379,8 @@ def main(argv):
     if cfg.auto_mix:
         plan.state = state.pop("auto_mix", None) or plan.state
     stream, tune = data.Prefetch(stream, cfg.prefetch, machine.device.type == "cuda"), domains(cfg, 0) if cfg.auto_mix else {}
-    sets = functools.cache(functools.partial(held_out, cfg))  # by window length: 0 is the usual one
-    val = sets(0)
+    sets = functools.cache(functools.partial(objective.held_out, cfg))  # by window length: 0 is the usual one
+    val = {} if cfg.benchmark else sets(0)
 
     log = monitor.Log(cfg, out, step) if lead else None
     say = log.say if lead else lambda text: None

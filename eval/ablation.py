@@ -264,6 +264,7 @@ def main(argv):
     all(type(lr) in (int, float) and lr > 0 for lr in o.lrs or "?") or die(f"--lrs={o.lrs}: factors of the rate above 0, as 0.5,1,2")
     o.vocab * 5 // 8 > 256 or die(f"--vocab={o.vocab}: 412 ids or more, of which 5 in 8 are subwords")
     o.data or not o.domains or die(f"--domains={o.domains} would do nothing here: it needs --data")
+    not (o.data and o.texts) or die(f"--texts={o.texts} would do nothing beside --data, which is prepared already: drop one")
     if o.size not in SIZES:
         die(f"--size={o.size}: cpu or gpu")
     if o.size == "gpu" and not o.data:

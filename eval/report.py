@@ -227,7 +227,7 @@ def samples(run, opt):
 
     model, state = checkpoint.load(run["path"])
     if model.cfg.arch == "encoder":
-        return ""
+        return f"<p>{text(run['name'])}: an encoder writes no text.</p>"
     tok, blocks = tokenizer.load(run["path"]), []
     for prompt in opt.prompts.split("|"):
         options = {"temperature": opt.temperature, "num_samples": opt.samples, "seed": opt.seed, "max_new_tokens": opt.max_new_tokens}

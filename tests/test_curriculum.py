@@ -710,6 +710,7 @@ def test_an_ablation_keeps_to_its_settings_and_its_arms(corpus, tmp_path, monkey
     for argv, said in (
         ([f"--texts={texts}"], "was made with texts="),
         (["--vocab=999"], "was made with texts="),
+        ([f"--texts={texts}", "--data={'plain': {'a': 'x'}}"], "would do nothing beside --data"),
         (["--only=TX"], "TX is no arm; there are none,T,F,C,FC,TC,TF,TFC"),
     ):
         dies(lambda: ablation.main([out, *argv]), said)

@@ -99,12 +99,15 @@ def test_samples_of_a_real_checkpoint(tmp_path):
     from model import ModelConfig, build
 
     folder = fake_run(tmp_path / "run")
-    cfg = ModelConfig(n_layer=1, n_head=2, d_model=16, max_len=32)
-    checkpoint.save(folder, 60, build(cfg), None, {"config": configurator.to_dict(cfg)}, keep=1)
     tokenizer.load("bytes").save(folder / "tokenizer")
-    report.main([f"--run={folder}", "--prompts=a<b|def", "--samples=2", "--max_new_tokens=5"])
-    text = (folder / "report.html").read_text()
-    assert text.count("<b class=drawn>") == 4 and text.count("<pre>a&lt;b<b") == 2
+    texts = []
+    for arch in ("encoder", "decoder"):
+        cfg = ModelConfig(arch=arch, n_layer=1, n_head=2, d_model=16, max_len=32)
+        checkpoint.save(folder, 60, build(cfg), None, {"config": configurator.to_dict(cfg)}, keep=1)
+        report.main([f"--run={folder}", "--prompts=a<b|def", "--samples=2", "--max_new_tokens=5"])
+        texts.append((folder / "report.html").read_text())
+    assert "an encoder writes no text" in texts[0] and "<b class=drawn>" not in texts[0]
+    assert texts[1].count("<b class=drawn>") == 4 and texts[1].count("<pre>a&lt;b<b") == 2
 
 
 def test_a_run_that_writes_no_text_has_a_page_too(tmp_path):

@@ -11,6 +11,7 @@ import os
 import statistics as stats
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -101,8 +102,8 @@ class Meter:
         new = total(self.groups[:, 2].tolist(), self.machine) if new is None else new
         return {n: self.seen.get(n, 0) + int(b) for n, b in zip(self.names, new, strict=False)} if self.sizes is not None else {}
 
-    def read(self, row, terms, sums, count, weights):
-        """-> (the record of metrics.jsonl, one line for people). Every rank must ask."""
+    def read(self, row, terms, sums, count, weights, left=0):
+        """-> (the record of metrics.jsonl, one line for people, with what `left` steps will take). Every rank must ask."""
         *values, work, packs, source, enc, dec = total([*sums.tolist(), *self.groups.flatten().tolist(), *self.work], self.machine)
         losses = {t: v / max(count[t], 1.0) for t, v in zip(terms, values, strict=False)}
         by_name = zip(self.names, values[len(terms) :: 3], values[len(terms) + 1 :: 3], strict=False)
@@ -133,7 +134,9 @@ class Meter:
         record |= {"train/tau": row.tau} if self.cfg.ffn == "polyglu" else {}
         loss = losses.get("loss", sum(weights.get(t, 1.0) * v for t, v in losses.items()))
         record.setdefault(f"train/loss{suffix}", loss)
-        line = f"loss {loss:.4f} | lr {row.lr:.2e} | {speed / 1e3:.1f}k tok/s | {1e3 * seconds / max(self.steps, 1):.0f} ms"
+        each = seconds / max(self.steps, 1)
+        line = f"loss {loss:.4f} | lr {row.lr:.2e} | {speed / 1e3:.1f}k tok/s | {1e3 * each:.0f} ms"
+        line += f" | {timedelta(seconds=round(each * left))} left" * (left > 0 and self.steps > 1)  # of the first step most is warming up
         line += f" | MFU {mfu:.1%}" * bool(mfu) + f" | {record['train/peak_mem'] / 1e9:.1f} GB" * (self.machine.device.type == "cuda")
         self.groups.zero_()
         self.restart()
@@ -377,7 +380,7 @@ def part_gradients(model):
 
 
 def breakdown(model):
-    """The parameters by what they are for, as published: padding rows of the vocabulary not counted."""
+    """The parameters by what they are for, as published: padding rows of the vocabulary not counted; and the memory that they take."""
     parts, rows = {}, model.cfg.vocab_rows - model.cfg.vocab_size if hasattr(model, "embed") else 0
     for name, p in model.named_parameters():
         words = name.split(".")
@@ -385,7 +388,9 @@ def breakdown(model):
         part = "norms" if "norm" in part else "routing" if "gate_net" in part or words[-1] in ("alpha", "beta") else part
         count = p.numel() - (rows * p.shape[1] if name in ("embed.weight", "head.weight") else 0)
         parts[part] = parts.get(part, 0) + count
-    return f"{model.num_params():,} parameters = " + " + ".join(f"{part} {n:,}" for part, n in parts.items())
+    every, trained = (sum(p.nbytes for p in model.parameters() if p.requires_grad or x) / 1e9 for x in (True, False))
+    size = f"{every + 3 * trained:.3g} GB with gradients and moments, a checkpoint {every + 2 * trained:.3g} GB"
+    return f"{model.num_params():,} parameters = " + " + ".join(f"{part} {n:,}" for part, n in parts.items()) + f"; {size}"
 
 
 # ---- benchmark ----------------------------------------------------------------------------------------------------------

@@ -487,7 +487,7 @@ def main(argv):
 
         # reports, evaluation, checkpoint
         if reporting:
-            record, line = meter.read(row, terms, sums, count, objective.weights)
+            record, line = meter.read(row, terms, sums, count, objective.weights, plan.steps - step)
             record |= {"train/grad_norm": norm} | ({"train/skipped": state["skipped"]} if state["skipped"] else {})
             say(f"step {step:>6}/{plan.steps} | {line} | norm {norm:.2f}")
             if lead:

@@ -338,6 +338,8 @@ def test_flops_are_those_of_the_paper_arithmetic(monkeypatch):
     meter.norm, meter.norms = 11.0, [5.0] * 10
     record, _ = meter.read(row, ["loss"], torch.zeros(1), {"loss": 1.0}, {})  # of a step, whatever log_every is
     assert record["train/alert"] == 1
+    meter.accept(1, 0.0, True, False), meter.accept(1, 0.0, True, False)
+    assert " | 1000 ms | 1:23:20 left" in meter.read(row, ["loss"], torch.zeros(1), {"loss": 1.0}, {}, left=5000)[1]
     assert record["train/source_tokens"] == 1200 and record["train/encoder_tokens"] == 2 * sum(S)
     assert record["train/fill"] == (sum(S) + sum(T)) / row.micro_tokens
 

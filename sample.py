@@ -104,8 +104,7 @@ def generate(model, tokenizer, prompt, max_new_tokens=128, temperature=0.0, top_
     single = isinstance(prompt, str) or (chat and isinstance(prompt[0], dict))
     prompts, enc, vocab = [prompt] if single else list(prompt), None, model.cfg.vocab_size
     may = [range(min(vocab, tokenizer.vocab_size))] * len(prompts)  # a model may have rows that no text ever used
-    if model.cfg.arch == "encoder":
-        die("an encoder writes no text; use eval.embedding, or sample from a decoder")
+    expect_writer(model)
     if model.cfg.arch == "encdec":
         if chat:
             die("--chat: an encoder-decoder continues or fills holes; give a plain prompt")
@@ -148,6 +147,11 @@ def generate(model, tokenizer, prompt, max_new_tokens=128, temperature=0.0, top_
     return texts[0] if rows == 1 and single else texts
 
 
+def expect_writer(model):
+    if model.cfg.arch == "encoder":
+        die("an encoder writes no text; use eval.embedding, or sample from a decoder")
+
+
 def write(row, piece):
     print(end=piece, flush=True)
 
@@ -180,6 +184,7 @@ def main(argv):
 
         return latentwire.say(opt.ckpt, prelude.listen(opt.prompt), opt.max_new_tokens, where)
     model, state, *_ = open_run(opt)
+    expect_writer(model)  # before the prompt is printed
     tok = tokenizers.load(checkpoint.resolve(opt.ckpt).parent)
     start = [{"role": "system", "content": opt.system}] if opt.system else []
     if opt.chat and model.cfg.arch != "decoder":

@@ -422,6 +422,10 @@ def test_gates_at_another_temperature_and_hard(run, monkeypatch, capsys):
         args = (f"--ckpt={run.parent / 'poly'}", "--dtype=float32", "--device=cpu", "--max_new_tokens=40", "--temperature=0", "--prompt=ab")
         assert call(monkeypatch, capsys, *args, *option)[1] == texts[tau] + "\n"
     assert len(set(texts.values())) == 3
+    checkpoint.save(run.parent / "reader", 0, reader := tiny(arch="encoder"), None, {"config": configurator.to_dict(reader.cfg)}, keep=1)
+    BYTES.save(run.parent / "reader" / "tokenizer")
+    code, out, err = call(monkeypatch, capsys, f"--ckpt={run.parent / 'reader'}", "--prompt=ab")
+    assert code == 2 and not out and "an encoder writes no text" in err
     for option in ("--tau=2", "--gate_hard"):
         code, out, err = call(monkeypatch, capsys, f"--ckpt={run}", option, "--prompt=ab")
         assert code == 2 and "no gate" in err and err.count("\n") == 1

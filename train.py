@@ -372,6 +372,8 @@ def main(argv):
     if resume_from:
         state = checkpoint.load_training(resume_from, raw, optimizer)
         step = state["step"]
+        if state["config"].get("best_metric") != cfg.best_metric:  # of another measure, with which none of this one compares
+            state["best"] = None
         stream.load(state["stream"])
     precision = fp8.apply(raw, cfg, machine.device, [(s.seq_len, s.micro_tokens) for s in plan.stages])
     used = precision.splitlines()[0].removeprefix("precision: ")

@@ -247,6 +247,11 @@ def test_pairs_with_human_scores_choose_the_best_step(tmp_path, corpus, capsys, 
         )
         assert abs(spearmanr((a * b).sum(1), [row["score"] for row in rows]).statistic - value) < 2e-3  # two near values may change places
     assert (run / "best").resolve().name == f"step-{max(found, key=found.get):06d}"
-    losses = [[row["train/loss"] for row in read(out) if "train/loss" in row] for out in (run, tmp_path / "blind")]
+    kept = json.loads((run / "latest" / "state.json").read_text())["best"]
+    longer = [f"--out={run}", f"--eval_sts={file}", "--save_every=1", "--eval_every=1", "--keep=0", "--resume", "--max_steps=8"]
+    train.main([*base[:-1], *longer, "--best_metric=-val/sts/pearson"])
+    again = {row["step"]: row["val/sts/pearson"] for row in read(run) if row["step"] > 6 and "val/sts/pearson" in row}
+    assert kept == max(found.values()) and (run / "best").resolve().name == f"step-{max(again, key=again.get):06d}"  # of two measures
+    losses = [[row["train/loss"] for row in read(out) if "train/loss" in row][:6] for out in (run, tmp_path / "blind")]
     assert losses[0] == losses[1]
     dies(lambda: train.main([*base, f"--eval_sts={tmp_path}/none.jsonl"]), "none.jsonl", "--eval_sts", "prepare.sts")

@@ -132,6 +132,11 @@ class PairStream:
         }
 
 
+def ranks(cfg) -> bool:
+    """Whether eval_sts is asked for and there is an encoder to rank by; where there is none, needs.py says that it does nothing."""
+    return bool(cfg.eval_sts) and cfg.objective not in ("lm", "latent")
+
+
 def scored_pairs(cfg) -> list[dict]:
     from eval.embedding import STS, read_rows
 

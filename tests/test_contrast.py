@@ -254,4 +254,8 @@ def test_pairs_with_human_scores_choose_the_best_step(tmp_path, corpus, capsys, 
     assert kept == max(found.values()) and (run / "best").resolve().name == f"step-{max(again, key=again.get):06d}"  # of two measures
     losses = [[row["train/loss"] for row in read(out) if "train/loss" in row][:6] for out in (run, tmp_path / "blind")]
     assert losses[0] == losses[1]
+    (other := tmp_path / "pairs.py").write_text(f"eval_sts = '{file}'\n")  # a file of settings may go before any objective
+    few = ["--vocab_size=257", "--n_layer=1", "--n_head=2", "--d_model=16", "--seq_len=16", "--tokens_per_step=32", "--max_steps=1"]
+    train.main([str(other), *few, f"--data={corpus}", f"--out={tmp_path}/decoder", "--device=cpu"])
+    assert not any("sts" in key for row in read(tmp_path / "decoder") for key in row)
     dies(lambda: train.main([*base, f"--eval_sts={tmp_path}/none.jsonl"]), "none.jsonl", "--eval_sts", "prepare.sts")

@@ -26,7 +26,8 @@ from typing import NoReturn
 HERE = Path(__file__).parent
 # Threads that wait for one another sleep after microseconds, not milliseconds (of GNU's OpenMP, asked once, as torch is imported): on cores
 # that others use, too, a small step takes 2 to 3 times as long and not 65 times; alone, between 0 and 5 % longer (LOG.md).
-os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+if "OMP_WAIT_POLICY" not in os.environ:  # which somebody who sets it means
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 NAMES = """learning_rate lr, batch_size tokens_per_step, gradient_accumulation_steps micro_tokens, block_size seq_len, max_iters max_steps,
     n_embd d_model, dim d_model, hidden_size d_model, grad_clip clip, model ckpt, start prompt"""  # in other programs, and here
 

@@ -140,7 +140,11 @@ def ranks(cfg) -> bool:
 def scored_pairs(cfg) -> list[dict]:
     from eval.embedding import STS, read_rows
 
-    return read_rows(Path(cfg.eval_sts).with_suffix(""), *STS)
+    rows = read_rows(Path(cfg.eval_sts), *STS)
+    try:
+        return [row | {"score": float(row["score"])} for row in rows]
+    except (TypeError, ValueError) as error:
+        die(f"eval_sts={cfg.eval_sts}: {error}; a score is a number")
 
 
 def rank_pairs(cfg, model) -> dict[str, float]:

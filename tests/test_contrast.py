@@ -258,4 +258,9 @@ def test_pairs_with_human_scores_choose_the_best_step(tmp_path, corpus, capsys, 
     few = ["--vocab_size=257", "--n_layer=1", "--n_head=2", "--d_model=16", "--seq_len=16", "--tokens_per_step=32", "--max_steps=1"]
     train.main([str(other), *few, f"--data={corpus}", f"--out={tmp_path}/decoder", "--device=cpu"])
     assert not any("sts" in key for row in read(tmp_path / "decoder") for key in row)
+    table = file.with_suffix(".csv")  # beside dev.jsonl: what was named is read
+    table.write_text("sentence1,sentence2,score\na,b,1\nc,d,2.5\n")
+    assert [row["score"] for row in contrast.scored_pairs(SimpleNamespace(eval_sts=str(table)))] == [1, 2.5]
+    table.write_text("sentence1,sentence2,score\na,b,high\n")
+    dies(lambda: train.main([*base, f"--eval_sts={table}"]), "dev.csv", "'high'; a score is a number")  # not at the first evaluation
     dies(lambda: train.main([*base, f"--eval_sts={tmp_path}/none.jsonl"]), "none.jsonl", "--eval_sts", "prepare.sts")

@@ -107,7 +107,7 @@ def last_words(kind, error, trace):
     if issubclass(kind, (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)) and error.filename:
         die(f"{error.filename}: {error.strerror}; correct the path")
     if issubclass(kind, MemoryError) or kind.__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):  # of numpy, GPU, CPU
-        less = "a smaller model (--vocab_size, --d_model, --n_layer, --d_ff) or fewer tokens at once (--micro_tokens)"
+        less = "a smaller model (--vocab_size, --d_model, --n_layer, --d_ff) or less at once (of training --micro_tokens; else see --help)"
         die(f"out of memory: {str(error).splitlines()[0] if str(error) else kind.__name__}; take {less}")
     top = (getattr(error, "name", None) or "").partition(".")[0]
     listed = re.findall(r"^(\w+) = \[([^]]*)\]", (HERE / "pyproject.toml").read_text(), re.MULTILINE)

@@ -132,10 +132,19 @@ class PairStream:
         }
 
 
+def ranks(cfg) -> bool:
+    """Whether eval_sts is asked for and there is an encoder to rank by; where there is none, needs.py says that it does nothing."""
+    return bool(cfg.eval_sts) and cfg.objective not in ("lm", "latent")
+
+
 def scored_pairs(cfg) -> list[dict]:
     from eval.embedding import STS, read_rows
 
-    return read_rows(Path(cfg.eval_sts).with_suffix(""), *STS)
+    rows = read_rows(Path(cfg.eval_sts), *STS)
+    try:
+        return [row | {"score": float(row["score"])} for row in rows]
+    except (TypeError, ValueError) as error:
+        die(f"eval_sts={cfg.eval_sts}: {error}; a score is a number")
 
 
 def rank_pairs(cfg, model) -> dict[str, float]:

@@ -224,6 +224,9 @@ def copy_tokenizer(run, out):
         print(f"{run} has no tokenizer folder: none is exported", file=sys.stderr)
         return {}
     tok = tokenizer.load(run)
+    if "ids.json" in tok.files:
+        print(f"{run}: its ids are no text ({tok.name}), so no tokenizer is exported", file=sys.stderr)
+        return {"eos_token_id": tok.eos_id, "pad_token_id": tok.eos_id}
     if not (run / "tokenizer" / "tokenizer.json").is_file():  # a rank file or bytes, which transformers could not read
         from prepare import tokenizer as converter
 

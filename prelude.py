@@ -26,7 +26,8 @@ from typing import NoReturn
 HERE = Path(__file__).parent
 # Threads that wait for one another sleep after microseconds, not milliseconds (of GNU's OpenMP, asked once, as torch is imported): on cores
 # that others use, too, a small step takes 2 to 3 times as long and not 65 times; alone, between 0 and 5 % longer (LOG.md).
-os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+if "OMP_WAIT_POLICY" not in os.environ:  # which somebody who sets it means
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 NAMES = """learning_rate lr, batch_size tokens_per_step, gradient_accumulation_steps micro_tokens, block_size seq_len, max_iters max_steps,
     n_embd d_model, dim d_model, hidden_size d_model, grad_clip clip, model ckpt, start prompt"""  # in other programs, and here
 
@@ -106,7 +107,7 @@ def last_words(kind, error, trace):
     if issubclass(kind, (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)) and error.filename:
         die(f"{error.filename}: {error.strerror}; correct the path")
     if issubclass(kind, MemoryError) or kind.__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):  # of numpy, GPU, CPU
-        less = "a smaller model (--vocab_size, --d_model, --n_layer, --d_ff) or fewer tokens at once (--micro_tokens)"
+        less = "a smaller model (--vocab_size, --d_model, --n_layer, --d_ff) or less at once (of training --micro_tokens; else see --help)"
         die(f"out of memory: {str(error).splitlines()[0] if str(error) else kind.__name__}; take {less}")
     top = (getattr(error, "name", None) or "").partition(".")[0]
     listed = re.findall(r"^(\w+) = \[([^]]*)\]", (HERE / "pyproject.toml").read_text(), re.MULTILINE)

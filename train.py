@@ -194,7 +194,7 @@ def examine(cfg, model, sets, row, step, end, machine) -> dict[str, float]:
         if cfg.eval_stage:
             again = evaluate(model, some(sets(row.seq_len)), machine, shares)
             metrics |= {k.replace("val/", "val_L/", 1): v for k, v in again.items() if k.startswith("val/")}
-        metrics |= contrast.rank_pairs(cfg, model) if cfg.eval_sts else {}
+        metrics |= contrast.rank_pairs(cfg, model) if contrast.ranks(cfg) else {}
     return metrics if whole else {k: v for k, v in metrics.items() if not re.search("/mean/|/sd/|^surprise_", k)}
 
 
@@ -206,7 +206,7 @@ def check_vocabulary(cfg, resumed=None):
     """The data's ids fit the model, and mean what they meant to the weights that it starts from -> fingerprint of their tokenizer."""
     shards = cfg.objective in ("lm", "denoise") or (cfg.objective == "contrast" and not str(cfg.data).endswith(".jsonl"))
     ids = {"fingerprint": None}
-    if cfg.eval_sts:
+    if contrast.ranks(cfg):
         contrast.scored_pairs(cfg)  # there, and of the right columns
     for path in sources(cfg).values() if shards else ():
         ids = data.read_manifest(Path(path))["tokenizer"]
@@ -372,6 +372,8 @@ def main(argv):
     if resume_from:
         state = checkpoint.load_training(resume_from, raw, optimizer)
         step = state["step"]
+        if state["config"].get("best_metric") != cfg.best_metric:  # of another measure, with which none of this one compares
+            state["best"] = None
         stream.load(state["stream"])
     precision = fp8.apply(raw, cfg, machine.device, [(s.seq_len, s.micro_tokens) for s in plan.stages])
     used = precision.splitlines()[0].removeprefix("precision: ")
@@ -492,7 +494,7 @@ def main(argv):
             say(f"step {step:>6}/{plan.steps} | {line} | norm {norm:.2f}")
             if lead:
                 log.row({"step": step, "tokens": state["tokens"]} | record | monitor.seen(position) | watched)
-        evaluating = (val or cfg.eval_sts) and (end or (cfg.eval_every and step % cfg.eval_every == 0))
+        evaluating = (val or contrast.ranks(cfg)) and (end or (cfg.eval_every and step % cfg.eval_every == 0))
         if evaluating:
             state["metrics"] = examine(cfg, raw, sets, row, step, end, machine)
             if lead:

@@ -86,14 +86,14 @@ class Encoder:
 
 
 def read_rows(stem: Path, *columns) -> list[dict]:
-    """stem.jsonl, .tsv, .csv or .parquet, whichever is there; one line and exit code 2 if none is, or if a row lacks a column."""
-    for kind in ("jsonl", "tsv", "csv", "parquet"):
-        path = stem.with_name(f"{stem.name}.{kind}")
+    """`stem`, or it with .jsonl, .tsv, .csv or .parquet behind; one line and exit code 2 if none is there, or if a row lacks a column."""
+    for kind in ("", ".jsonl", ".tsv", ".csv", ".parquet"):
+        path = stem.with_name(stem.name + kind)
         if path.is_file():
             rows = sources.read(path)
             bad = [f"row {n} has {list(r)}" for n, r in enumerate(rows, 1) if any(r.get(c) is None for c in columns)]
             return rows if rows and not bad else die(f"{path}: wants rows of {', '.join(columns)}; {bad[0] if bad else 'it has none'}")
-    die(f"{stem}.jsonl (or tsv, csv, parquet) is missing: prepare.sts makes it; --data=DIR, in training --eval_sts=FILE, says where")
+    die(f"{stem} (or .jsonl, .tsv, .csv, .parquet) is missing: prepare.sts makes it; --data=DIR, in training --eval_sts=FILE, says where")
 
 
 # ---- metrics ----------------------------------------------------------------------------------------------------------------

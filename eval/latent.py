@@ -157,7 +157,7 @@ def arms_of(model, m, rows, packets, payload_bytes, opt):
 
 
 def joint(model, rows, results, packets, opt):
-    """Every model's packet answer, scored by all models under the same packet; the likeliest one is the joint answer."""
+    """Every model's packet answer, scored by all models, each under the packet that it gets; the likeliest one is the joint answer."""
     arm, n_lms = f"latent{opt.bits[0]}", range(len(model.lms))
     answers = [[results[arm, m]["text"][i] for m in n_lms] for i in range(len(rows))]
     total = np.zeros((len(model.lms), len(rows)))

@@ -96,6 +96,7 @@ def write(out, splits, tok="bytes", shard_tokens=100_000_000):
     """Your own ids -> shards: write("data/mine", {"train": arrays, "val": arrays}, "ids:500"). A 1-D array of integers is a document; what
     ends it, such as tok.eos_id, is part of it. With data.UNTRAINED added an id is read, not predicted. tok: what tokenizer.load takes."""
     tok, done = tokenizer.load(tok), []
+    expect_no_run(out)
     if os.path.exists(manifest := os.path.join(out, "manifest.json")):
         die(f"{out} holds shards already: choose another folder, or remove it")
     tok.save(os.path.join(out, "tokenizer"))
@@ -112,6 +113,11 @@ def write(out, splits, tok="bytes", shard_tokens=100_000_000):
         writer.close()
         done += writer.done
     write_json(manifest, {"format": 1, "dtype": "uint32", "tokenizer": about(tok), "settings": {}, "dropped": {}, "shards": done})
+
+
+def expect_no_run(out):
+    if os.path.exists(os.path.join(out, "config.json")):  # whose tokenizer folder would become ours
+        die(f"{out}: holds a run or a model, not shards; choose another --out")
 
 
 def about(tok):
@@ -155,8 +161,7 @@ def build(out, tok, tasks, job, settings, shard_tokens, max_tokens=0, max_docume
             tidy(note_path, parts)
             return found, 0, 0
         note |= found
-    if os.path.exists(os.path.join(out, "config.json")):  # whose tokenizer folder would become ours
-        die(f"{out}: holds a run or a model, not shards; choose another --out")
+    expect_no_run(out)
     os.makedirs(parts if part[1] > 1 else out, exist_ok=True)
     lock = files.hold(os.path.join(parts, f"lock-{mark}") if part[1] > 1 else os.path.join(out, ".lock"))
     if not lock:

@@ -34,6 +34,8 @@ def convert(tok):
     """-> tokenizer.json as bytes."""
     if "tokenizer.json" in tok.files:
         return tok.files["tokenizer.json"]
+    if "ids.json" in tok.files:
+        die(f"{tok.name}: numbers and no text, for which there is no tokenizer.json")
     rule = json.loads(tok.files.get(f"{tok.name}.json", b"{}"))
     letters = {b: c for c, b in tokenizer.byte_alphabet().items()}
     spell = lambda token: "".join(letters[b] for b in token)  # noqa: E731

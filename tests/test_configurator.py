@@ -257,6 +257,17 @@ assert not {m for m in sys.modules if m.startswith(("torch", "numpy", "lm_eval")
         assert after.ru_utime - before.ru_utime < 1, command  # 0.2 s; torch alone is 1.5 s and more
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="of GNU's OpenMP, which torch brings along on Linux alone")
+def test_threads_that_wait_are_told_to_sleep_before_torch_asks():
+    """As the library itself says what it was told; who sets a policy of waiting keeps it."""
+    bare = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")} | {"OMP_DISPLAY_ENV": "verbose"}
+    evaluation = ["-m", "eval.perplexity", "--ckpt=none"]
+    cases = ((["train.py", "none.py"], {}, 3000), (evaluation, {}, 3000), (evaluation, {"OMP_WAIT_POLICY": "passive"}, 0))
+    for command, more, count in cases:
+        done = subprocess.run([sys.executable, *command], cwd=ROOT, env=bare | more, capture_output=True, text=True)
+        assert f"GOMP_SPINCOUNT = '{count}'" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("package", "argv", "extra"),
     [

@@ -247,6 +247,20 @@ def test_pairs_with_human_scores_choose_the_best_step(tmp_path, corpus, capsys, 
         )
         assert abs(spearmanr((a * b).sum(1), [row["score"] for row in rows]).statistic - value) < 2e-3  # two near values may change places
     assert (run / "best").resolve().name == f"step-{max(found, key=found.get):06d}"
-    losses = [[row["train/loss"] for row in read(out) if "train/loss" in row] for out in (run, tmp_path / "blind")]
+    kept = json.loads((run / "latest" / "state.json").read_text())["best"]
+    longer = [f"--out={run}", f"--eval_sts={file}", "--save_every=1", "--eval_every=1", "--keep=0", "--resume", "--max_steps=8"]
+    train.main([*base[:-1], *longer, "--best_metric=-val/sts/pearson"])
+    again = {row["step"]: row["val/sts/pearson"] for row in read(run) if row["step"] > 6 and "val/sts/pearson" in row}
+    assert kept == max(found.values()) and (run / "best").resolve().name == f"step-{max(again, key=again.get):06d}"  # of two measures
+    losses = [[row["train/loss"] for row in read(out) if "train/loss" in row][:6] for out in (run, tmp_path / "blind")]
     assert losses[0] == losses[1]
+    (other := tmp_path / "pairs.py").write_text(f"eval_sts = '{file}'\n")  # a file of settings may go before any objective
+    few = ["--vocab_size=257", "--n_layer=1", "--n_head=2", "--d_model=16", "--seq_len=16", "--tokens_per_step=32", "--max_steps=1"]
+    train.main([str(other), *few, f"--data={corpus}", f"--out={tmp_path}/decoder", "--device=cpu"])
+    assert not any("sts" in key for row in read(tmp_path / "decoder") for key in row)
+    table = file.with_suffix(".csv")  # beside dev.jsonl: what was named is read
+    table.write_text("sentence1,sentence2,score\na,b,1\nc,d,2.5\n")
+    assert [row["score"] for row in contrast.scored_pairs(SimpleNamespace(eval_sts=str(table)))] == [1, 2.5]
+    table.write_text("sentence1,sentence2,score\na,b,high\n")
+    dies(lambda: train.main([*base, f"--eval_sts={table}"]), "dev.csv", "'high'; a score is a number")  # not at the first evaluation
     dies(lambda: train.main([*base, f"--eval_sts={tmp_path}/none.jsonl"]), "none.jsonl", "--eval_sts", "prepare.sts")

@@ -19,8 +19,10 @@ import pytest
 
 import data
 import files
+import hub
 import tokenizer
 from prepare import chat, compare, factqa, parts, prompts, shards, sources, sts, superbpe, text, val
+from prepare import tokenizer as converter
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 MARKED = "a <|endoftext|> b <|im_end|>"
@@ -443,6 +445,7 @@ def test_the_tokenizer_of_a_run_is_never_replaced(tmp_path, dies):
     (tmp_path / "run" / "tokenizer").mkdir(parents=True)
     (tmp_path / "run" / "config.json").write_text("{}")
     dies(lambda: run(f"from={tmp_path}/a.jsonl", f"out={tmp_path}/run", "workers=1"), f"{tmp_path}/run: holds a run", "--out")
+    dies(lambda: shards.write(str(tmp_path / "run"), {"train": [np.arange(9)]}, "ids:9"), f"{tmp_path}/run: holds a run")
     assert not os.listdir(tmp_path / "run" / "tokenizer")
 
 
@@ -563,6 +566,9 @@ def test_arrays_of_ids_become_shards_that_train_and_write(tmp_path, dies, capsys
     capsys.readouterr()
     sample.main([f"--ckpt={tmp_path / 'run'}", "--prompt=5 6", "--max_new_tokens=3", "--device=cpu", "--seed=1"])
     assert re.fullmatch(r"5 6( \d+){1,3}\n", capsys.readouterr().out)
+    hub.main(["export", f"--ckpt={tmp_path / 'run'}", "--to=transformers", f"--out={tmp_path / 'hf'}"])  # a model, and no tokenizer
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["eos_token_id"] == 300 and not list(tmp_path.glob("hf/*token*"))
+    dies(lambda: converter.main([f"--from={out}"]), "ids:300: numbers and no text")
     dies(lambda: shards.write(str(out), {"train": docs}, "ids:300"), "holds shards already")
     for odd in (np.arange(301), np.array([-1]), np.array([1 << 32]), np.array([0.5]), np.zeros((2, 2), int), np.array([], int)):
         dies(lambda odd=odd: shards.write(str(tmp_path / "odd"), {"val": [odd + (odd.size == 301)]}, "ids:300"), "val: ")

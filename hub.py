@@ -27,7 +27,7 @@ import checkpoint
 import configurator
 import tokenizer
 from configurator import die
-from files import write_json
+from files import write, write_json
 from model import Gate, ModelConfig, Transformer
 from prepare.prompts import stop_ids
 from prepare.released import ACTS, TOKENIZER_FILES, hf_fields, load_tensors, read, read_gguf, read_published
@@ -220,13 +220,10 @@ def hf_config(c, dtype, ids):
 
 def copy_tokenizer(run, out):
     """The run's tokenizer folder as transformers reads it, file by file; -> the ids that config.json repeats."""
-    if not (run / "tokenizer").is_dir():
-        print(f"{run} has no tokenizer folder: none is exported", file=sys.stderr)
-        return {}
-    tok = tokenizer.load(run)
-    if "ids.json" in tok.files:
-        print(f"{run}: its ids are no text ({tok.name}), so no tokenizer is exported", file=sys.stderr)
-        return {"eos_token_id": tok.eos_id, "pad_token_id": tok.eos_id}
+    tok = tokenizer.load(run) if (run / "tokenizer").is_dir() else None
+    if tok is None or "ids.json" in tok.files:
+        print(f"{run} has {'ids that are no text' if tok else 'no tokenizer folder'}: no tokenizer is exported", file=sys.stderr)
+        return {"eos_token_id": tok.eos_id, "pad_token_id": tok.eos_id} if tok else {}
     if not (run / "tokenizer" / "tokenizer.json").is_file():  # a rank file or bytes, which transformers could not read
         from prepare import tokenizer as converter
 
@@ -316,12 +313,9 @@ def import_(opt):
         from prepare import sentence
 
         config["contrast_pooling"] = sentence.stored_pooling(source)
-    out.mkdir(parents=True, exist_ok=True)
     write_json(out / "config.json", {"config": config, "imported": facts})
-    if info["tokenizer"]:
-        (out / "tokenizer").mkdir(exist_ok=True)
-        for name, content in info["tokenizer"].items():
-            (out / "tokenizer" / name).write_bytes(content)
+    for name, content in (info["tokenizer"] or {}).items():
+        write(out / "tokenizer" / name, content)
     state = {"config": config, "tau": info.get("tau", 1.0), "imported": facts, "metrics": {}, "tokens": 0}
     checkpoint.save(out, info.get("step", 0), model, None, state, keep=1)
     where = f"tokenizer of {tokenizer.load(out).vocab_size:,} ids" if info["tokenizer"] else "NO tokenizer: no tokenizer.json there"

@@ -97,6 +97,8 @@ def write(out, splits, tok="bytes", shard_tokens=100_000_000):
     ends it, such as tok.eos_id, is part of it. With data.UNTRAINED added an id is read, not predicted. tok: what tokenizer.load takes."""
     tok, done = tokenizer.load(tok), []
     expect_no_run(out)
+    if "train" not in splits or set(splits) - {"train", "val"}:
+        die(f"{out}: splits are train and, to measure with, val; not {', '.join(splits) or 'none'}")
     if os.path.exists(manifest := os.path.join(out, "manifest.json")):
         die(f"{out} holds shards already: choose another folder, or remove it")
     tok.save(os.path.join(out, "tokenizer"))
@@ -111,7 +113,7 @@ def write(out, splits, tok="bytes", shard_tokens=100_000_000):
                 die(f"{split}: ids from {ids.min()} to {ids.max()}: those of {tok.name} go from 0 to {tok.vocab_size - 1}")
             writer.add(io.BytesIO(ids.astype("<u4").tobytes()), np.array([len(ids)]), size[plain].sum(keepdims=True))
         writer.close()
-        done += writer.done
+        done += writer.done or die(f"{out}: {split} has no document")
     write_json(manifest, {"format": 1, "dtype": "uint32", "tokenizer": about(tok), "settings": {}, "dropped": {}, "shards": done})
 
 

@@ -571,4 +571,7 @@ def test_arrays_of_ids_become_shards_that_train_and_write(tmp_path, dies, capsys
     dies(lambda: converter.main([f"--from={out}"]), "ids:300: numbers and no text")
     dies(lambda: shards.write(str(out), {"train": docs}, "ids:300"), "holds shards already")
     for odd in (np.arange(301), np.array([-1]), np.array([1 << 32]), np.array([0.5]), np.zeros((2, 2), int), np.array([], int)):
-        dies(lambda odd=odd: shards.write(str(tmp_path / "odd"), {"val": [odd + (odd.size == 301)]}, "ids:300"), "val: ")
+        splits = {"train": docs[:1], "val": [odd + (odd.size == 301)]}
+        dies(lambda splits=splits: shards.write(str(tmp_path / "odd"), splits, "ids:300"), "val: ")
+    for splits, said in (({"tran": docs}, "not tran"), ({}, "not none"), ({"train": docs, "val": []}, "val has no document")):
+        dies(lambda splits=splits: shards.write(str(tmp_path / "odd"), splits, "ids:300"), said)

@@ -380,7 +380,7 @@ def part_gradients(model):
 
 
 def breakdown(model):
-    """The parameters by what they are for, as published: padding rows of the vocabulary not counted; and the memory that they take."""
+    """The parameters by what they are for, as published: padding rows of the vocabulary not counted."""
     parts, rows = {}, model.cfg.vocab_rows - model.cfg.vocab_size if hasattr(model, "embed") else 0
     for name, p in model.named_parameters():
         words = name.split(".")
@@ -388,9 +388,13 @@ def breakdown(model):
         part = "norms" if "norm" in part else "routing" if "gate_net" in part or words[-1] in ("alpha", "beta") else part
         count = p.numel() - (rows * p.shape[1] if name in ("embed.weight", "head.weight") else 0)
         parts[part] = parts.get(part, 0) + count
+    return f"{model.num_params():,} parameters = " + " + ".join(f"{part} {n:,}" for part, n in parts.items())
+
+
+def footprint(model):
+    """What a step holds besides activations, under AdamW: Muon keeps one moment of a matrix."""
     every, trained = (sum(p.nbytes for p in model.parameters() if p.requires_grad or x) / 1e9 for x in (True, False))
-    size = f"{every + 3 * trained:.3g} GB with gradients and moments, a checkpoint {every + 2 * trained:.3g} GB"
-    return f"{model.num_params():,} parameters = " + " + ".join(f"{part} {n:,}" for part, n in parts.items()) + f"; {size}"
+    return f"{every + 3 * trained:.3g} GB of weights, gradients and moments, activations apart; a checkpoint {every + 2 * trained:.3g} GB"
 
 
 # ---- benchmark ----------------------------------------------------------------------------------------------------------

@@ -307,6 +307,7 @@ def introduce(log, cfg, model, plan, machine, precision, idle):
     if idle:
         log.say(f"without effect here: {idle}")
     log.say(f"{machine.why}; {machine.world} process{'es' * (machine.world > 1)}; {monitor.breakdown(model)}")
+    log.say(monitor.footprint(model))
     texts = cfg.objective in ("denoise", "contrast")  # no rows of one length: the table has nothing to say but the stages
     log.say(f"{plan.steps:,} steps{plan.note}" if texts and not cfg.stages else plan.table())
     if cfg.precision != "bf16":

@@ -564,8 +564,8 @@ def test_the_shape_is_asserted_at_the_start(shards, tmp_path, capsys):
     for name, count in (("superbpe_197m", 196_398_464), ("superbpe_270m", 293_684_736), ("polyglu_h200", 597_153_888)):
         cfg = load(*[BASE] * (name == "superbpe_270m"), f"config/{name}.py")
         assert cfg.parameters == build(cfg, "meta").num_params() == count
-    text = monitor.breakdown(build(load(BASE), "meta"))
-    assert text.endswith("; 3.14 GB with gradients and moments, a checkpoint 2.36 GB")  # 16 and 12 bytes each
+    text, size = (tell(build(load(BASE), "meta")) for tell in (monitor.breakdown, monitor.footprint))
+    assert size.startswith("3.14 GB of weights") and size.endswith("a checkpoint 2.36 GB")  # 16 and 12 bytes a parameter
     assert text.startswith("196,398,464 parameters = embed 25,600,640 + embed.proj 98,304 + norms 43,776 + attn.qkv 22,020,096")
     assert sum(int(part.split()[-1].replace(",", "")) for part in text.split(" = ")[1].split(" + ")) == 196_398_464
 

@@ -176,10 +176,10 @@ def export(opt) -> Path:
     c = hub.full_fields(model.cfg) | {"arch": "encoder", "vocab_size": rows, "tie": True}
     config = hub.hf_config(c, dtype, {"eos_token_id": tok.eos_id, "pad_token_id": tok.eos_id})
     tensors = {k.removeprefix("model."): v for k, v in hub.to_theirs(weights, c, hub.HF, dtype).items()}
+    raw, settings = stock_tokenizer(convert(tok), tok, opt.max_seq_length, opt.append_eos)
     out.mkdir(parents=True, exist_ok=True)
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     hub.write_json(out / "config.json", config)
-    raw, settings = stock_tokenizer(convert(tok), tok, opt.max_seq_length, opt.append_eos)
     (out / "tokenizer.json").write_bytes(raw)
     hub.write_json(out / "tokenizer_config.json", settings)
     count = sum(t.numel() for t in tensors.values())

@@ -569,6 +569,11 @@ def test_arrays_of_ids_become_shards_that_train_and_write(tmp_path, dies, capsys
     hub.main(["export", f"--ckpt={tmp_path / 'run'}", "--to=transformers", f"--out={tmp_path / 'hf'}"])  # a model, and no tokenizer
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["eos_token_id"] == 300 and not list(tmp_path.glob("hf/*token*"))
     dies(lambda: converter.main([f"--from={out}"]), "ids:300: numbers and no text")
+    pairs = ["--arch=encoder", "--objective=contrast", "--contrast_pairs=2", "--contrast_micro=2"]
+    train_run.main([f"--data={out}", f"--out={tmp_path / 'enc'}", "--device=cpu", *pairs, *size[:4], "--max_steps=1"])
+    to = ["--to=sentence-transformers", f"--out={tmp_path / 'st'}"]
+    dies(lambda: hub.main(["export", f"--ckpt={tmp_path / 'enc'}", *to]), "numbers and no text")
+    assert not (tmp_path / "st").exists()
     dies(lambda: shards.write(str(out), {"train": docs}, "ids:300"), "holds shards already")
     for odd in (np.arange(301), np.array([-1]), np.array([1 << 32]), np.array([0.5]), np.zeros((2, 2), int), np.array([], int)):
         splits = {"train": docs[:1], "val": [odd + (odd.size == 301)]}

@@ -95,12 +95,11 @@ class Writer:
 def write(out, splits, tok="bytes", shard_tokens=100_000_000):
     """Your own ids -> shards: write("data/mine", {"train": arrays, "val": arrays}, "ids:500"). A 1-D array of integers is a document; what
     ends it, such as tok.eos_id, is part of it. With data.UNTRAINED added an id is read, not predicted. tok: what tokenizer.load takes."""
-    tok, done = tokenizer.load(tok), []
-    expect_no_run(out)
+    tok, done, manifest = tokenizer.load(tok), [], os.path.join(out, "manifest.json")
     if "train" not in splits or set(splits) - {"train", "val"}:
         die(f"{out}: splits are train and, to measure with, val; not {', '.join(splits) or 'none'}")
-    if os.path.exists(manifest := os.path.join(out, "manifest.json")):
-        die(f"{out} holds shards already: choose another folder, or remove it")
+    if any(map(os.path.exists, (manifest, os.path.join(out, "config.json")))):
+        die(f"{out}: holds shards, a run or a model already: choose another folder, or remove it")
     tok.save(os.path.join(out, "tokenizer"))
     size = np.array([0 if i in tok.special.values() else len(raw) for i, raw in enumerate(tok.table)])
     for split, arrays in splits.items():
@@ -117,11 +116,6 @@ def write(out, splits, tok="bytes", shard_tokens=100_000_000):
     write_json(manifest, {"format": 1, "dtype": "uint32", "tokenizer": about(tok), "settings": {}, "dropped": {}, "shards": done})
 
 
-def expect_no_run(out):
-    if os.path.exists(os.path.join(out, "config.json")):  # whose tokenizer folder would become ours
-        die(f"{out}: holds a run or a model, not shards; choose another --out")
-
-
 def about(tok):
     return {"name": tok.name, "fingerprint": tok.fingerprint, "vocab_size": tok.vocab_size, "eos_id": tok.eos_id}
 
@@ -135,7 +129,7 @@ def write_json(path, value):
 def tidy(note, parts):
     """Away with what led to a manifest."""
     note = pathlib.Path(note)
-    for path in (note, note.with_name(f".tmp-{note.name}")):
+    for path in (note, note.with_name(f".tmp-{note.name}"), *note.parent.glob("tokenizer/.tmp-*")):  # the last of a save that was killed
         path.unlink(missing_ok=True)
     shutil.rmtree(parts, ignore_errors=True)
 
@@ -163,7 +157,8 @@ def build(out, tok, tasks, job, settings, shard_tokens, max_tokens=0, max_docume
             tidy(note_path, parts)
             return found, 0, 0
         note |= found
-    expect_no_run(out)
+    if os.path.exists(os.path.join(out, "config.json")):  # whose tokenizer folder would become ours
+        die(f"{out}: holds a run or a model, not shards; choose another --out")
     os.makedirs(parts if part[1] > 1 else out, exist_ok=True)
     lock = files.hold(os.path.join(parts, f"lock-{mark}") if part[1] > 1 else os.path.join(out, ".lock"))
     if not lock:

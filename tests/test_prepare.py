@@ -132,7 +132,9 @@ def test_killed_in_the_middle_goes_on_to_the_same_bytes(tmp_path, small):
         assert (out / "progress.json").exists() == (every == 0)
         if kill == 17:  # killed again while going on
             assert subprocess.run([sys.executable, "-c", DYING, "9", "0", *end], cwd=ROOT, capture_output=True).returncode == -9
+        (out / "tokenizer" / ".tmp-0-bytes.json").touch()  # killed as it saved the tokenizer
         run(*end)
+        assert os.listdir(out / "tokenizer") == os.listdir(tmp_path / "whole" / "tokenizer")
         assert digests(out) == digests(tmp_path / "whole") and sorted(os.listdir(out)) == sorted(os.listdir(tmp_path / "whole"))
 
 
@@ -445,7 +447,7 @@ def test_the_tokenizer_of_a_run_is_never_replaced(tmp_path, dies):
     (tmp_path / "run" / "tokenizer").mkdir(parents=True)
     (tmp_path / "run" / "config.json").write_text("{}")
     dies(lambda: run(f"from={tmp_path}/a.jsonl", f"out={tmp_path}/run", "workers=1"), f"{tmp_path}/run: holds a run", "--out")
-    dies(lambda: shards.write(str(tmp_path / "run"), {"train": [np.arange(9)]}, "ids:9"), f"{tmp_path}/run: holds a run")
+    dies(lambda: shards.write(str(tmp_path / "run"), {"train": [np.arange(9)]}, "ids:9"), f"{tmp_path}/run: holds shards, a run")
     assert not os.listdir(tmp_path / "run" / "tokenizer")
 
 
@@ -574,7 +576,7 @@ def test_arrays_of_ids_become_shards_that_train_and_write(tmp_path, dies, capsys
     to = ["--to=sentence-transformers", f"--out={tmp_path / 'st'}"]
     dies(lambda: hub.main(["export", f"--ckpt={tmp_path / 'enc'}", *to]), "numbers and no text")
     assert not (tmp_path / "st").exists()
-    dies(lambda: shards.write(str(out), {"train": docs}, "ids:300"), "holds shards already")
+    dies(lambda: shards.write(str(out), {"train": docs}, "ids:300"), "holds shards, a run")
     for odd in (np.arange(301), np.array([-1]), np.array([1 << 32]), np.array([0.5]), np.zeros((2, 2), int), np.array([], int)):
         splits = {"train": docs[:1], "val": [odd + (odd.size == 301)]}
         dies(lambda splits=splits: shards.write(str(tmp_path / "odd"), splits, "ids:300"), "val: ")

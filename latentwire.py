@@ -249,8 +249,9 @@ class Interlingua(nn.Module):
     def packets(self, batch):
         """Source batch -> of each model all its packets (P, d_z), cut by packet_cu: shared slots, then those that only it gets."""
         z, states = self.encoder(batch)
-        own = [private(states, batch) for private in self.private] or [z[:0]] * len(self.lms)
-        return [torch.cat((z, mine))[batch["packet"]] for mine in own]
+        if not self.private:
+            return [z[batch["packet"]]] * len(self.lms)
+        return [torch.cat((z, private(states, batch)))[batch["packet"]] for private in self.private]
 
     def embeds(self, m, ids, slot_at, vectors):
         """Input embeddings of model m: words, and what its adapter made of slots where these are."""
@@ -277,12 +278,13 @@ class Interlingua(nn.Module):
         return lm.predict(lm(part)[part["kd.at"]])
 
     def forward(self, batch):
-        out = {}
-        for m, (lm, z) in enumerate(zip(self.lms, self.packets(batch), strict=True)):
+        out, packets = {}, self.packets(batch)
+        sent = {id(z): over_wire(z, batch["packet_cu"], batch["bits"]) for z in packets}  # one for all, where nobody has slots of his own
+        for m, (lm, z) in enumerate(zip(self.lms, packets, strict=True)):
             part = {k.removeprefix(f"{m}."): v for k, v in batch.items() if k.startswith(f"{m}.")}
             text = {k.removeprefix("teacher."): v for k, v in part.items() if k.startswith("teacher.")}
             teacher = self.teacher(lm, text) if text else None  # logits of the first k tokens: small enough to be kept
-            given = m, over_wire(z, batch["packet_cu"], batch["bits"]), part, teacher
+            given = m, sent[id(z)], part, teacher
             # sequential: activations of one model live at a time, kept as z, made again in its turn of the backward
             out |= recompute(self.side_sums, *given, use_reentrant=False) if self.cfg.sequential else self.side_sums(*given)
         return out

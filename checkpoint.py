@@ -98,7 +98,7 @@ def resolve(path, which=None) -> Path:
     if not (found := steps(path)):
         if (path / "config.json").is_file() and list(path.glob("*.safetensors")):
             die(f"{path}: an exported folder; make it a run: python -m hub import --from={path} --out=out/RUN")
-        more = "; the top of the config says what makes it" * (not path.exists())
+        more = "; correct the path, or make it: the top of the config says how" * (not path.exists())
         die(f"{path}: no checkpoint here; give a run directory (out/RUN) or one of its step-NNNNNN folders{more}")
     if links := [path / name for name in ([which] if which else ["best", "latest"]) if (path / name / "state.json").is_file()]:
         return path / (os.readlink(links[0]) if links[0].is_symlink() else links[0].name)  # a copy may have followed it

@@ -35,6 +35,7 @@ from types import SimpleNamespace
 import torch
 
 import configurator
+import lean
 import machine
 import precision
 import sample
@@ -168,11 +169,13 @@ def decode(opt, where, batch, shape="decode"):
     assert sides["generate"]().shape == (batch, prompt + new)
     what = f"greedy decoding of {new} tokens after {prompt}, batch {batch}, {keys['n_layer']} x {keys['d_model']}, {str(where.dtype)[6:]}"
     flops, rate = ceilings(where, opt.clock)
-    step = max(model.num_params() * where.dtype.itemsize / rate, 2 * model.num_params() * batch / flops)  # every weight is read once
+    weight = model.head_weight
+    size = (lean.squeezed(weight) if lean.streams(weight, batch) else weight).nbytes / weight.numel() * model.num_params()
+    step = max(size / rate, 2 * model.num_params() * batch / flops)  # every weight is read once
     floor = new * step + 2 * model.num_params() * batch * prompt / flops
     brief = SimpleNamespace(**vars(opt) | {"rounds": min(opt.rounds, 4) if opt.suite == "gpu" else opt.rounds})
     row = report(f"{shape}{batch}", what, race(sides, brief, where, warm=1), "tokens/s", batch * new, floor=floor)
-    row["GB/s"] = new * model.num_params() * where.dtype.itemsize * row["prism"] / (batch * new) / 1e9
+    row["GB/s"] = size * row["prism"] / batch / 1e9
     print(f"  weights read at {row['GB/s']:,.0f} GB/s, {row['GB/s'] * 1e9 / rate:.0%} of the {rate / 1e9:,.0f} measured")
     return [row]
 

@@ -335,28 +335,102 @@ static INLINE Lanes multiply(Lanes sum, uint32_t x, Pairs w) {
 #endif
 }
 
-/* 32 outputs of `rows` rows of pairs, a constant wherever this is inlined, so that the sums stay in registers */
-static INLINE void product(const int rows, int64_t pairs, const uint32_t *x, const Pairs *w, float *y, int64_t out, int64_t first) {
+/* 32 outputs of `rows` rows of pairs, a constant wherever this is inlined, so that the sums stay in registers; w: pairs of bf16, or of
+   `squeezed` weights three vectors for four inputs */
+static INLINE void product(const int rows, const int squeezed, int64_t pairs, const uint32_t *x, const Pairs *w, const Lanes *scale,
+                           float *y, int64_t out, int64_t first) {
     Lanes sum[8][2] = {0};
-    for (int64_t i = 0; i < pairs; i++)
+    for (int64_t i = 0; i < pairs; i += 2, w += squeezed ? 3 : 4)
+#pragma GCC unroll 4
+        for (int n = 0; n < 4 && i + n / 2 < pairs; n++) {
+            Pairs number = w[squeezed ? n / 2 : n], power = w[2];
+            if (squeezed) {
+                number = n % 2 ? number & 0x807f807f : (number >> 8 & 0x007f007f) | (number << 8 & 0x80008000);
+                power = n == 0 ? power << 7 : n == 1 ? power << 3 : n == 2 ? power >> 1 : power >> 5;
+                number |= power & 0x07800780;
+            }
 #pragma GCC unroll 8
-        for (int r = 0; r < rows; r++)
-            for (int j = 0; j < 2; j++) sum[r][j] = multiply(sum[r][j], x[r * pairs + i], w[2 * i + j]);
-    for (int r = 0; r < rows; r++) memcpy(y + r * out + first, sum[r], MIN(32, out - first) * sizeof(float));
+            for (int r = 0; r < rows; r++) sum[r][n % 2] = multiply(sum[r][n % 2], x[r * pairs + i + n / 2], number);
+        }
+    for (int r = 0; r < rows; r++) {
+        if (squeezed) sum[r][0] *= scale[0], sum[r][1] *= scale[1];
+        memcpy(y + r * out + first, sum[r], MIN(32, out - first) * sizeof(float));
+    }
 }
 
-/* y (rows, out) = x (rows, in) w^T in fp32, x rounded to bf16, at most 8 rows, `in` even; w in bf16, in blocks of 32 outputs:
-   (out / 32, in / 2, 32, 2), at a multiple of 64 bytes */
-void linear_few(int half, int threads, int64_t rows, int64_t in, int64_t out, const float *x, const void *w, float *y) {
-    uint32_t rounded[rows * in / 2];
-    store(rounded, 0, x, rows * in, 1);
+/* A bf16 weight (out, in) in 12 bits a number instead of 16, nothing lost: what decoding waits for is the memory. The numbers of one output
+   have few exponents. Half a byte counts them from its `base`, the lowest but one of the fifteen that hold most of its numbers, and is 0
+   where the number is. What lies outside is a stray, two in ten thousand of a normal distribution: zero here, and in a list.
+
+   A block is 32 outputs: 2^(base - 64) of each, so that nothing has to be added to an exponent where time counts; three vectors of half
+   words (16, 2) for four inputs; the number of strays, room for `most` values, and for their places. Of the three, two hold signs and
+   fractions of two inputs each: outputs 16 to 31 where bf16 has them, 0 to 15 turned by eight bits. The third has the half bytes of both. */
+typedef struct { Lanes *scale; uint16_t *halves; int32_t *strays, *place; float *value; int64_t quads, most; } Block;
+
+static inline Block squeezed_block(const void *packed, int64_t bytes, int64_t first, int64_t in) {
+    Block b = {.scale = (Lanes *)((char *)packed + first / 32 * bytes), .quads = (in + 3) / 4};
+    b.halves = (uint16_t *)(b.scale + 2), b.strays = (int32_t *)(b.halves + 96 * b.quads), b.value = (float *)(b.strays + 1);
+    b.most = (bytes - 132 - 192 * b.quads) / 8, b.place = (int32_t *)(b.value + b.most);
+    return b;
+}
+
+/* packed (out / 32, bytes), at a multiple of 64 bytes; lost: how many strays found no room, added to it */
+void squeeze(int half, int threads, int64_t in, int64_t out, int64_t bytes, const uint16_t *w, void *packed, int32_t *lost) {
     PARALLEL(in *out)
     for (int64_t first = 0; first < out; first += 32) {
-        const Pairs *block = (const Pairs *)w + first / 32 * in;
+        Block b = squeezed_block(packed, bytes, first, in);
+        memset(b.scale, 0, bytes);
+        for (int64_t l = 0; l < MIN(32, out - first); l++) {
+            const uint16_t *row = w + (first + l) * in;
+            int64_t count[256] = {0}, inside = 0, best = 0, base = 0;
+            for (int64_t i = 0; i < in; i++) count[row[i] >> 7 & 255]++;
+            for (int e = 1; e < 256; e++) { /* the fifteen up to e; from 2^64 up all are strays, for 2^(base - 64) must be a number */
+                inside += count[e] - (e > 15 ? count[e - 15] : 0);
+                if (e < 191 && inside > best) best = inside, base = MAX(e - 15, 0);
+            }
+            ((float *)b.scale)[l] = ldexpf(1, base - 64);
+            for (int64_t i = 0; i < in; i++) {
+                uint16_t rest = row[i] & 0x807f, power = (row[i] >> 7 & 255) - base;
+                if (!(row[i] & 0x7fff)) continue;
+                if (power < 1 || power > 15) {
+                    int32_t n = b.strays[0]++;
+                    if (n < b.most) load(b.value + n, row, i, 1, 1), b.place[n] = l * in + i;
+                    continue;
+                }
+                uint16_t *at = b.halves + i / 4 * 96 + l % 16 * 2 + i % 2;
+                at[i / 2 % 2 * 32] |= l < 16 ? (uint16_t)(rest << 8 | rest >> 8) : rest;
+                at[64] |= power << (i / 2 % 2 * 8 + l / 16 * 4);
+            }
+        }
+        if (b.strays[0] > b.most) {
+            PRAGMA(omp atomic)
+            *lost += b.strays[0] - b.most;
+        }
+    }
+}
+
+/* y (rows, out) = x (rows, in) w^T in fp32, x rounded to bf16, at most 8 rows; w as `squeeze` packs it */
+void linear_few(int half, int threads, int64_t rows, int64_t in, int64_t out, int64_t bytes, const float *x, const void *w, float *y) {
+    int64_t pairs = (in + 3) / 4 * 2;
+    uint32_t rounded[rows * pairs];
+    for (int64_t r = 0; r < rows; r++) {
+        float scaled[2 * pairs]; /* 2^64 times as large, exactly, so that neither they nor the weights come near the ends of their range */
+        for (int64_t i = 0; i < 2 * pairs; i++) scaled[i] = i < in ? x[r * in + i] * 0x1p64f : 0;
+        store(rounded, 2 * r * pairs, scaled, 2 * pairs, 1);
+    }
+    PARALLEL(in *out)
+    for (int64_t first = 0; first < out; first += 32) {
+        Block b = squeezed_block(w, bytes, first, in);
         switch (rows) {
-#define CASE(n) case n: product(n, in / 2, rounded, block, y, out, first); break;
+#define CASE(n) case n: product(n, 1, pairs, rounded, (Pairs *)b.halves, b.scale, y, out, first); break;
             CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
         }
+        for (int64_t n = 0; n < b.strays[0]; n++)
+            for (int64_t r = 0; r < rows; r++) {
+                float input;
+                load(&input, rounded, 2 * r * pairs + b.place[n] % in, 1, 1);
+                y[r * out + first + b.place[n] / in] += b.value[n] * (input * 0x1p-64f);
+            }
     }
 }
 
@@ -436,7 +510,7 @@ void attend_segments(int half, int threads, int64_t S, int64_t H, int64_t G, int
                 int64_t row = MIN(r + j, last);
                 memcpy(x + j * E / 2, q + (from[s] + row / share) * q_row + (g * share + row % share) * E, 2 * E);
             }
-            for (int64_t i = 0; i < wide; i += 32) product(8, E / 2, x, keys + i / 32 * E, score, wide, i);
+            for (int64_t i = 0; i < wide; i += 32) product(8, 0, E / 2, x, keys + i / 32 * E, NULL, score, wide, i);
             for (int64_t j = 0; j < 8; j++) {
                 int64_t row = MIN(r + j, last), mine = MAX(0, causal ? row / share + 1 + m - n : m);
                 float *p = score + j * wide, top = -1e30f, total = 1e-30f, scale = 1 / sqrtf(E); /* no keys: 0 */
@@ -448,7 +522,7 @@ void attend_segments(int half, int threads, int64_t S, int64_t H, int64_t G, int
                 store(x, 2 * j * pairs, p, 2 * pairs, 1);
                 sum[j] = 1 / total;
             }
-            for (int64_t e = 0; e < E; e += 32) product(8, pairs, x, values + e / 32 * even, out, E, e);
+            for (int64_t e = 0; e < E; e += 32) product(8, 0, pairs, x, values + e / 32 * even, NULL, out, E, e);
             for (int64_t j = 0; r + j <= last; j++) {
                 for (int64_t e = 0; e < E; e++) out[j * E + e] *= sum[j];
                 store(y, ((from[s] + (r + j) / share) * H + g * share + (r + j) % share) * E, out + j * E, E, 1);

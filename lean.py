@@ -16,6 +16,15 @@ def streams(weight, rows):
     return rows <= FEW and weight.dtype == torch.bfloat16 and native.fits(weight)
 
 
+def squeezed(weight):
+    """A bf16 weight in three quarters of its bytes, nothing lost (cpu.c says how); None where its numbers lie too far apart."""
+    outs, ins = weight.shape
+    bytes = 192 + -(-ins // 4) * 192 + -(-ins // 64) * 64  # of 32 outputs: powers, numbers, room for one stray number in 256
+    packed, lost = torch.empty(-(-outs // 32), bytes, dtype=torch.uint8), torch.zeros(1, dtype=torch.int32)
+    native.call("squeeze", weight, ins, outs, bytes, weight.contiguous(), packed, lost)
+    return None if lost.item() else packed
+
+
 def laid_out(weight, rows, bias=None):
     """x -> F.linear(x, weight, bias) for `rows` rows at a time, with the weight in the order that a CPU's vector units want: blocks of 32
     outputs for cpu.c (x and y in fp32); transposed for one row of fp32, which then streams twice as fast; else the blocked form of oneDNN.
@@ -27,17 +36,14 @@ def laid_out(weight, rows, bias=None):
         return lambda x: F.linear(x, weight, bias)
     weight = weight.detach()
     if streams(weight, rows):
-        many = lambda x: F.linear(x.to(weight.dtype), weight, bias).float()  # noqa: E731 (a prompt)
-        if ins % 2:
-            return many
-        packed = F.pad(weight, (0, 0, 0, -outs % 32)).view(-1, 32, ins // 2, 2).transpose(1, 2).contiguous()
+        many, packed = lambda x: F.linear(x.to(weight.dtype), weight, bias).float(), squeezed(weight)
 
         def few(x):
             n = x.numel() // ins
-            if n > FEW:
+            if n > FEW or packed is None:
                 return many(x)
             x, y = x.float().contiguous(), x.new_empty(*x.shape[:-1], outs, dtype=torch.float32)
-            native.call("linear_few", packed, n, ins, outs, x, packed, y)
+            native.call("linear_few", weight, n, ins, outs, packed.shape[1], x, packed, y)
             return y if bias is None else y.add_(bias)
 
         return few

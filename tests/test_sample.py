@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import beams
 import checkpoint
@@ -112,13 +113,30 @@ def test_few_rows_in_bf16_are_no_worse_than_bf16_products(monkeypatch):
 
 
 @pytest.mark.skipif(native.compiled()[0] is None, reason="no cpu.c here")
-@pytest.mark.parametrize(("rows", "ins", "outs"), [(1, 64, 32), (5, 66, 70), (8, 2, 33), (8, 700, 96)])
+@pytest.mark.parametrize(("rows", "ins", "outs"), [(1, 64, 32), (5, 66, 70), (8, 3, 33), (8, 700, 96)])
 def test_products_of_a_few_rows_against_float64(rows, ins, outs):
     g = torch.Generator().manual_seed(rows)
     x, weight, bias = (torch.randn(size, generator=g) for size in ((rows, ins), (outs, ins), (outs,)))
     x, weight, bias = x.bfloat16().float(), weight.bfloat16(), bias.bfloat16()  # what is rounded on the way is round already
     want = x.double() @ weight.double().t() + bias.double()
     torch.testing.assert_close(lean.laid_out(weight, rows, bias)(x).double(), want, rtol=1e-5, atol=1e-5 * ins**0.5)
+
+
+@pytest.mark.skipif(native.compiled()[0] is None, reason="no cpu.c here")
+def test_twelve_bits_of_a_weight_hold_all_sixteen():
+    outs, ins = 40, 768
+    weight = torch.randn(outs, ins, generator=torch.Generator().manual_seed(0)) * torch.logspace(-30, 15, outs)[:, None]
+    weight[3], weight[4, ::2], weight[5, 7], weight[6, 1:3], weight[7, 0] = 0, 0, 1e30, torch.tensor([1e-30, -1e-41]), 3e38
+    weight = weight.bfloat16()
+    packed = lean.squeezed(weight)
+    assert packed.nbytes < 0.8 * F.pad(weight, (0, 0, 0, 24)).nbytes  # of 64 outputs, and the rows beyond the last
+    product = lean.laid_out(weight, 8)
+    for eye in torch.eye(ins).split(8):  # each input alone: nothing is summed, so nothing is rounded
+        assert torch.equal(product(eye), weight.float().t()[eye.argmax(1)])
+    wild = torch.randint(-(2**15), 2**15, (outs, ins), dtype=torch.int16, generator=torch.Generator().manual_seed(0)) & 0x3FFF
+    assert lean.squeezed(wild.view(torch.bfloat16)) is None  # every power from 2^-126 to 1: as it is, then
+    x = torch.randn(2, ins)
+    torch.testing.assert_close(lean.laid_out(wild.view(torch.bfloat16), 2)(x), F.linear(x.bfloat16(), wild.view(torch.bfloat16)).float())
 
 
 @pytest.mark.skipif(native.compiled()[0] is None, reason="no cpu.c here")

@@ -135,6 +135,7 @@ def test_twelve_bits_of_a_weight_hold_all_sixteen():
         assert torch.equal(product(eye), weight.float().t()[eye.argmax(1)])
     wild = torch.randint(-(2**15), 2**15, (outs, ins), dtype=torch.int16, generator=torch.Generator().manual_seed(0)) & 0x3FFF
     assert lean.squeezed(wild.view(torch.bfloat16)) is None  # every power from 2^-126 to 1: as it is, then
+    assert lean.squeezed(torch.full((32, 64), 1e30, dtype=torch.bfloat16)) is None
     x = torch.randn(2, ins)
     torch.testing.assert_close(lean.laid_out(wild.view(torch.bfloat16), 2)(x), F.linear(x.bfloat16(), wild.view(torch.bfloat16)).float())
 

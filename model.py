@@ -31,7 +31,20 @@ from cache import Cache
 from configurator import die, from_dict
 from flash import varlen
 from kernels import ACTIVATIONS, glu, gumbel, polyglu_mix
-from ops import Gather, Thin, WindowMean, attend_segments, attention, full, linear_cross_entropy, matmul32, norm_rotate, rms_norm, rotate
+from ops import (
+    Gather,
+    Thin,
+    WindowMean,
+    attend_segments,
+    attention,
+    full,
+    linear_cross_entropy,
+    matmul32,
+    norm_rotate,
+    rms_norm,
+    rotate,
+    wish,
+)
 
 Gate = Literal["running", "lagged", "token", "static", "sequence"]
 
@@ -313,8 +326,7 @@ class PolyGLU(nn.Module):
         pooled = Thin.apply(x, first.weight)  # (N, 32)
         if self.gate != "token":
             pooled = ctx.pool(self, pooled)
-        hidden = F.relu(pooled + full(first.bias))
-        return alpha, F.linear(hidden, full(second.weight), full(second.bias)) * full(self.beta)
+        return alpha, wish(pooled, first.bias, second.weight, second.bias, self.beta)
 
     def forward(self, x, ctx):
         alpha, s = self.route(x, ctx)
@@ -563,6 +575,8 @@ class Transformer(nn.Module):
             if isinstance(module, Linear):
                 module.matmul = lean.in_place_of(matmul, module, rows)
         for module in self.modules():
+            if isinstance(module, PolyGLU) and module.gate != "static" and module.alpha.is_cuda:
+                module.gate_net[0].weight.data = module.gate_net[0].weight.data.to(self.dtype)  # as Thin would, at every token
             if isinstance(module, Attention):
                 weight = module.qk_weight().detach() if module.normed else None
                 module.qk_weight = lambda weight=weight: weight

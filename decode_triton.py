@@ -12,7 +12,7 @@ import torch
 from glu_triton import HAS_TRITON
 
 SILU = {"BLOCK": 1024, "num_warps": 4}
-ATTEND = {"STAGES": 3, "num_warps": 8}  # of keys and values, two tiles of at most 32 KB are on their way while one is computed
+ATTEND = {"STAGES": 3, "num_warps": 4}  # of keys and values, two tiles of 32 KB are on their way while one is computed
 LEAST, MOST, PROGRAMS = (
     256,
     32,
@@ -31,7 +31,7 @@ if HAS_TRITON:
     import triton
     import triton.language as tl
 
-    from glu_triton import LOG2E, _inverse, exp2
+    from glu_triton import LOG2E, PLAIN, _inverse, exp2
 
     LOW = tl.constexpr(-1e30)  # the maximum of nothing yet; no difference to it is nan
 
@@ -76,6 +76,10 @@ if HAS_TRITON:
         y = tl.sum(tl.maximum(hidden, 0.0)[None, :] * w, 1) + tl.load(c_ptr + k, mask=k < K, other=0.0).to(tl.float32)
         tl.store(y_ptr + token * K + k, y * tl.load(beta_ptr + k, mask=k < K, other=0.0).to(tl.float32), mask=k < K)
 
+    @triton.jit
+    def _dot(a, b, acc):
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc) if PLAIN else tl.dot(a, b, acc, input_precision="ieee")
+
     @triton.jit(do_not_specialize=["bound", "span", "first", "parts"])
     def _attend_kernel(
         q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, pos_ptr, mask_ptr, y_ptr, stats_ptr, scale, groups, share, bound, span, first, parts,
@@ -83,13 +87,14 @@ if HAS_TRITON:
         OWN: tl.constexpr, MASKED: tl.constexpr, WHOLE: tl.constexpr,
         E: tl.constexpr, H: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
     ):  # fmt: skip
-        """The H queries that share a key head, by `span` keys of one row; by the first program also the token's own key and value, which
-        it leaves in the cache: no other one reads that place. WHOLE: those are all keys. Else what is summed so far, and its maximum."""
+        """The queries that share a key head, padded to the H of a matrix product, by `span` keys of one row; by the first program also the
+        token's own key and value, which it leaves in the cache: no other one reads that place. WHOLE: those are all keys there are."""
         part, row, group = tl.program_id(0), (tl.program_id(1) // groups).to(tl.int64), tl.program_id(1) % groups
         h, e, end = tl.arange(0, H), tl.arange(0, BE), tl.minimum(bound, (part + 1) * span)
         here, head = e < E, group * share + h
         mine = (h < share)[:, None] & here[None, :]
-        q = tl.load(q_ptr + row * q_stride + head[:, None] * E + e[None, :], mask=mine, other=0.0).to(tl.float32) * (scale * LOG2E)
+        q = tl.load(q_ptr + row * q_stride + head[:, None] * E + e[None, :], mask=mine, other=0.0)
+        scale *= LOG2E
         keys_ptr += row * batch_stride + group * head_stride
         values_ptr += row * batch_stride + group * head_stride
         top, total, acc = tl.full([H], LOW, tl.float32), tl.zeros([H], tl.float32), tl.zeros([H, BE], tl.float32)
@@ -101,7 +106,8 @@ if HAS_TRITON:
                 v = tl.load(v_ptr + row * v_stride + group * E + e, mask=here, other=0.0)
                 tl.store(keys_ptr + pos * key_stride + e, k, mask=here)
                 tl.store(values_ptr + pos * key_stride + e, v, mask=here)
-                top, total, acc = tl.sum(q * k.to(tl.float32)[None, :], 1), total + 1.0, acc + v.to(tl.float32)[None, :]
+                top = tl.sum(q.to(tl.float32) * k.to(tl.float32)[None, :], 1) * scale
+                total, acc = total + 1.0, acc + v.to(tl.float32)[None, :]
         for start in tl.range(part * span, end, BK, num_stages=STAGES):
             j = start + tl.arange(0, BK)
             seen = j < end
@@ -109,12 +115,14 @@ if HAS_TRITON:
             k, v = tl.load(keys_ptr + at, mask=ok, other=0.0), tl.load(values_ptr + at, mask=ok, other=0.0)
             if MASKED:
                 seen = seen & (tl.load(mask_ptr + row * mask_stride + j, mask=seen, other=0) != 0)
-            s = tl.where(seen[None, :], tl.sum(q[:, None, :] * k.to(tl.float32)[None, :, :], 2), float("-inf"))  # (H, BK)
+            s = tl.where(seen[None, :], _dot(q, k.T, tl.zeros([H, BK], tl.float32)) * scale, float("-inf"))
             higher = tl.maximum(top, tl.max(s, 1))
             p, factor = exp2(s - higher[:, None]), exp2(top - higher)
             total = total * factor + tl.sum(p, 1)
-            acc = acc * factor[:, None] + tl.sum(p[:, :, None] * v.to(tl.float32)[None, :, :], 1)
-            top = higher
+            high = p.to(v.dtype)
+            acc, top = _dot(high, v, acc * factor[:, None]), higher
+            if v.dtype != tl.float32:  # what rounding took from p
+                acc = _dot((p - high.to(tl.float32)).to(v.dtype), v, acc)
         out = row * groups * share + head
         if WHOLE:
             tl.store(y_ptr + out[:, None] * E + e[None, :], (acc / total[:, None]).to(y_ptr.dtype.element_ty), mask=mine)
@@ -186,14 +194,14 @@ def attend_one(q, k, v, keys, values, pos, mask=None, before=None):
     parts, whole = sum(counts), sum(counts) == 1
     sums = y if whole else torch.empty(rows * heads * parts, width, dtype=torch.float32, device=q.device)
     stats = y if whole else torch.empty(rows * heads * parts, 2, dtype=torch.float32, device=q.device)
-    block, h = _power(width), _power(share)
-    tile = max(16, min(16384 // (block * keys.element_size()), 16384 // (h * block)))
+    block = max(16, _power(width))
+    tile = 16384 // (block * keys.element_size())
     for i, ((keys, values, mask), span, count) in enumerate(zip(calls, spans, counts, strict=True)):
         assert keys.stride() == values.stride() and keys.stride(3) == 1
         _attend_kernel[(count, rows * groups)](
             q, k, v, keys, values, pos, q if mask is None else mask, sums, stats, width**-0.5, groups, share, keys.shape[2], span,
             sum(counts[:i]), parts, q.stride(0), k.stride(0), v.stride(0), *keys.stride()[:3], 0 if mask is None else mask.stride(0),
-            OWN=i == len(calls) - 1, MASKED=mask is not None, WHOLE=whole, E=width, H=h, BE=block, BK=tile, **ATTEND,
+            OWN=i == len(calls) - 1, MASKED=mask is not None, WHOLE=whole, E=width, H=16, BE=block, BK=tile, **ATTEND,
         )  # fmt: skip
     if not whole:
         _combine_kernel[(rows * heads,)](sums, stats, y, parts, E=width, BE=block, MOST=MOST, num_warps=4)

@@ -26,25 +26,13 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
 import lean
+import ops
 import replay
 from cache import Cache
 from configurator import die, from_dict
 from flash import varlen
 from kernels import ACTIVATIONS, glu, gumbel, polyglu_mix
-from ops import (
-    Gather,
-    Thin,
-    WindowMean,
-    attend_segments,
-    attention,
-    full,
-    linear_cross_entropy,
-    matmul32,
-    norm_rotate,
-    rms_norm,
-    rotate,
-    wish,
-)
+from ops import Gather, Thin, WindowMean, attend_segments, attention, full, linear_cross_entropy, matmul32, norm_rotate, rms_norm, rotate
 
 Gate = Literal["running", "lagged", "token", "static", "sequence"]
 
@@ -326,7 +314,7 @@ class PolyGLU(nn.Module):
         pooled = Thin.apply(x, first.weight)  # (N, 32)
         if self.gate != "token":
             pooled = ctx.pool(self, pooled)
-        return alpha, wish(pooled, first.bias, second.weight, second.bias, self.beta)
+        return alpha, ops.wish(pooled, first.bias, second.weight, second.bias, self.beta)
 
     def forward(self, x, ctx):
         alpha, s = self.route(x, ctx)

@@ -1,7 +1,8 @@
 """Operators that plain autograd does wastefully: RMSNorm and rotation, the gate's projection and pool, cross entropy without the logits.
 
-Norms and rotations keep only their input and are one pass of cpu.c where it is built, of decode_triton.py on a GPU without gradients, the
-plain formula elsewhere, for torch.compile to fuse. The loss computes its gradients on the way forward, a chunk of logits at a time. Values and gradients are those of the formulas.
+Norms and rotations keep only their input and are one pass: of cpu.c where it is built, of decode_triton.py on a GPU without gradients;
+elsewhere they are the plain formula, for torch.compile to fuse. The loss computes its gradients on the way forward, a chunk of logits at a
+time. Values and gradients are those of the formulas.
 Read next: model.py, which calls them; kernels.py, the feed-forwards; native.py and cpu.c.
 """
 

@@ -257,7 +257,7 @@ def test_gpu_asks_the_kernels_only_where_nothing_is_trained_or_compiled():
 @pytest.mark.gpu
 @pytest.mark.parametrize("knobs", [{}, {"n_kv_head": 4}, {"ffn": "polyglu"}], ids=str)
 def test_gpu_a_text_in_bf16_as_recorded_is_the_text_read_at_once(knobs):
-    """Past 512 keys, so that the recording is renewed and attention falls into parts; the likeliest tokens of both are nearly all the same."""
+    """Past 512 keys, so that the recording is renewed and attention falls into parts; both choose nearly the same tokens."""
     import sample
 
     keys = {"vocab_size": 500, "n_layer": 4, "n_head": 8, "d_model": 512, "max_len": 700, "init_std": 0.08}

@@ -99,13 +99,8 @@ class Cache:
     def pool(self, ffn, p):
         rows, width = self.pos.shape
         seen, before = self.sums[ffn.layer].unbind()  # (B, 1, 32) each
-        if width == min(self.count) == 1:  # a token of each row: a quarter of the operations
-            seen.add_(p[:, None])
-            if ffn.gate == "running":
-                return (seen / (self.pos + 1)[..., None])[:, 0].to(p.dtype)
-            mean = before / (self.pos // ffn.gate_block * ffn.gate_block).clamp(min=1)[..., None]  # of the blocks before this token's
-            before.copy_(torch.where(((self.pos + 1) % ffn.gate_block == 0)[..., None], seen, before))
-            return mean[:, 0].to(p.dtype)
+        if width == min(self.count) == 1 and decode_triton.fits(p):
+            return decode_triton.mean_so_far(p, seen, before, self.pos, ffn.gate_block if ffn.gate == "lagged" else 0)
         total = seen + F.pad(
             p.double().unflatten(0, (rows, width)).cumsum(1), (0, 0, 1, 0)
         )  # (B, T + 1, 32), from the start of the document

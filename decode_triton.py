@@ -67,8 +67,22 @@ if HAS_TRITON:
         y = a * _inverse(1.0 + exp2(a * -LOG2E)) * u
         tl.store(y_ptr + token * f + cols, y.to(y_ptr.dtype.element_ty), mask=ok)
 
-    @triton.jit(do_not_specialize=["n"])
-    def _wish_kernel(p_ptr, b_ptr, w_ptr, c_ptr, beta_ptr, y_ptr, n, D: tl.constexpr, K: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr):
+    @triton.jit
+    def _mean_kernel(p_ptr, seen_ptr, before_ptr, pos_ptr, y_ptr, D: tl.constexpr, BLOCK: tl.constexpr, BD: tl.constexpr):
+        """One row: its token joins the sums, in fp64."""
+        row, d = tl.program_id(0).to(tl.int64), tl.arange(0, BD)
+        ok, at, pos = d < D, row * D + d, tl.load(pos_ptr + row)
+        total = tl.load(seen_ptr + at, mask=ok, other=0.0) + tl.load(p_ptr + at, mask=ok, other=0.0).to(tl.float64)
+        tl.store(seen_ptr + at, total, mask=ok)
+        if BLOCK == 0:
+            y = total / (pos + 1).to(tl.float64)
+        else:
+            y = tl.load(before_ptr + at, mask=ok, other=0.0) / tl.maximum(pos // BLOCK * BLOCK, 1).to(tl.float64)
+            tl.store(before_ptr + at, total, mask=ok & ((pos + 1) % BLOCK == 0))
+        tl.store(y_ptr + at, y.to(tl.float32), mask=ok)
+
+    @triton.jit
+    def _wish_kernel(p_ptr, b_ptr, w_ptr, c_ptr, beta_ptr, y_ptr, D: tl.constexpr, K: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr):
         """One token."""
         token, d, k = tl.program_id(0).to(tl.int64), tl.arange(0, BD), tl.arange(0, BK)
         hidden = tl.load(p_ptr + token * D + d, mask=d < D, other=0.0) + tl.load(b_ptr + d, mask=d < D, other=0.0).to(tl.float32)
@@ -169,11 +183,19 @@ def swiglu(au):
     return y
 
 
+def mean_so_far(p, seen, before, pos, block):
+    """What Cache.pool makes of one token p (B, D) of each row: sums (B, 1, D), of all and of the whole blocks, move on in place; block 0:
+    the mean up to this token, else of the blocks before its own."""
+    y = torch.empty_like(p)
+    _mean_kernel[(len(p),)](p, seen, before, pos, y, D=p.shape[1], BLOCK=block, BD=_power(p.shape[1]), num_warps=1)
+    return y
+
+
 def wish(pooled, bias, weight, shift, beta):
     """(relu(pooled + bias) weight^T + shift) beta of pooled (N, D) in fp32, weight (K, D)."""
     (n, d), k = pooled.shape, len(weight)
     y = pooled.new_empty(n, k)
-    _wish_kernel[(n,)](pooled, bias, weight, shift, beta, y, n, D=d, K=k, BD=_power(d), BK=_power(k), num_warps=1)
+    _wish_kernel[(n,)](pooled, bias, weight, shift, beta, y, D=d, K=k, BD=_power(d), BK=_power(k), num_warps=1)
     return y
 
 

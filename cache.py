@@ -66,7 +66,8 @@ class Cache:
     def attend(self, attn, q, k, v):
         """What Packed.attend is in training. Which keys are seen is said in `begin`; where it says no mask, one query sees all."""
         layer, (rows, width), groups = attn.layer, self.pos.shape, k.shape[1]
-        if width == 1 and decode_triton.attends(q, k):
+        plain = self.mask is None or (self.mask.dtype == torch.bool and self.mask.shape[1] == 1)  # as `begin` makes it
+        if width == 1 and plain and decode_triton.attends(q, k):
             return self.attend_one(layer, q, k, v)
         if width == 1:  # the queries of one key head as its rows: no key is read twice
             q, k, v = q.view(rows, groups, -1, q.shape[-1]), k.unsqueeze(2), v.unsqueeze(2)

@@ -236,6 +236,34 @@ def test_a_step_of_decoding_equals_the_plain_one(name, everywhere, monkeypatch):
         torch.testing.assert_close(last, whole.detach(), rtol=1e-4, atol=1e-4)
 
 
+@triton_path
+@pytest.mark.parametrize("kind", ["a window", "a slope a head"])
+def test_an_edited_mask_is_heard(kind, everywhere, monkeypatch):
+    """What README tells a reader to edit: the kernel takes masks that say who sees whom, torch all others."""
+    plain = M.Cache.begin
+
+    def begin(cache, *args):
+        plain(cache, *args)
+        if cache.pos.shape[1] == 1:
+            behind = cache.pos[..., None] - torch.arange(max(cache.lengths) + 1, device=DEVICE)  # (B, 1, K)
+            window, slope = (behind < 3)[:, None], -behind[:, None] * torch.arange(4.0, device=DEVICE)[:, None, None]
+            cache.mask = window if kind == "a window" else slope
+
+    monkeypatch.setattr(M.Cache, "begin", begin)
+    model, ids = small(), torch.randint(100, (2, 9), generator=torch.Generator().manual_seed(2)).to(DEVICE)
+
+    def run():
+        cache = model.new_cache(2, 12)
+        model.step(ids[:, :8], cache)
+        return model.step(ids[:, 8:], cache)
+
+    with torch.no_grad():
+        hidden, asked = run(), everywhere["attend_one"]
+        monkeypatch.setattr(decode_triton, "fits", lambda x: False)
+        torch.testing.assert_close(hidden, run(), rtol=1e-4, atol=1e-4)
+    assert asked == (2 if kind == "a window" else 0)
+
+
 def test_nothing_is_asked_of_it_on_a_cpu_or_with_gradients():
     x = torch.zeros(2, 4)
     with torch.no_grad():

@@ -9,6 +9,7 @@ Read next: Transformer.step and read_encoder in model.py; replay.py and lean.py,
 import torch
 import torch.nn.functional as F
 
+import decode_triton
 import lean
 from configurator import die
 
@@ -65,6 +66,9 @@ class Cache:
     def attend(self, attn, q, k, v):
         """What Packed.attend is in training. Which keys are seen is said in `begin`; where it says no mask, one query sees all."""
         layer, (rows, width), groups = attn.layer, self.pos.shape, k.shape[1]
+        plain = self.mask is None or (self.mask.dtype == torch.bool and self.mask.shape[1] == 1)  # as `begin` makes it
+        if width == 1 and plain and decode_triton.attends(q, k):
+            return self.attend_one(layer, q, k, v)
         if width == 1:  # the queries of one key head as its rows: no key is read twice
             q, k, v = q.view(rows, groups, -1, q.shape[-1]), k.unsqueeze(2), v.unsqueeze(2)
         else:
@@ -84,9 +88,20 @@ class Cache:
         y = F.scaled_dot_product_attention(q, k, v, self.mask, is_causal=causal, enable_gqa=q.shape[1] != groups)
         return (y.flatten(1, 2) if width == 1 else y.transpose(1, 2).flatten(0, 1)).to(self.out)
 
+    def attend_one(self, layer, q, k, v):
+        """One token of each row on a GPU, whose own key and value the kernel adds to the cache."""
+        mask, first, before = self.mask, 0, None
+        if self.enc is not None:
+            first = self.enc_mask.shape[-1]
+            before = (*self.enc[layer], mask[:, 0, 0, :first])
+        mask = mask if mask is None else mask[:, 0, 0, first:]
+        return decode_triton.attend_one(q, k, v, self.seen[0][layer], self.seen[1][layer], self.pos, mask, before)
+
     def pool(self, ffn, p):
         rows, width = self.pos.shape
         seen, before = self.sums[ffn.layer].unbind()  # (B, 1, 32) each
+        if width == min(self.count) == 1 and decode_triton.fits(p):
+            return decode_triton.mean_so_far(p, seen, before, self.pos, ffn.gate_block if ffn.gate == "lagged" else 0)
         total = seen + F.pad(
             p.double().unflatten(0, (rows, width)).cumsum(1), (0, 0, 1, 0)
         )  # (B, T + 1, 32), from the start of the document

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import library
 
+import decode_triton
 import native
 from glu_triton import _backward_triton, _forward_triton, silu_backward
 from ops import full
@@ -40,7 +41,9 @@ DEFAULT_ACTS = ("relu", "tanh", "silu", "gelu")
 
 
 def _swiglu(au):
-    """On a GPU the plain formula, which a compiler fuses."""
+    """Under a compiler the plain formula, which it fuses."""
+    if decode_triton.fits(au):
+        return decode_triton.swiglu(_rows(au)).view(*au.shape[:-1], -1)
     if not native.fits(au):
         a, u = au.chunk(2, -1)
         return F.silu(a) * u

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
 import lean
+import ops
 import replay
 from cache import Cache
 from configurator import die, from_dict
@@ -313,8 +314,7 @@ class PolyGLU(nn.Module):
         pooled = Thin.apply(x, first.weight)  # (N, 32)
         if self.gate != "token":
             pooled = ctx.pool(self, pooled)
-        hidden = F.relu(pooled + full(first.bias))
-        return alpha, F.linear(hidden, full(second.weight), full(second.bias)) * full(self.beta)
+        return alpha, ops.wish(pooled, first.bias, second.weight, second.bias, self.beta)
 
     def forward(self, x, ctx):
         alpha, s = self.route(x, ctx)
@@ -563,6 +563,8 @@ class Transformer(nn.Module):
             if isinstance(module, Linear):
                 module.matmul = lean.in_place_of(matmul, module, rows)
         for module in self.modules():
+            if isinstance(module, PolyGLU) and module.gate != "static" and module.alpha.is_cuda:
+                module.gate_net[0].weight.data = module.gate_net[0].weight.data.to(self.dtype)  # as Thin would, at every token
             if isinstance(module, Attention):
                 weight = module.qk_weight().detach() if module.normed else None
                 module.qk_weight = lambda weight=weight: weight

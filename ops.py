@@ -1,7 +1,8 @@
 """Operators that plain autograd does wastefully: RMSNorm and rotation, the gate's projection and pool, cross entropy without the logits.
 
-Norms and rotations keep only their input and are one pass of cpu.c where it is built, the plain formula elsewhere, for torch.compile to
-fuse. The loss computes its gradients on the way forward, a chunk of logits at a time. Values and gradients are those of the formulas.
+Norms and rotations keep only their input and are one pass: of cpu.c where it is built, of decode_triton.py on a GPU without gradients;
+elsewhere they are the plain formula, for torch.compile to fuse. The loss computes its gradients on the way forward, a chunk of logits at a
+time. Values and gradients are those of the formulas.
 Read next: model.py, which calls them; kernels.py, the feed-forwards; native.py and cpu.c.
 """
 
@@ -11,6 +12,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+import decode_triton
 import head
 import native
 
@@ -74,6 +76,10 @@ def _native(x, weight, eps, cos, sin):
 
 
 def _norm_rotate(x, weight, eps, cos, sin):
+    if decode_triton.fits(x):
+        x3, w, weights, layout = _laid_out(x, weight)
+        cos, sin = (t if t is None else t.expand(layout[0], -1, -1) for t in (cos, sin))
+        return decode_triton.norm_rotate(x3, w, weights, layout, eps, cos, sin).view(x.shape)
     if not native.fits(x, cos):
         return _plain(x, weight, eps, cos, sin)
     if cos is not None:
@@ -164,6 +170,13 @@ class Thin(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         grad = grad.to(x.dtype)
         return grad @ weight.to(x.dtype), matmul32(grad.t(), x).to(weight.dtype)
+
+
+def wish(pooled, bias, weight, shift, beta):
+    """What the gate makes of its pool, in fp32: (relu(pooled + bias) weight^T + shift) beta."""
+    if decode_triton.fits(pooled):
+        return decode_triton.wish(pooled, bias, weight, shift, beta)
+    return F.linear(F.relu(pooled + full(bias)), full(weight), full(shift)) * full(beta)
 
 
 def _running_sum(x):

@@ -1,4 +1,4 @@
-"""One decoding step as a CUDA graph: the thousand small kernels of a token, recorded once and launched as one.
+"""One decoding step as a CUDA graph: the 140 to 200 kernels of a token (decode_triton.py), recorded once and launched as one.
 
 A step that is recorded must always do the same work at the same addresses. So it sees a fixed number of keys (the cache up to the next
 multiple of 256) through a mask made of the positions, which are a tensor; when the text outgrows them, or rows leave the batch, another

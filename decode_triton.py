@@ -7,22 +7,22 @@ Imported only where it can run, or be interpreted (TRITON_INTERPRET=1 pytest tes
 Read next: ops.py, kernels.py and cache.py, which ask `fits` and call this; replay.py, which records it.
 """
 
+import os
+
 import torch
 
 from glu_triton import HAS_TRITON
 
+OFF = os.environ.get("PRISM_NATIVE") == "0"  # the plain formulas, as on a CPU
 SILU = {"BLOCK": 1024, "num_warps": 4}
 ATTEND = {"STAGES": 3, "num_warps": 4}  # of keys and values, two tiles of 32 KB are on their way while one is computed
-LEAST, MOST, PROGRAMS = (
-    256,
-    32,
-    264,
-)  # keys of a program, or the second kernel costs more than it saves; parts; two programs a SM of an H200
+LEAST = 256  # keys of a program, or the second kernel costs more than it saves
+MOST, PROGRAMS = 32, 264  # parts of a query; programs, two for each multiprocessor of an H200
 
 
 def fits(x) -> bool:
     """Whether these stand for the plain formula: on this process's GPU, in bf16 or fp32, without gradients, outside of torch.compile."""
-    if torch.compiler.is_compiling() or not x.is_cuda or torch.is_grad_enabled() or x.dtype not in (torch.float32, torch.bfloat16):
+    if OFF or torch.compiler.is_compiling() or not x.is_cuda or torch.is_grad_enabled() or x.dtype not in (torch.float32, torch.bfloat16):
         return False
     return type(x) in (torch.Tensor, torch.nn.Parameter) and x.get_device() == torch.cuda.current_device()
 

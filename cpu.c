@@ -359,8 +359,8 @@ static INLINE void product(const int rows, const int squeezed, int64_t pairs, co
 }
 
 /* A bf16 weight (out, in) in 12 bits a number instead of 16, nothing lost: what decoding waits for is the memory. The numbers of one output
-   have few exponents. Half a byte counts them from its `base`, the lowest but one of the fifteen that hold most of its numbers, and is 0
-   where the number is. What lies outside is a stray, two in ten thousand of a normal distribution: zero here, and in a list.
+   have few exponents: half a byte counts them from `base`, which lies one below the fifteen that most of them have, and is 0 where the
+   number is. One that has another is a stray (one or two in ten thousand of trained weights): zero here, and in a list.
 
    A block is 32 outputs: 2^(base - 64) of each, so that nothing has to be added to an exponent where time counts; three vectors of half
    words (16, 2) for four inputs; the number of strays, room for `most` values, and for their places. Of the three, two hold signs and

@@ -32,17 +32,19 @@ def shapes_of(argv):
     return [shape for shape in dict.fromkeys(every) if not any(n % 16 for n in shape[1:])]
 
 
-def measure_table(device, argv=(), tokens=98304, widths=(768, 1536, 2048), repeats=20, backend="inductor"):
+def measure_table(device, argv=(), tokens=98304, widths=(768, 1536, 2048), repeats=10, calls=8, backend="inductor"):
     """{(role, M, K, N, gemm): speed-up over bf16}, casts and transposed copies included, compiled. M, K, N as in `choose`."""
     device, state, found = torch.device(device), SimpleNamespace(margin=0, delayed=False), {}
     torch._dynamo.config.recompile_limit = 64  # the same code for every shape: past eight of them torch would go on uncompiled
 
     def clock(f, *args):
+        """Several in a row, as in a step: alone, one of 0.3 ms would wait as long for Python, which has more to start of FP8."""
         times = []
         for _ in range(repeats + 3):
             wait(device)
             start = time.perf_counter()
-            f(*args)
+            for _ in range(calls):
+                f(*args)
             wait(device)
             times.append(time.perf_counter() - start)
         return statistics.median(times[3:])

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fp8
 import monitor
@@ -445,6 +446,21 @@ def test_the_table_that_is_written_is_the_table_that_is_read(tmp_path):
     assert wide | {(96, 32, 96), (96, 32, 32), (96, 32, 128), (96, 64, 32)} == {key[1:4] for key in space["SPEEDUP"]}
     assert len(space["SPEEDUP"]) == 24
     assert {key[4] for key in space["SPEEDUP"]} == set(precision.GEMMS) and space["DEVICE"] == "CPU" and space["TORCH"] == torch.__version__
+
+
+def test_products_are_timed_several_in_a_row(monkeypatch):
+    """Else a GPU would wait for Python, which has more to start of FP8 than of bf16, and the table would speak of that."""
+    between = [0]
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            between[-1] += op is torch.ops.aten.mm.default
+            return op(*args, **kwargs or {})
+
+    monkeypatch.setattr(measured, "wait", lambda device: between.append(0))
+    with Count():
+        measured.measure_table("cpu", tokens=32, widths=(48,), repeats=1, calls=5, backend="eager")
+    assert set(between) == {0, 5}
 
 
 def test_mixed_directions_of_one_linear(monkeypatch):

@@ -287,7 +287,7 @@ def test_gpu_operator_and_cross_entropy():
     want = [t.cpu() for t in run(polyglu_reference, *args, DEFAULT_ACTS, torch.float64)]
     got = run(torch.compile(polyglu_mix, fullgraph=True), *args, DEFAULT_ACTS)
     close([t.cpu() for t in got[:2]], want[:2], 1e-5, 2**-8)
-    h, w, targets, _ = (t.detach().cuda() for t in cross_entropy(4100, 64, 1000, 1024, torch.float32))
+    h, w, targets = (t.detach().cuda() for t in cross_entropy(4100, 64, 1000, 1024, torch.float32))
     total, _ = linear_cross_entropy(h.bfloat16().requires_grad_(), w.requires_grad_(), targets, 1000)
     total.backward()
     right = F.cross_entropy(h.bfloat16().double() @ w.detach().bfloat16()[:1000].double().t(), targets, reduction="sum", ignore_index=-100)

@@ -22,7 +22,7 @@ import signal
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -353,6 +353,8 @@ def main(argv):
     fingerprint = check_vocabulary(cfg, checkpoint.find_resume(out, cfg.resume))  # says no before the folder is touched
     lock = checkpoint.lock(out) if lead else None  # held until the process ends: two runs in one folder would destroy each other
     resume_from = checkpoint.find_resume(out, cfg.resume)
+    if cfg.eos_id is None and (begun := resume_from or (cfg.init_from and checkpoint.resolve(cfg.init_from))):
+        cfg = replace(cfg, eos_id=checkpoint.read_state(begun)["config"].get("eos_id"))  # kept with the weights, in no config file
 
     for seed in (torch.manual_seed, np.random.seed, random.seed):  # the last two for your own code: equal runs leave equal files
         seed(cfg.seed % 2**32)

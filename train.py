@@ -73,6 +73,7 @@ class Config(ModelConfig, DenoiseConfig, contrast.ContrastConfig, PrecisionConfi
     seq_len: int = 256
     tokens_per_step: int = 2048  # over all ranks and accumulations
     micro_tokens: int = 0  # tokens of one forward; 0: tokens_per_step / world
+    auto_batch: bool = False  # out of memory, one process begins again with micro_tokens (contrast_micro) halved, the step as it was
     max_steps: int = 0  # exactly one of max_steps, max_tokens, epochs
     max_tokens: int = 0
     epochs: float = 0.0

@@ -3,7 +3,7 @@ PY := .venv/bin/python
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart test lint bench latent faults
+.PHONY: quickstart test lint bench encdec latent faults
 
 quickstart: .venv/.train ## train a small model on Python's own source, measure it and let it write
 	$(PY) -m prepare.text --from=stdlib --out=data/stdlib --tokenizer=bpe:4096 --val=0.02
@@ -22,6 +22,17 @@ lint: .venv/.test
 
 bench: .venv/.test ## speed against named peers, as ratios
 	$(PY) bench.py --suite=cpu
+
+PHASES ?= sanity validation medium full
+INIT ?= out/encdec_init
+encdec: .venv/.train ## UL2 of config/encdec_ul2.py from INIT by PHASES, with ARGS for train.py; the first phase that fails ends it
+	set -e; for phase in $(PHASES); do \
+	    run=$$phase; more=config/encdec_phase_$$phase.py; learned=; \
+	    if test $$phase = full; then run=ul2; more=; fi; \
+	    if test $$phase = validation; then learned=--learned; fi; \
+	    $(PY) train.py config/encdec_ul2.py $$more --init_from=$(INIT) --resume=auto $(ARGS); \
+	    $(PY) -m eval.sanity --ckpt=out/encdec_$$run $$learned; \
+	done
 
 latent: .venv/.train ## two small readers, one packet between them, and everything that could refute it
 	$(PY) -m prepare.factqa --out=data/factqa --bpe=1152 --shards=data/facts_a

@@ -32,7 +32,9 @@ def _rng(seed: int, use: int, n: int):
 
 def special_of(cfg, tok) -> denoise.Special:
     """Special ids of this model over this tokenizer; ids of text and special ids must not meet."""
-    sp = denoise.special_ids(cfg.vocab_size, cfg.n_sentinels, tok.eos_id, tok.special.get("<|endoftext|>"))
+    sp = denoise.special_ids(cfg.vocab_size, cfg.n_sentinels, tokenizer.end_of(cfg, tok), tok.special.get("<|endoftext|>", tok.eos_id))
+    if cfg.eos_id not in (None, sp.eos):
+        die(f"eos_id={cfg.eos_id}: no marker of {tok.name}; give the id of one, such as {tok.eos_id}, or leave it out")
     if tok.special.get("<extra_id_0>", sp.sentinel) != sp.sentinel or ("<extra_id_0>" not in tok.special and tok.vocab_size > sp.mode):
         first = tok.special.get("<extra_id_0>")  # a tokenizer that has the markers says how many there are
         more, n = (4 + cfg.n_sentinels, cfg.n_sentinels) if first is None else (0, tok.vocab_size - first)
@@ -60,7 +62,7 @@ class DenoiseStream:
             sizes = ", ".join(f"{key}={getattr(cfg, key)}" for key in ("max_enc", "max_dec", "n_sentinels"))
             die(f"{sizes}: some denoiser could take only {least} tokens of text; raise them")
         settings = [f"{key}={getattr(cfg, key)}" for key in (*denoise.DenoiseConfig.__dataclass_fields__, "seed")]
-        settings.append(f"fixed={fixed_shapes(cfg)}")
+        settings += [f"fixed={fixed_shapes(cfg)}"] + [f"eos_id={self.special.eos}"] * (self.special.eos != self.tokenizer.eos_id)
         self.order = " ".join([*settings, *(f"{src.name}={src.shards.id}" for src in self.sources)])  # all that decides it
         self.names = denoise.names(self.mix.denoisers)
         # of examples of these very documents, at both ends of the curriculum: mean encoder and decoder tokens; text per each

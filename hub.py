@@ -148,7 +148,7 @@ def read_model(path, gate=None, dtype=torch.float32):
         if not any(name.startswith("model.") for name in tensors):  # a headless class, such as Qwen3Model
             tensors = {f"model.{name}": tensor for name, tensor in tensors.items()}
         tensors = {name: t for name, t in tensors.items() if not name.endswith("rotary_emb.inv_freq")}  # the config says it
-        info = {"family": source["model_type"]}
+        info = {"family": source["model_type"], "eos": source.get("eos_token_id")}
     else:
         fields, tensors, info = read_published(path, source)
     if "tokenizer" not in info:

@@ -149,20 +149,32 @@ def to_device(batch: dict, device: torch.device) -> dict:
 
 @contextlib.contextmanager
 def enough_memory(cfg, row):
-    """What a forward and backward of this row of the plan do not find room for ends in one line with the remedy."""
+    """What a forward and backward of this row of the plan do not find room for ends in one line with the remedy; auto_batch takes it."""
     try:
         yield
     except torch.OutOfMemoryError:
         if cfg.objective == "contrast":
             fits = next((n for n in range(cfg.contrast_micro // 2, 0, -1) if cfg.contrast_micro % n == 0), 0)
             remedy = f"--contrast_micro={fits}" if fits else f"--max_enc={cfg.max_enc // 2}"
-            die(f"out of memory: {cfg.contrast_micro} pairs of texts of up to {cfg.max_enc} tokens per micro-batch; try {remedy}")
-        lengths = {stage.get("seq_len", cfg.seq_len) for stage in cfg.stages} | {row.seq_len} if cfg.objective != "denoise" else {1}
-        total, half = row.micro_tokens * row.accum, row.micro_tokens // 2
-        fits = next((n for n in range(half, 0, -1) if total % n == 0 and not any(n % length for length in lengths)), 0)
-        remedy = f"--micro_tokens={fits}" if fits and not any("rows" in stage for stage in cfg.stages) else "half the rows, twice the accum"
-        rows = f"{row.micro_tokens // row.seq_len} rows"
-        die(f"out of memory in stage {row.stage}: L={row.seq_len}, {rows} per micro-batch, precision={cfg.precision}; try {remedy}")
+            what = f": {cfg.contrast_micro} pairs of texts of up to {cfg.max_enc} tokens per micro-batch"
+        else:
+            lengths = {stage.get("seq_len", cfg.seq_len) for stage in cfg.stages} | {row.seq_len} if cfg.objective != "denoise" else {1}
+            total, half = row.micro_tokens * row.accum, row.micro_tokens // 2
+            fits = next((n for n in range(half, 0, -1) if total % n == 0 and not any(n % length for length in lengths)), 0)
+            fits *= not any("rows" in stage for stage in cfg.stages)
+            remedy = f"--micro_tokens={fits}" if fits else "half the rows, twice the accum"
+            rows = f"{row.micro_tokens // row.seq_len} rows"
+            what = f" in stage {row.stage}: L={row.seq_len}, {rows} per micro-batch, precision={cfg.precision}"
+        if cfg.auto_batch and fits and os.environ.get("WORLD_SIZE", "1") == "1":
+            once_more(remedy, f"out of memory{what}")
+        die(f"out of memory{what}; try {remedy}")
+
+
+def once_more(setting, why):
+    """This very command with another setting, in this process's place, so that nothing of it still holds memory of the device."""
+    argv = [arg for arg in sys.orig_argv if arg.partition("=")[0] != setting.partition("=")[0]]
+    print(f"{why}; once more, with {setting}", flush=True)
+    os.execv(sys.executable, [*argv, setting, *["--resume=auto"] * all(arg.partition("=")[0] != "--resume" for arg in argv)])
 
 
 def uncompiled():

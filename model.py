@@ -33,6 +33,7 @@ from configurator import die, from_dict
 from flash import varlen
 from kernels import ACTIVATIONS, glu, gumbel, polyglu_mix
 from ops import Gather, Thin, WindowMean, attend_segments, attention, full, linear_cross_entropy, matmul32, norm_rotate, rms_norm, rotate
+from tokenizer import end_of
 
 Gate = Literal["running", "lagged", "token", "static", "sequence"]
 
@@ -70,6 +71,7 @@ class ModelConfig:
     allow_noncausal: bool = False  # run a causal decoder with gate=sequence all the same; its losses are not likelihoods
     cross_rope: Literal["none", "enc", "continue"] = "none"  # positions of encoder keys in merged attention
     n_sentinels: int = 100  # encdec: the last ids of the vocabulary mark spans
+    eos_id: int | None = None  # encdec: ends either side; None: as init_from or resume has it, else what ends a document
     init_std: float = 0.02
     remat: int = 0  # recompute every k-th block in the backward pass; 0: none
     seed: int = 1337
@@ -681,7 +683,7 @@ class Embedder(nn.Module):
         if pooling not in ("mean", "cls", "last", "weighted_mean"):
             die(f"pooling={pooling!r}: known are mean, cls, last, weighted_mean")
         self.model, self.tok, self.pooling, self.normalize, self.append_eos = model, tok, pooling, normalize, append_eos
-        self.max_length = min(max_length, model.cfg.max_len)
+        self.max_length, self.eos = min(max_length, model.cfg.max_len), end_of(model.cfg, tok)
         self.causal = model.encoder is None if causal is None else causal  # False on a decoder: its mask removed
 
     @classmethod
@@ -703,7 +705,7 @@ class Embedder(nn.Module):
     def rows(self, texts, max_length=0):
         """What the exported tokenizer makes of each text: cut, then EOS; an empty text is one EOS."""
         rows = [ids[: (max_length or self.max_length) - self.append_eos] for ids in self.tok.encode_many(texts)]
-        return [[*ids, self.tok.eos_id] if self.append_eos or not ids else ids for ids in rows]
+        return [[*ids, self.eos] if self.append_eos or not ids else ids for ids in rows]
 
     @torch.no_grad()
     def encode(self, texts, batch_size: int = 1 << 30, max_length: int = 0, batch_tokens: int = 0):

@@ -117,7 +117,7 @@ def generate(model, tokenizer, prompt, max_new_tokens=128, temperature=0.0, top_
     for mask, some in zip(allowed, may, strict=True):
         mask[torch.tensor(some)] = True
     holes = [enc is not None and "<extra_id_" in p for p in prompts for _ in range(num_samples)]
-    rows, stops = len(holes), stop_ids(tokenizer, chat)
+    rows, stops = len(holes), stop_ids(tokenizer, chat) | {tokenizers.end_of(model.cfg, tokenizer)}
     printers, texts, drawn = [Printer(tokenizer) for _ in range(rows)], [""] * rows, [[] for _ in range(rows)]
 
     def say(row, piece):

@@ -116,6 +116,11 @@ class Tokenizer:
             os.replace(new, pathlib.Path(folder, name))
 
 
+def end_of(cfg, tok):
+    """What ends a text that an encoder reads or a decoder fills: of a chat model often another marker than what ends a document."""
+    return cfg.eos_id if cfg.eos_id in tok.special.values() else tok.eos_id
+
+
 def expect_same(run, shards):
     """Stops unless the ids of text mean the same in both folders. Markers may differ: a run may have added some."""
     a, b = load(run), load(shards)

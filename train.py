@@ -22,7 +22,7 @@ import signal
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -73,6 +73,7 @@ class Config(ModelConfig, DenoiseConfig, contrast.ContrastConfig, PrecisionConfi
     seq_len: int = 256
     tokens_per_step: int = 2048  # over all ranks and accumulations
     micro_tokens: int = 0  # tokens of one forward; 0: tokens_per_step / world
+    auto_batch: bool = False  # out of memory, one process begins again with micro_tokens (contrast_micro) halved, the step as it was
     max_steps: int = 0  # exactly one of max_steps, max_tokens, epochs
     max_tokens: int = 0
     epochs: float = 0.0
@@ -353,6 +354,8 @@ def main(argv):
     fingerprint = check_vocabulary(cfg, checkpoint.find_resume(out, cfg.resume))  # says no before the folder is touched
     lock = checkpoint.lock(out) if lead else None  # held until the process ends: two runs in one folder would destroy each other
     resume_from = checkpoint.find_resume(out, cfg.resume)
+    if cfg.eos_id is None and (begun := resume_from or (cfg.init_from and checkpoint.resolve(cfg.init_from))):
+        cfg = replace(cfg, eos_id=checkpoint.read_state(begun)["config"].get("eos_id"))  # kept with the weights, in no config file
 
     for seed in (torch.manual_seed, np.random.seed, random.seed):  # the last two for your own code: equal runs leave equal files
         seed(cfg.seed % 2**32)

@@ -3,9 +3,11 @@
 python -m prepare.text --dataset=HuggingFaceFW/fineweb-edu --config=sample-10BT --tokenizer=Qwen3-0.6B --out=data/fineweb_edu
 python -m prepare.encdec --from=Qwen3-0.6B --out=out/encdec_init --verify
 python train.py config/encdec_ul2.py --init_from=out/encdec_init          # without init_from: the same shape from random weights
+make encdec PHASES="sanity validation full"                               # 100 steps, then 5,000, then all, each if the one before held
 
 Batch: sources of about 562 tokens become 395 encoder + 183 decoder tokens, so 16,384 per step are about 28 examples; caps 512/256.
-EOS is <|endoftext|> (151,643), which is also where the decoder starts: a text ends as in Qwen3's pretraining, not as a turn does.
+EOS is the release's, kept with the weights that prepare.encdec writes: <|im_end|> (151,645), of Qwen3-0.6B-Base <|endoftext|> (151,643),
+where the decoder starts in both. --eos_id=151643 asks for the latter from either.
 Memory: fp32 weights, gradients and AdamW are 16.6 GB before activations. Out of memory: halve micro_tokens (the step keeps its size),
 then remat = 1. A loss that does not fall: --analyze_batch=8, then lr 5e-5, then look at train/grad_norm.
 """

@@ -5,7 +5,9 @@
 `--from` is whatever hub.py can import (a Qwen3, Llama, SmolLM2 ... folder, a GGUF file) or a run of prism itself. Both stacks are copies of
 the decoder's blocks: the encoder loses its mask, the decoder reads [encoder keys ; own keys] under one softmax, and nothing else
 is new, so both start from what the language model knows. The last four rows of the vocabulary that no token uses become modes
-(<|mode_R|> X S I), the n_sentinels rows behind it sentinels (<extra_id_0> ...). --verify proves all of it, exit code 1 if it cannot.
+(<|mode_R|> X S I), the n_sentinels rows behind it sentinels (<extra_id_0> ...). Both sides of an example end with what the release calls
+its EOS (<|im_end|> of Qwen3, <|endoftext|> of its Base): `eos_id` in the run's config, which training, sampling and export go by. Shards
+keep their own. --verify proves all of it, exit code 1 if it cannot.
 Read next: denoise.py (what is trained on it), train.py with config/encdec_ul2.py, prepare/sentence.py (its encoder for everybody).
 """
 
@@ -28,6 +30,7 @@ from configurator import die
 from files import write_json
 from model import ModelConfig, build, rectangle
 from prepare import Checks
+from prepare.prompts import release
 from prepare.tokenizer import convert
 
 
@@ -51,6 +54,13 @@ def tokenizer_json(files: dict) -> bytes:
         for name, content in files.items():
             Path(scratch, name).write_bytes(content)
         return convert(tokenizer.load(scratch))
+
+
+def ending(tok, info) -> int:
+    """What the release itself ends with: the marker that its tokenizer_config.json names, else the first that its config.json does."""
+    stated = info.get("eos")
+    ids = [tok.special.get(release(tok)), *(stated if isinstance(stated, list) else [stated]), tok.eos_id]
+    return next(i for i in ids if i in tok.special.values())
 
 
 def extend(raw: bytes, sp: denoise.Special, tok) -> bytes:
@@ -171,7 +181,7 @@ def main(argv):
             (run / "tokenizer" / name).write_bytes(content)
     tok = tokenizer.load(run)
     doubled, weights = double(fields, state, tok.vocab_size, opt.num_sentinels, opt.seed % 2**63)
-    cfg = configurator.from_dict(ModelConfig, doubled, str(source))
+    cfg = configurator.from_dict(ModelConfig, doubled | {"eos_id": ending(tok, info)}, str(source))
     sp = denoise_stream.special_of(cfg, tok)
     (run / "tokenizer" / "tokenizer.json").write_bytes(extend(raw, sp, tok))
     denoise_stream.special_of(cfg, tokenizer.load(run))  # the ids survived

@@ -87,6 +87,7 @@ def hf_fields(source, where):
     if rope_type not in ("default", "llama3"):
         die(f"{where}: rope_type = {rope_type!r} is not supported, only default and llama3")
     heads, d = source["num_attention_heads"], source["hidden_size"]
+    ends = None if source.get("is_causal", True) else source.get("eos_token_id")  # a decoder's stands with its tokenizer
     return {
         "arch": "decoder" if source.get("is_causal", True) else "encoder", "ffn": "swiglu", "act": ACTS[act],
         "vocab_size": source["vocab_size"], "tie": source.get("tie_word_embeddings", False),
@@ -96,6 +97,7 @@ def hf_fields(source, where):
         "max_len": source.get("max_position_embeddings", 2048 if kind == "llama" else 32768),
         "norm_eps": source.get("rms_norm_eps", 1e-6), "qk_norm": kind == "qwen3", "qkv_bias": kind == "qwen2", "rope_theta": theta,
         "rope_scaling": {key: float(value) for key, value in rope.items()} if rope_type == "llama3" else None,
+        "eos_id": ends if isinstance(ends, int) else None,
     }  # fmt: skip
 
 

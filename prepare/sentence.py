@@ -49,7 +49,7 @@ def read(path):
     post = json.loads((path / "tokenizer.json").read_text())["post_processor"] or {}
     parts = [part for step in post.get("processors", [post]) if step.get("type") == "TemplateProcessing" for part in step["single"]]
     marks = [tok.special.get(part["SpecialToken"]["id"]) for part in parts if "SpecialToken" in part]
-    if marks not in ([], [tok.eos_id]) or (marks and "SpecialToken" not in parts[-1]):
+    if marks not in ([], [tokenizer.end_of(model.cfg, tok)]) or (marks and "SpecialToken" not in parts[-1]):
         die(f"{path}/tokenizer.json: puts other markers around a text than one EOS behind it; leave this folder to sentence-transformers")
     settings = {"pooling": stored_pooling(path), "append_eos": bool(marks), "normalize": any("Normalize" in m for m in modules)}
     limit = json.loads((path / "sentence_bert_config.json").read_text()).get("max_seq_length") or model.cfg.max_len
@@ -104,17 +104,17 @@ def chosen(opt) -> list[Path]:
     return [found[step] for step in sorted(found)[-count:]]
 
 
-def stock_tokenizer(raw: bytes, tok, limit: int, append_eos: bool) -> tuple[bytes, dict]:
+def stock_tokenizer(raw: bytes, tok, end: int, limit: int, append_eos: bool) -> tuple[bytes, dict]:
     """The tokenizer without our markers, and with EOS in its post-processor if the model was trained with it."""
     data = json.loads(raw)
     ours = [t for t in data["added_tokens"] if t["content"].startswith(("<|unused_", "<|mode_", "<extra_id_"))]
     data["added_tokens"] = [t for t in data["added_tokens"] if t not in ours]
-    eos = {i: name for name, i in tok.special.items()}[tok.eos_id]
+    eos, pad = ({i: name for name, i in tok.special.items()}[i] for i in (end, tok.eos_id))
     one, two = ([{"Sequence": {"id": i, "type_id": 0}}, {"SpecialToken": {"id": eos, "type_id": 0}}] for i in "AB")
-    special = {eos: {"id": eos, "ids": [tok.eos_id], "tokens": [eos]}}
+    special = {eos: {"id": eos, "ids": [end], "tokens": [eos]}}
     post = {"type": "TemplateProcessing", "single": one, "pair": one + two, "special_tokens": special}
     data |= {"post_processor": post if append_eos else None, "truncation": None, "padding": None}
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos, "pad_token": eos, "padding_side": "right"}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos, "pad_token": pad, "padding_side": "right"}
     config |= {"model_max_length": limit, "clean_up_tokenization_spaces": False, "split_special_tokens": True}  # markers in a text are text
     return json.dumps(data, ensure_ascii=False).encode(), config
 
@@ -174,9 +174,10 @@ def export(opt) -> Path:
     weights = average(folders)
     rows = model.cfg.vocab_size - (model.cfg.n_sentinels if model.cfg.arch == "encdec" else 0)  # sentinels stay here
     c = hub.full_fields(model.cfg) | {"arch": "encoder", "vocab_size": rows, "tie": True}
-    config = hub.hf_config(c, dtype, {"eos_token_id": tok.eos_id, "pad_token_id": tok.eos_id})
+    end = tokenizer.end_of(model.cfg, tok)
+    config = hub.hf_config(c, dtype, {"eos_token_id": end, "pad_token_id": tok.eos_id})
     tensors = {k.removeprefix("model."): v for k, v in hub.to_theirs(weights, c, hub.HF, dtype).items()}
-    raw, settings = stock_tokenizer(convert(tok), tok, opt.max_seq_length, opt.append_eos)
+    raw, settings = stock_tokenizer(convert(tok), tok, end, opt.max_seq_length, opt.append_eos)
     out.mkdir(parents=True, exist_ok=True)
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     hub.write_json(out / "config.json", config)

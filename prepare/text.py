@@ -40,6 +40,7 @@ NOTES = """
 --part        i/n: every n-th task of the input; n machines fill one --out, and the last to end writes what one job would have
 --tokenizer   bytes, ids:N, a rank file, a tokenizer.json, a folder, or bpe:N: N ids learnt from the first 32 MB of what is trained on
 --workers     processes (0: all cores); the output is the same for any number
+--dataset     a name on the hub, streamed; dummy: 2,000 texts of sums, from nowhere and always the same, for a run that only has to run
 --source      math, stem or code: the published mixture, as dataset, config, split, text_field and max_tokens; all: three directories
 """
 SOURCES = {  # what the published run really used
@@ -119,6 +120,12 @@ def trained(o, local, held_out):
         return superbpe.save_ranks(vocab, scratch, o.tokenizer.replace(":", ""))
 
 
+def dummy(skip):
+    """The rows of --dataset=dummy, in one task: a pattern that a model of any kind learns in a minute."""
+    rows = [{"text": "".join(f"{i} and {j} make {i + j}. " for j in range(i % 7, i % 7 + 12))} for i in range(skip, 2000)]
+    return [(("given", rows), sum(len(row["text"]) for row in rows))] if rows else []
+
+
 def report(out, manifest, seconds=0, read=0):
     wanted = manifest.get("settings", {})
     for split in ("train", "val"):
@@ -192,7 +199,8 @@ def main(argv):
     files, vals = (sources.find(spec, name) if spec else [] for name, spec in (("from", local), ("val_from", o.val_from)))
     tabled = [path.endswith(sources.LINES + sources.TABLES) for path, _ in files + vals]
     text_field = not o.exclude and tabled and not any(tabled)
-    needs = {"val": (vals, "no --val_from"), "config": (files, "--dataset"), "split": (files, "--dataset")}
+    from_hub = files or o.dataset == "dummy", "a --dataset of the hub"
+    needs = {"val": (vals, "no --val_from"), "config": from_hub, "split": from_hub}
     needs |= {"text_field": (text_field, "jsonl or tables"), "separator": (tabled and all(tabled), "files of plain text")}
     if idle := [key for key, (vain, _) in needs.items() if vain and key in given]:
         die(f"--{idle[0]} would do nothing here: it needs {needs[idle[0]][1]}")
@@ -211,7 +219,7 @@ def main(argv):
 
     def tasks(done, rows):
         if o.dataset:
-            return sources.hub(o.dataset, o.config, o.split, rows)
+            return dummy(rows) if o.dataset == "dummy" else sources.hub(o.dataset, o.config, o.split, rows)
         valid = ((("val", task), size) for task, size in sources.tasks(vals, o.text_field, o.separator))
         return itertools.islice(itertools.chain(sources.tasks(files, o.text_field, o.separator), valid), done, None)
 

@@ -239,7 +239,7 @@ def test_a_setting_of_your_own_counts_unless_it_is_said_to_change_no_function(mo
     more = make_dataclass("More", [("softcap", float, 0.0)], bases=(checkpoint.ModelConfig,), frozen=True)
     monkeypatch.setattr(checkpoint, "ModelConfig", more)
     there = {"config": dict.fromkeys(more.__dataclass_fields__, "another")}
-    always = {"vocab_size", "n_head", "norm_eps", "rope_theta", "rope_scaling", "rope_bf16", "cross_rope", "softcap"}
+    always = {"vocab_size", "n_head", "norm_eps", "rope_theta", "rope_scaling", "rope_bf16", "cross_rope", "eos_id", "softcap"}
     for ffn, its_own in (("swiglu", {"act"}), ("polyglu", {"acts", "gate", "gate_enc", "gate_block"})):
         assert {key for key, *_ in checkpoint.differing(there, more(ffn=ffn))} == always | its_own
     assert checkpoint.differing({"config": {}}, more(softcap=30.0)) == []  # older than the setting

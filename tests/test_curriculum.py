@@ -5,9 +5,12 @@ import gc
 import itertools
 import json
 import math
+import os
 import random
 import re
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -427,6 +430,40 @@ def test_out_of_memory_names_the_stage_and_the_remedy(shards, tmp_path, monkeypa
         train.main(short(shards, tmp_path / "out"))
     err = capsys.readouterr().err
     assert stop.value.code == 2 and "stage 0: L=16, 8 rows per micro-batch, precision=bf16; try --micro_tokens=64" in err
+
+
+def test_auto_batch_takes_the_remedy_until_it_fits(shards, tmp_path):
+    """As on a device that holds 64 tokens: 128 and 256 begin again, and from a checkpoint where one is; the step keeps its size."""
+    script = tmp_path / "small.py"
+    script.write_text(
+        "import sys, torch, train\n"
+        "sums = train.token_sums\n"
+        "def small(model, raw, batch):\n"
+        "    if len(batch['ids']) > (64 if open(sys.argv[0] + '.room').read() == 'little' else 256):\n"
+        "        raise torch.OutOfMemoryError('CUDA out of memory')\n"
+        "    return sums(model, raw, batch)\n"
+        "train.token_sums = small\n"
+        "train.main(sys.argv[1:])\n"
+    )
+    root, room = Path(train.__file__).parent, Path(f"{script}.room")
+
+    def go(out, *more):
+        argv = [sys.executable, str(script), *short(shards, tmp_path / out, "--auto_batch=True", *more)]
+        env = os.environ | {"PYTHONPATH": str(root)}
+        return subprocess.run(argv, cwd=root, env=env, capture_output=True, text=True, check=True).stdout
+
+    room.write_text("little")
+    said = go("halved", "--micro_tokens=256")
+    assert said.count("once more, with") == 2 and "once more, with --micro_tokens=128" in said and "done: 12 steps" in said
+    config = json.loads((tmp_path / "halved" / "config.json").read_text())["config"]
+    assert (config["micro_tokens"], config["tokens_per_step"]) == (64, 256)
+    room.write_text("much")
+    assert "once more" not in go("whole", "--micro_tokens=64")
+    assert rows_of(tmp_path / "whole") == rows_of(tmp_path / "halved")
+    go("later", "--micro_tokens=256", "--max_steps=6", "--stages=()", "--save_every=6")
+    room.write_text("little")
+    said = go("later", "--micro_tokens=256", "--max_steps=8", "--stages=()", "--resume")
+    assert "resumed from" in said and "once more, with --micro_tokens=64" in said and "done: 8 steps" in said
 
 
 def test_any_precision_resumes_any(shards, tmp_path, capsys):

@@ -36,6 +36,7 @@ def write_shards(folder, docs, tok=TOK):
 def config(data, **changes):
     base = {"data": str(data), "vocab_size": 361, "n_sentinels": 100, "mixture": "recommended", "mixture_end": None, "mode_tokens": True}
     base |= {"max_enc": 128, "max_dec": 64, "closing_sentinel": False, "length_adaptive": False, "snap": False, "seed": 1, "compile": False}
+    base |= {"eos_id": None}
     return SimpleNamespace(**(base | changes))
 
 
@@ -252,10 +253,10 @@ def test_a_tokenizer_that_has_the_markers_says_how_many(dies):
     for special, size, remedy in ((marks, 311, (311, 50)), ({tokenizer.EOS: 256}, 257, (361, 100))):
         tok = SimpleNamespace(name="t", special=special, vocab_size=size, eos_id=256)
         dies(
-            lambda: S.special_of(SimpleNamespace(vocab_size=300, n_sentinels=100), tok),
+            lambda: S.special_of(SimpleNamespace(vocab_size=300, n_sentinels=100, eos_id=None), tok),
             "set --vocab_size={} --n_sentinels={}\n".format(*remedy),
         )
-        assert S.special_of(SimpleNamespace(vocab_size=remedy[0], n_sentinels=remedy[1]), tok).sentinel == 261
+        assert S.special_of(SimpleNamespace(vocab_size=remedy[0], n_sentinels=remedy[1], eos_id=None), tok).sentinel == 261
 
 
 def test_too_few_sentinels_are_named_where_they_cut_a_source_short(shards, dies):

@@ -5,6 +5,8 @@ import itertools
 import json
 import math
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -207,6 +209,26 @@ def test_counts_of_the_published_size():
     assert 28 * (size(model.decoder.blocks[0].attn) + 1024) == 176_196_608  # what a separate cross-attention would add
     sp = denoise.special_ids(cfg.vocab_size, cfg.n_sentinels, 151_645, 151_643)
     assert (sp.mode, sp.sentinel) == (151_932, 151_936)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_phases_run_in_order_and_stop_at_a_failure(tmp_path):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "ran $@"\ncase "$*" in *sanity*validation*) exit 1;; esac\n')
+    python.chmod(0o755)
+
+    def go(phases):
+        command = ["make", "-s", "-o", ".venv/.train", "encdec", f"PY={python}", f"PHASES={phases}", "ARGS=--data=data/mine"]
+        done = subprocess.run(command, cwd=Path(train.__file__).parent, capture_output=True, text=True)
+        return done.returncode, [line[4:] for line in done.stdout.splitlines() if line.startswith("ran ")]
+
+    start = "train.py config/encdec_ul2.py {}--init_from=out/encdec_init --resume=auto --data=data/mine".format
+    sanity = [start("config/encdec_phase_sanity.py "), "-m eval.sanity --ckpt=out/encdec_sanity"]
+    assert go("sanity full") == (0, [*sanity, start(""), "-m eval.sanity --ckpt=out/encdec_ul2"])
+    code, ran = go("sanity validation full")
+    assert code and ran == [*sanity, start("config/encdec_phase_validation.py "), "-m eval.sanity --ckpt=out/encdec_validation --learned"]
+    for phase in ("sanity", "validation", "medium"):  # whose folder the check after it looks into
+        assert configurator.load(train.Config, [f"config/encdec_phase_{phase}.py"])[0].out == f"out/encdec_{phase}"
 
 
 @pytest.fixture(scope="module")

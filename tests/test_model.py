@@ -140,7 +140,7 @@ def test_an_edit_reaches_every_path(edit, dtype, way, monkeypatch):
         return model.predict(torch.cat(chunks, 1))
 
     def embedded(model):
-        return M.Embedder(model, SimpleNamespace(eos_id=0), normalize=False)(M.flat(ids.tolist()))[1]
+        return M.Embedder(model, SimpleNamespace(eos_id=0, special={}), normalize=False)(M.flat(ids.tolist()))[1]
 
     def same(got, want):
         assert (got - want).norm() < (1e-5 if dtype == torch.float32 else 0.05) * want.norm()

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -53,6 +54,19 @@ def read(folder, split):
     whole = [found.tokens(a, a + n).tolist() for a, n in zip(starts, sizes, strict=True)]
     assert all(ids[-1] == tok.eos_id and tok.eos_id not in ids[:-1] for ids in whole)
     return [tok.decode(ids[:-1]) for ids in whole]
+
+
+def test_the_dummy_data_set_is_always_the_same_and_easy(tmp_path, dies):
+    """No network and no file; a pattern that a model can learn; cut off in the middle it goes on, as any data set does."""
+    run(f"--out={tmp_path / 'a'}", "--dataset=dummy", "--workers=1")
+    run(f"--out={tmp_path / 'b'}", "--dataset=dummy", "--workers=2")
+    assert digests(tmp_path / "a") == digests(tmp_path / "b")
+    texts = read(tmp_path / "a", "train") + read(tmp_path / "a", "val")
+    assert len(texts) == len(set(texts)) == 2000 and all(" and " in found and len(found) > 100 for found in texts)
+    assert len(zlib.compress("".join(texts).encode())) < 0.25 * sum(map(len, texts))
+    assert [row["text"] for (_, rows), _ in text.dummy(1990) for row in rows] == [row["text"] for row in text.dummy(0)[0][0][1][1990:]]
+    assert text.dummy(2000) == []
+    dies(lambda: run(f"--out={tmp_path / 'c'}", "--dataset=dummy", "--split=validation"), "--split", "--dataset of the hub")
 
 
 @pytest.fixture

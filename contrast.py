@@ -69,6 +69,7 @@ class PairStream:
         home = Path(cfg.init_from) if cfg.data.endswith(".jsonl") else Path(cfg.data)
         home = checkpoint.resolve(home).parent if cfg.data.endswith(".jsonl") and cfg.init_from else home
         self.tok = tokenizer.load(home)
+        self.eos = tokenizer.end_of(cfg, self.tok)
         if self.tok.vocab_size > cfg.vocab_size:
             die(f"vocab_size={cfg.vocab_size} is too small for the {self.tok.vocab_size} ids of {home}")
         self.rows = self.shards = None
@@ -95,14 +96,14 @@ class PairStream:
         row = int(data.permute(np.array([place]), self.size, f"{cfg.seed}/pairs/{epoch}")[0])
         if self.rows:
             pair = self.rows[row]
-            cut = lambda text: [*self.tok.encode(text)[: cfg.max_enc - 1], self.tok.eos_id]  # noqa: E731
+            cut = lambda text: [*self.tok.encode(text)[: cfg.max_enc - 1], self.eos]  # noqa: E731
             return cut(pair["query"]), cut(pair["positive"]), [cut(t) for t in pair.get("negatives", ())], None
         (start,), (size,) = self.shards.documents(np.array([row]))
         rng, n, crops = np.random.default_rng([cfg.seed, g]), max(int(size) - 1, 1), []
         for _ in range(2):
             length = int(rng.integers(min(n, 16, cfg.max_enc - 1), min(n, cfg.max_enc - 1) + 1))
             at = int(start + rng.integers(0, n - length + 1))
-            crops.append([*(self.shards.tokens(at, at + length) & 0x7FFFFFFF).tolist(), self.tok.eos_id])
+            crops.append([*(self.shards.tokens(at, at + length) & 0x7FFFFFFF).tolist(), self.eos])
         return *crops, [], row
 
     def __iter__(self):

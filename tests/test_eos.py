@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import checkpoint
+import contrast
 import denoise_stream as S
 import hub
 import sample
@@ -155,6 +156,18 @@ def test_nothing_is_cut_masked_or_counted_by_comparing_with_it(home, tmp_path):
         hidden = model.encode(batch)
     want = torch.nn.functional.normalize(torch.stack([hidden[:3].mean(0), hidden[3]]), dim=-1)
     torch.testing.assert_close(pool(hidden, batch), want)
+
+
+@pytest.mark.parametrize("kind", ["pairs", "crops"])
+def test_pairs_end_with_it_as_what_they_are_compared_with_will(home, tmp_path, kind):
+    rows = [{"query": f"twice {i}", "positive": f"{2 * i} it is", "negatives": ["none"]} for i in range(16)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = str(tmp_path / "pairs.jsonl" if kind == "pairs" else home / "text")
+    for eos, want in ((TURN, TURN), (None, DOC)):
+        cfg = train.Config(arch="encdec", objective="contrast", vocab_size=320, n_sentinels=20, data=data, init_from=str(home / "init"),
+                           contrast_pairs=4, contrast_micro=4, max_enc=64, eos_id=eos)  # fmt: skip
+        (batch,) = next(contrast.PairStream(cfg, SimpleNamespace(steps=1), 0, 1))
+        assert set(batch["ids"][batch["cu"][1:].long() - 1].tolist()) == {want}
 
 
 def test_it_is_what_a_text_stops_at(home, tmp_path, monkeypatch):

@@ -78,6 +78,7 @@ def test_what_would_do_nothing_is_refused_when_typed_and_named_when_inherited(ca
     for changes, key, need in (
         ({"objective": "denoise", "domains": "data/val"}, "domains", "objective=lm"),
         ({"cross_rope": "enc"}, "cross_rope", "arch=encdec"),
+        ({"eos_id": 5}, "eos_id", "arch=encoder|encdec"),
         ({"ffn": "polyglu", "act": "gelu"}, "act", "ffn=swiglu"),
         ({"objective": "latent", "compile": True}, "compile", "objective=lm|denoise|contrast"),
         ({"objective": "latent", "n_layer": 3}, "n_layer", "latent_encoder=pool|byte"),

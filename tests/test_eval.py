@@ -123,7 +123,7 @@ def test_documents_from_an_eos_context_each_token_once(home, tmp_path, capsys):
     assert "surprise by bpb" in capsys.readouterr().out and {"surprise_ppl", "advice_bpb"} <= rows[0].keys()
 
 
-def test_a_text_that_was_trained_on_is_not_scored(home, tmp_path, dies):
+def test_a_text_that_was_trained_on_is_not_scored(home, tmp_path, dies, monkeypatch):
     shards = data.Shards(home / "digits", "train")
     (start,), (size,) = shards.documents(np.array([3]))
     seen = bytes(shards.tokens(start, start + size - 1).astype("u1")).decode()
@@ -132,7 +132,10 @@ def test_a_text_that_was_trained_on_is_not_scored(home, tmp_path, dies):
         (tmp_path / "d.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
         if seen in texts:
             dies(lambda: perplexity.main(argv), "d.jsonl: text 1 is a document", str(home / "digits"), "--exclude")
+    coded, encode = [], tokenizer.Tokenizer.encode
+    monkeypatch.setattr(tokenizer.Tokenizer, "encode", lambda tok, text: coded.append(text) or encode(tok, text))
     perplexity.main(argv)
+    assert sorted(coded) == sorted(texts)  # each once, though it is scored and looked for
     report = json.loads((tmp_path / "r.json").read_text())
     assert report["results"]["d"]["units"] == 3 and report["unseen_in"] == [str(home / "words"), str(home / "digits")]
 

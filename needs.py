@@ -123,13 +123,16 @@ def met(cfg, need):
     return value not in KNOWN.get(key, (value,)) or (str(value) in values.split("|") if values else bool(value))
 
 
+def unused(cfg):
+    """-> {setting that this run never asks for: what it would take}"""
+    unmet = [(need, keys) for need, keys in NEEDS if not any(met(cfg, part) for part in need.split(" or "))]
+    return {key: need for need, keys in reversed(unmet) for key in keys.split()}
+
+
 def idle(cfg, argv=()):
     """-> the settings of `cfg` that are not at their defaults and change nothing, each with what it would take."""
-    typed, found = {arg.partition("=")[0] for arg in argv}, {}
-    for need, keys in NEEDS:
-        for key in keys.split() if not any(met(cfg, part) for part in need.split(" or ")) else ():
-            if getattr(cfg, key) != getattr(type(cfg), key):
-                found.setdefault(key, need)
+    typed = {arg.partition("=")[0] for arg in argv}
+    found = {key: need for key, need in unused(cfg).items() if getattr(cfg, key) != getattr(type(cfg), key)}
     for given, keys in (
         ("rows", "tokens_per_step micro_tokens"),
         ("accum", "micro_tokens"),

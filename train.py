@@ -185,7 +185,7 @@ def evaluate(model, val, machine, shares: bool) -> dict[str, float]:
     return rows | mix.over_domains(rows, suffix)
 
 
-def examine(cfg, model, sets, row, step, end, machine) -> dict[str, float]:
+def examine(cfg, model, sets, rank, row, step, end, machine) -> dict[str, float]:
     """One evaluation, in bf16. Domains take part in every `domains_every`-th; without them there is no mean to be the best by."""
     whole = end or not cfg.eval_every or step // cfg.eval_every % max(1, cfg.domains_every) == 0
     shares, some = cfg.parallel == "ddp", lambda sets: {k: v for k, v in sets.items() if whole or "document" not in v[0]}
@@ -194,7 +194,7 @@ def examine(cfg, model, sets, row, step, end, machine) -> dict[str, float]:
         if cfg.eval_stage:
             again = evaluate(model, some(sets(row.seq_len)), machine, shares)
             metrics |= {k.replace("val/", "val_L/", 1): v for k, v in again.items() if k.startswith("val/")}
-        metrics |= contrast.rank_pairs(cfg, model) if contrast.ranks(cfg) else {}
+        metrics |= rank(model) if rank else {}
     return metrics if whole else {k: v for k, v in metrics.items() if not re.search("/mean/|/sd/|^surprise_", k)}
 
 
@@ -206,8 +206,6 @@ def check_vocabulary(cfg, resumed=None):
     """The data's ids fit the model, and mean what they meant to the weights that it starts from -> fingerprint of their tokenizer."""
     shards = cfg.objective in ("lm", "denoise") or (cfg.objective == "contrast" and not str(cfg.data).endswith(".jsonl"))
     ids = {"fingerprint": None}
-    if contrast.ranks(cfg):
-        contrast.scored_pairs(cfg)  # there, and of the right columns
     for path in sources(cfg).values() if shards else ():
         ids = data.read_manifest(Path(path))["tokenizer"]
         if (tokens := ids["vocab_size"]) > cfg.vocab_size:
@@ -350,7 +348,8 @@ def main(argv):
     lead, objective = machine.rank == 0, find_objective(cfg)
     scratch = tempfile.TemporaryDirectory(prefix="benchmark-") if cfg.benchmark else None  # goes, too, where the run is refused
     out = Path(scratch.name if scratch else cfg.out)
-    fingerprint = check_vocabulary(cfg, checkpoint.find_resume(out, cfg.resume))  # says no before the folder is touched
+    fingerprint = check_vocabulary(cfg, checkpoint.find_resume(out, cfg.resume))  # says no before the folder is touched, and so does
+    rank = contrast.ranking(cfg)
     lock = checkpoint.lock(out) if lead else None  # held until the process ends: two runs in one folder would destroy each other
     resume_from = checkpoint.find_resume(out, cfg.resume)
 
@@ -495,9 +494,9 @@ def main(argv):
             say(f"step {step:>6}/{plan.steps} | {line} | norm {norm:.2f}")
             if lead:
                 log.row({"step": step, "tokens": state["tokens"]} | record | monitor.seen(position) | watched)
-        evaluating = (val or contrast.ranks(cfg)) and (end or (cfg.eval_every and step % cfg.eval_every == 0))
+        evaluating = (val or rank) and (end or (cfg.eval_every and step % cfg.eval_every == 0))
         if evaluating:
-            state["metrics"] = examine(cfg, raw, sets, row, step, end, machine)
+            state["metrics"] = examine(cfg, raw, sets, rank, row, step, end, machine)
             if lead:
                 log.row({"step": step} | state["metrics"])
             say("  ".join(f"{k} {v:.4f}" for k, v in state["metrics"].items() if not re.search("/layer_|^surprise|/ppl|/acc", k)))

@@ -9,7 +9,6 @@ import os
 from dataclasses import fields
 from pathlib import Path
 
-import data
 from configurator import die, typed
 from latent_data import LatentConfig
 from optim import STAGE
@@ -129,8 +128,8 @@ def unused(cfg):
     return {key: need for need, keys in reversed(unmet) for key in keys.split()}
 
 
-def idle(cfg, argv=()):
-    """-> the settings of `cfg` that are not at their defaults and change nothing, each with what it would take."""
+def idle(cfg, argv=(), ids=0):
+    """-> the settings of `cfg` that are not at their defaults and change nothing, each with what it would take. ids: that its data has."""
     typed = {arg.partition("=")[0] for arg in argv}
     found = {key: need for key, need in unused(cfg).items() if getattr(cfg, key) != getattr(type(cfg), key)}
     for given, keys in (
@@ -152,8 +151,6 @@ def idle(cfg, argv=()):
             die(f"--{key}={getattr(cfg, key)} would do nothing here: it needs {need}")
     if cfg.parallel == "fsdp" and os.environ.get("WORLD_SIZE", "1") == "1":  # never refused: one process may go on with a run of several
         found["parallel"] = "torchrun with several processes"
-    folders = [Path(folder) for folder in (cfg.data.values() if isinstance(cfg.data, dict) else [cfg.data])]
-    known = [data.read_manifest(folder)["tokenizer"]["vocab_size"] for folder in folders if (folder / "manifest.json").is_file()]
-    if known and cfg.vocab_size - (cfg.n_sentinels + 4) * (cfg.arch == "encdec") > max(known) + SPARE:
-        found["vocab_size"] = f"a tokenizer of more than {max(known):,} ids"
+    if ids and cfg.vocab_size - (cfg.n_sentinels + 4) * (cfg.arch == "encdec") > ids + SPARE:
+        found["vocab_size"] = f"a tokenizer of more than {ids:,} ids"
     return ", ".join(f"{key} (needs {need})" for key, need in found.items())

@@ -203,9 +203,9 @@ def sources(cfg) -> dict[str, str]:
 
 
 def check_vocabulary(cfg, resumed=None):
-    """The data's ids fit the model, and mean what they meant to the weights that it starts from -> fingerprint of their tokenizer."""
+    """The data's ids fit the model, and mean what they meant to the weights that it starts from -> what shards say of their tokenizer."""
     shards = cfg.objective in ("lm", "denoise") or (cfg.objective == "contrast" and not str(cfg.data).endswith(".jsonl"))
-    ids = {"fingerprint": None}
+    ids = {"fingerprint": None, "vocab_size": 0}
     for path in sources(cfg).values() if shards else ():
         ids = data.read_manifest(Path(path))["tokenizer"]
         if (tokens := ids["vocab_size"]) > cfg.vocab_size:
@@ -214,7 +214,7 @@ def check_vocabulary(cfg, resumed=None):
             import tokenizer
 
             tokenizer.expect_same(checkpoint.resolve(cfg.init_from).parent, path)
-    return ids["fingerprint"]
+    return ids
 
 
 def held_out(cfg, length) -> dict[str, list]:
@@ -340,7 +340,6 @@ def listen() -> list:
 def main(argv):
     cfg, files = configurator.load(Config, argv, __doc__)
     needs.possible(cfg)
-    idle = needs.idle(cfg, argv)
     machine = hardware.find(cfg.device, cfg.dtype)
     hardware.join(machine)
     if machine.device.type == "cuda" and machine.dtype == torch.float32:  # TF32, for a run in fp32 alone: beside bf16, fp32 means fp32
@@ -348,8 +347,8 @@ def main(argv):
     lead, objective = machine.rank == 0, find_objective(cfg)
     scratch = tempfile.TemporaryDirectory(prefix="benchmark-") if cfg.benchmark else None  # goes, too, where the run is refused
     out = Path(scratch.name if scratch else cfg.out)
-    fingerprint = check_vocabulary(cfg, checkpoint.find_resume(out, cfg.resume))  # says no before the folder is touched, and so does
-    rank = contrast.ranking(cfg)
+    ids = check_vocabulary(cfg, checkpoint.find_resume(out, cfg.resume))  # this and the next two say no before the folder is touched
+    idle, rank = needs.idle(cfg, argv, ids["vocab_size"]), contrast.ranking(cfg)
     lock = checkpoint.lock(out) if lead else None  # held until the process ends: two runs in one folder would destroy each other
     resume_from = checkpoint.find_resume(out, cfg.resume)
 
@@ -400,7 +399,7 @@ def main(argv):
         best = score is not None and math.isfinite(score) and (state["best"] is None or sign * score < sign * state["best"])
         state["best"] = score if best else state["best"]
         now = {"step": step, "stream": position, "bytes": meter.bytes(), "metrics": metrics, "tau": float(raw.tau), "fp8": fp8.memory(raw)}
-        now |= {"stage": plan(step - 1).stage, "tokenizer": fingerprint}
+        now |= {"stage": plan(step - 1).stage, "tokenizer": ids["fingerprint"]}
         now |= {"precision": used + " (not before fp8_start_step)" * bool(raw.fp8 and not raw.fp8.on)}
         full = state | now | {"config": configurator.to_dict(cfg)} | ({"auto_mix": plan.state} if cfg.auto_mix else {})
         if lead:

@@ -423,6 +423,11 @@ def test_readers_that_cannot_read_are_named(overfit, capsys, monkeypatch, dies):
     dies(lambda: latent.main([lms, f"--data={overfit}/train.jsonl", "--max_new_tokens=2", "--require=0.95"]), "train it longer")
     with pytest.raises(SystemExit):
         latent.main([])
+    model = build(ModelConfig(vocab_size=4096, n_layer=1, n_head=2, d_model=16, max_len=256, tie=False))  # most of whose ids are no text
+    checkpoint.save(overfit / "wide", 0, model, None, {"config": configurator.to_dict(model.cfg), "tau": 1.0}, 1)
+    tokenizer.load("bytes").save(str(overfit / "wide" / "tokenizer"))
+    latent.main([f"--lms='{overfit}/wide'", f"--data={overfit}/train.jsonl", "--max_new_tokens=2"])
+    assert "exact match from text 0.000" in capsys.readouterr().out
 
 
 def test_what_every_arm_reads_went_over_the_wire(overfit, monkeypatch):

@@ -62,7 +62,7 @@ def test_any_text_comes_back_and_bytes_are_exact(tmp_path):
     for tok in every(tmp_path):
         for text in [*unicode_strings(), "", " ", "\r\n\r\n  x", MARKED, "of the world of the hell"]:
             ids = tok.encode(text)
-            assert tok.decode(ids) == text
+            assert tok.decode(ids) == tok.decode([*ids, tok.vocab_size]) == text  # an id that no token has is no text
             assert b"".join(map(tok.token_bytes, ids)) == text.encode()
             assert max(ids, default=0) < tok.vocab_size and not set(ids) & set(tok.special.values())
         assert tok.decode(tok.encode("x\ud800y")) == "x\ufffdy"  # no UTF-8 holds a lone surrogate

@@ -65,21 +65,25 @@ NEEDS = (  # what it takes, and which settings; a key without a value: it must b
     ("calibration=fixed", "prefix_rms"),
 )
 
-
 POSITIVE = """vocab_size n_layer n_head d_model max_len gate_block seq_len tokens_per_step decay_share tau_max tau_min max_enc max_dec
     contrast_tau contrast_pairs contrast_micro fp8_history kd_tau latent_dim latent_len first_k rope_theta init_std eps domains_every
     tokens rows accum""".split()  # the last three: of a stage
-MOST = dict.fromkeys("norm_eps min_lr_ratio warmup_from decay_share mix_decay_start wire_start".split(), 1) | {"fp8_margin": 32}
+MOST = {  # sizes end above what anybody trains: past them a run is not refused for want of memory, but planned and built for hours
+    1: "norm_eps min_lr_ratio warmup_from decay_share mix_decay_start wire_start",
+    32: "fp8_margin",
+    1 << 12: "n_layer n_head latent_layers latent_blocks",
+    1 << 20: "d_model head_dim d_ff embed_rank latent_dim latent_len latent_private adapter_hidden contrast_pairs contrast_micro",
+    1 << 26: "vocab_size max_len seq_len max_enc max_dec tokens_per_step micro_tokens rows accum fp8_history",
+}
 
 
 def bounded(values, where=""):
     """NaN lies within no bounds, and infinity above them: a config file can say both. 2^53: above it a float counts no steps."""
     for key, value in values.items():
-        low, high = -32 if key == "fp8_margin" else 0, MOST.get(key, 1 << 53)
-        if type(value) in (int, float) and not (low <= value and (value or key not in POSITIVE)):
-            die(f"{where}{key}={value} must be {'above 0' if key in POSITIVE else f'{low} or more'}")
-        if type(value) in (int, float) and value > high:
-            die(f"{where}{key}={value} must be {high:,} or less")
+        low, high = -32 if key == "fp8_margin" else 0, next((most for most, keys in MOST.items() if key in keys.split()), 1 << 53)
+        if type(value) in (int, float) and not (low <= value <= high and (value or key not in POSITIVE)):
+            must = f"{high:,} or less" if value > high else "above 0" if key in POSITIVE else f"{low} or more"
+            die(f"{where}{key}={value} must be {must}")
 
 
 def possible(cfg):
@@ -91,6 +95,7 @@ def possible(cfg):
         die(f"objective={cfg.objective} trains no arch={cfg.arch}: set --arch={fit}")
     for n, row in enumerate(cfg.stages):
         bounded({key: typed(STAGE, key, [value], f"stages[{n}]") for key, value in row.items()}, f"stages[{n}]: ")
+        bounded({"tokens_per_step": row.get("seq_len", cfg.seq_len) * row.get("rows", 1) * row.get("accum", 1)}, f"stages[{n}]: in all ")
     if isinstance(cfg.data, dict) and (not cfg.data or any(not name or "/" in name or name in ("mean", "sd") for name in cfg.data)):
         die(f"data={cfg.data}: give {{name: folder}}; metrics are called by the name, so it is not empty, mean or sd, and has no slash")
     if "," in cfg.data and not isinstance(cfg.data, dict) and not os.path.exists(cfg.data):
@@ -132,15 +137,10 @@ def idle(cfg, argv=(), ids=0):
     """-> the settings of `cfg` that are not at their defaults and change nothing, each with what it would take. ids: that its data has."""
     typed = {arg.partition("=")[0] for arg in argv}
     found = {key: need for key, need in unused(cfg).items() if getattr(cfg, key) != getattr(type(cfg), key)}
-    for given, keys in (
-        ("rows", "tokens_per_step micro_tokens"),
-        ("accum", "micro_tokens"),
-        ("seq_len", "seq_len"),
-        ("clip", "clip"),
-        ("mix", "mix"),
-    ):
+    for words in ("rows tokens_per_step micro_tokens", "accum micro_tokens", "seq_len seq_len", "clip clip", "mix mix"):
+        given, *keys = words.split()
         asked = given == "mix" and cfg.auto_mix  # it starts from `mix`, whatever the stages say
-        for key in keys.split() if cfg.stages and all(given in row for row in cfg.stages) and not asked else ():
+        for key in keys if cfg.stages and all(given in row for row in cfg.stages) and not asked else ():
             if getattr(cfg, key) != getattr(type(cfg), key):
                 found.setdefault(key, f"a stage without `{given}`")
     for row in cfg.stages:

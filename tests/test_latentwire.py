@@ -616,6 +616,10 @@ def test_train_resumes_to_the_bit_and_keeps_the_frozen_frozen(models, tmp_path, 
         lambda: checkpoint.put_weights(lw.Interlingua(SimpleNamespace(**other)), lw.read(tmp_path / "one")[1], "here"),
         "another architecture",
     )
+    saved, weights = lw.read(tmp_path / "one")
+    for key, was, value in (("adapter_hidden", 0, 9), ("latent_private", 2, 1), ("adapter", "mlp", "linear")):  # no tensor's name alone
+        edited = lw.build(configurator.from_dict(train.Config, saved["config"] | {key: value, "wire_slots": [2, 4]}))
+        dies(lambda: checkpoint.put_weights(edited, weights, tmp_path / "one/x", saved), f"{key}={value}, but", f"set --{key}={was},")
     size, texts = lw.answers(model, TEXTS[0], "Where?", bits=4, max_new_tokens=4)
     assert size == 16 + 4 + 20 and len(texts) == 2
     third = dict(latent_from=str(tmp_path / "one"), lms=(str(models / "b"),), latent_reader=str(models / "a"))

@@ -148,11 +148,12 @@ def test_embedder_does_not_care_about_batches(run, pooling):
     assert hidden.shape == (3, 64) and pooled.shape == (1, 64)
 
 
-def test_an_embedder_of_a_decoder_is_causal_unless_told(qwen, tmp_path):
+def test_an_embedder_of_a_decoder_is_causal_unless_told(qwen, tmp_path, capsys):
     hub.main(["import", f"--from={qwen}", f"--out={tmp_path / 'lm'}"])
     moved = []
     for settings in ({}, {"causal": False}):
-        embedder = Embedder.load(tmp_path / "lm", dtype=torch.float32, **settings)
+        embedder, said = Embedder.load(tmp_path / "lm", dtype=torch.float32, **settings), capsys.readouterr().err
+        assert said == "" if settings else said.count("\n") == 1 and "causal=False removes its mask" in said
         with torch.no_grad():
             a, b = (embedder(flat([[1, 2, 3, last]]))[0] for last in (4, 5))
         moved.append(float((a - b)[:-1].abs().max()))

@@ -166,14 +166,12 @@ def test_stream_is_resumable_and_covers_an_epoch(tmp_path, dies):
         contrast.build(ModelConfig(arch="decoder"))
 
 
-def test_rows_that_are_no_pairs_are_named(tmp_path, capsys, dies):
+def test_rows_that_are_no_pairs_are_named(tmp_path, dies):
     """A text of negatives would be a negative per character, and null no text at all."""
     good, plan = {"query": "a", "positive": "b"}, SimpleNamespace(steps=1)
     for bad in (good | {"negatives": "words"}, good | {"positive": None}, good | {"negatives": ["a", None]}, {"query": "a"}, ["a", "b"]):
         (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [good | {"negatives": ["x"]}] * 16 + [bad]))
-        with pytest.raises(SystemExit) as stop:
-            contrast.PairStream(config(tmp_path / "pairs.jsonl"), plan, 0, 1)
-        assert stop.value.code == 2 and "row 17 is not" in capsys.readouterr().err
+        dies(lambda: contrast.PairStream(config(tmp_path / "pairs.jsonl"), plan, 0, 1), "row 17 is not")
     dies(lambda: contrast.open_stream(config(tmp_path / "pairs.jsonl"), plan, 0, 1), "set --init_from=RUN")
 
 

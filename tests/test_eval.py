@@ -149,7 +149,7 @@ def test_uniform_model_is_as_surprised_as_it_must_be():
     assert row["bits_per_token"] == pytest.approx(math.log2(257)) and row["entropy"] == pytest.approx(math.log(257), rel=1e-6)
 
 
-def test_training_split_is_never_opened_and_mistakes_are_one_line(home, tmp_path, capsys, monkeypatch):
+def test_training_split_is_never_opened_and_mistakes_are_one_line(home, tmp_path, dies, monkeypatch):
     opened, init = [], data.Shards.__init__
     monkeypatch.setattr(data.Shards, "__init__", lambda self, dir, split: opened.append(split) or init(self, dir, split))
     perplexity.main([f"--ckpt={home / 'run'}", "--windows=1"])
@@ -176,11 +176,7 @@ def test_training_split_is_never_opened_and_mistakes_are_one_line(home, tmp_path
         ([f"--ckpt={home / 'run'}", f"--reference={tmp_path / 'part.json'}"], "the reference has no bpb of words"),
         ([f"--ckpt={home / 'run'}", f"--domains={tmp_path / 'odd'}", "--windows=3"], "--windows would do nothing"),
     ):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            perplexity.main(argv)
-        error = capsys.readouterr().err
-        assert end.value.code == 2 and error.count("\n") == 1 and word in error
+        dies(lambda: perplexity.main(argv), word)
 
 
 def test_sets_of_one_name_are_all_there(home, tmp_path, capsys):

@@ -142,14 +142,11 @@ def test_an_encoder_decoder_s_counts_and_shares_lie_apart_and_pairs_are_no_token
         assert f"nats per {unit}" in base64.b64decode(first).decode() and "<h2>Samples" not in (folder / "report.html").read_text()
 
 
-def test_mistakes_end_in_one_line(tmp_path, capsys):
+def test_mistakes_end_in_one_line(tmp_path, dies):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "metrics.jsonl").write_text("")
     for args, word in (([f"--run={tmp_path / 'gone'}"], "metrics.jsonl"), ([f"--run={tmp_path / 'empty'}"], "is empty"), ([], "--run")):
-        with pytest.raises(SystemExit) as end:
-            report.main(args)
-        err = capsys.readouterr().err
-        assert end.value.code == 2 and word in err and err.count("\n") == 1
+        dies(lambda: report.main(args), word)
 
 
 def browser():

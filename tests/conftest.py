@@ -9,7 +9,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+import checkpoint
+import configurator
 import native
+import tokenizer
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
@@ -35,6 +38,13 @@ def story(i: int) -> str:
     line = "{a} had {x} apples and gave {y} of them to {b}, so {a} has {z} left. "
     lines = [line.format(a=names[(i + j) % 6], b=names[(i * 5 + j + 1) % 6], x=i + j, y=j, z=i) for j in range(3 + i % 7)]
     return "".join(lines).strip()
+
+
+def save_run(folder, model, tok=None, step=0, **state):
+    """A run of `model` as a training leaves it; with `tok` ("bytes", or a tokenizer) it can read text."""
+    checkpoint.save(folder, step, model, None, {"config": configurator.to_dict(model.cfg)} | state, keep=1)
+    if tok:
+        (tokenizer.load(tok) if isinstance(tok, str) else tok).save(os.path.join(folder, "tokenizer"))
 
 
 @pytest.fixture(scope="session")

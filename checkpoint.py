@@ -32,8 +32,8 @@ from model import ModelConfig, Transformer
 
 FILES = ("model.safetensors", "optim.safetensors")
 TENSORS = "arch n_layer n_kv_head d_model head_dim d_ff qk_norm qkv_bias tie embed_rank ffn"  # what their shapes tell of
-SHAPES = f"""{TENSORS} vocab_size n_head gate acts norm_eps rope_theta rope_scaling lms adapter latent_encoder latent_reader latent_layers
-    latent_blocks latent_frozen latent_from latent_len latent_ratio latent_dim calibration"""  # one message says all there is to set
+SHAPES = f"""{TENSORS} vocab_size n_head gate acts norm_eps rope_theta rope_scaling lms adapter adapter_hidden latent_encoder latent_reader
+    latent_layers latent_blocks latent_frozen latent_from latent_len latent_ratio latent_dim latent_private calibration"""  # all to set
 
 
 # ---- a run and its folders ----------------------------------------------------------------------------------------------

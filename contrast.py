@@ -9,6 +9,7 @@ again and pulls on it (gradient caching). The gradient is exactly that of the wh
 it fits, spares the first pass. Read next: model.py (Embedder, pool).
 """
 
+import functools
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 import checkpoint
 import data
 import model as M
+import needs
 import tokenizer
 from configurator import die
 from machine import to_device
@@ -133,29 +135,26 @@ class PairStream:
         }
 
 
-def ranks(cfg) -> bool:
-    """Whether eval_sts is asked for and there is an encoder to rank by; where there is none, needs.py says that it does nothing."""
-    return bool(cfg.eval_sts) and cfg.objective not in ("lm", "latent")
+def ranking(cfg):
+    """-> model -> how well cosines of its encoder's vectors rank the pairs of eval_sts as people do; None where needs.py knows no use for
+    them. The file is read now, the tokenizer once the run has one. Every rank reads all texts, as in training."""
+    if not cfg.eval_sts or "eval_sts" in needs.unused(cfg):
+        return None
+    from eval.embedding import STS, read_rows, score_pairs
 
-
-def scored_pairs(cfg) -> list[dict]:
-    from eval.embedding import STS, read_rows
-
-    rows = read_rows(Path(cfg.eval_sts), *STS)
+    rows, tok = read_rows(Path(cfg.eval_sts), *STS), functools.cache(lambda: tokenizer.load(cfg.out))
     try:
-        return [row | {"score": float(row["score"])} for row in rows]
+        [float(row["score"]) for row in rows]
     except (TypeError, ValueError) as error:
         die(f"eval_sts={cfg.eval_sts}: {error}; a score is a number")
 
+    def rank(model):
+        embedder = M.Embedder(model.eval(), tok(), cfg.contrast_pooling, max_length=cfg.max_enc)
+        score = score_pairs(embedder, rows)
+        model.train()
+        return {f"val/sts/{name}": score[name] for name in ("spearman", "pearson")}
 
-def rank_pairs(cfg, model) -> dict[str, float]:
-    """How well cosines of this encoder's vectors rank the pairs of eval_sts as people do. Every rank reads all texts, as in training."""
-    from eval.embedding import score_pairs
-
-    embedder = M.Embedder(model.eval(), tokenizer.load(cfg.out), cfg.contrast_pooling, max_length=cfg.max_enc)
-    score = score_pairs(embedder, scored_pairs(cfg))
-    model.train()
-    return {f"val/sts/{name}": score[name] for name in ("spearman", "pearson")}
+    return rank
 
 
 def open_stream(cfg, plan, rank, world):

@@ -16,6 +16,7 @@ Read next: ops.py (the chunked loss), kernels.py (the fused PolyGLU), cache.py (
 """
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -693,6 +694,8 @@ class Embedder(nn.Module):
 
         dtype = dtype or find(str(device)).dtype
         model, tok, found = read(path)
+        if model.encoder is None and settings.get("causal") is None:
+            print(f"{path}: a decoder, read causally as it was trained; causal=False removes its mask", file=sys.stderr)
         return cls(model.set_dtype(dtype).to(device).eval().lean(2048, head=False), tok, **found | settings)
 
     def forward(self, batch):

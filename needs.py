@@ -9,7 +9,6 @@ import os
 from dataclasses import fields
 from pathlib import Path
 
-import data
 from configurator import die, typed
 from latent_data import LatentConfig
 from optim import STAGE
@@ -66,21 +65,25 @@ NEEDS = (  # what it takes, and which settings; a key without a value: it must b
     ("calibration=fixed", "prefix_rms"),
 )
 
-
 POSITIVE = """vocab_size n_layer n_head d_model max_len gate_block seq_len tokens_per_step decay_share tau_max tau_min max_enc max_dec
     contrast_tau contrast_pairs contrast_micro fp8_history kd_tau latent_dim latent_len first_k rope_theta init_std eps domains_every
     tokens rows accum""".split()  # the last three: of a stage
-MOST = dict.fromkeys("norm_eps min_lr_ratio warmup_from decay_share mix_decay_start wire_start".split(), 1) | {"fp8_margin": 32}
+MOST = {  # sizes end above what anybody trains: past them a run is not refused for want of memory, but planned and built for hours
+    1: "norm_eps min_lr_ratio warmup_from decay_share mix_decay_start wire_start",
+    32: "fp8_margin",
+    1 << 12: "n_layer n_head latent_layers latent_blocks",
+    1 << 20: "d_model head_dim d_ff embed_rank latent_dim latent_len latent_private adapter_hidden contrast_pairs contrast_micro",
+    1 << 26: "vocab_size max_len seq_len max_enc max_dec tokens_per_step micro_tokens rows accum fp8_history",
+}
 
 
 def bounded(values, where=""):
     """NaN lies within no bounds, and infinity above them: a config file can say both. 2^53: above it a float counts no steps."""
     for key, value in values.items():
-        low, high = -32 if key == "fp8_margin" else 0, MOST.get(key, 1 << 53)
-        if type(value) in (int, float) and not (low <= value and (value or key not in POSITIVE)):
-            die(f"{where}{key}={value} must be {'above 0' if key in POSITIVE else f'{low} or more'}")
-        if type(value) in (int, float) and value > high:
-            die(f"{where}{key}={value} must be {high:,} or less")
+        low, high = -32 if key == "fp8_margin" else 0, next((most for most, keys in MOST.items() if key in keys.split()), 1 << 53)
+        if type(value) in (int, float) and not (low <= value <= high and (value or key not in POSITIVE)):
+            must = f"{high:,} or less" if value > high else "above 0" if key in POSITIVE else f"{low} or more"
+            die(f"{where}{key}={value} must be {must}")
 
 
 def possible(cfg):
@@ -92,6 +95,7 @@ def possible(cfg):
         die(f"objective={cfg.objective} trains no arch={cfg.arch}: set --arch={fit}")
     for n, row in enumerate(cfg.stages):
         bounded({key: typed(STAGE, key, [value], f"stages[{n}]") for key, value in row.items()}, f"stages[{n}]: ")
+        bounded({"tokens_per_step": row.get("seq_len", cfg.seq_len) * row.get("rows", 1) * row.get("accum", 1)}, f"stages[{n}]: in all ")
     if isinstance(cfg.data, dict) and (not cfg.data or any(not name or "/" in name or name in ("mean", "sd") for name in cfg.data)):
         die(f"data={cfg.data}: give {{name: folder}}; metrics are called by the name, so it is not empty, mean or sd, and has no slash")
     if "," in cfg.data and not isinstance(cfg.data, dict) and not os.path.exists(cfg.data):
@@ -123,22 +127,20 @@ def met(cfg, need):
     return value not in KNOWN.get(key, (value,)) or (str(value) in values.split("|") if values else bool(value))
 
 
-def idle(cfg, argv=()):
-    """-> the settings of `cfg` that are not at their defaults and change nothing, each with what it would take."""
-    typed, found = {arg.partition("=")[0] for arg in argv}, {}
-    for need, keys in NEEDS:
-        for key in keys.split() if not any(met(cfg, part) for part in need.split(" or ")) else ():
-            if getattr(cfg, key) != getattr(type(cfg), key):
-                found.setdefault(key, need)
-    for given, keys in (
-        ("rows", "tokens_per_step micro_tokens"),
-        ("accum", "micro_tokens"),
-        ("seq_len", "seq_len"),
-        ("clip", "clip"),
-        ("mix", "mix"),
-    ):
+def unused(cfg):
+    """-> {setting that this run never asks for: what it would take}"""
+    unmet = [(need, keys) for need, keys in NEEDS if not any(met(cfg, part) for part in need.split(" or "))]
+    return {key: need for need, keys in reversed(unmet) for key in keys.split()}
+
+
+def idle(cfg, argv=(), ids=0):
+    """-> the settings of `cfg` that are not at their defaults and change nothing, each with what it would take. ids: that its data has."""
+    typed = {arg.partition("=")[0] for arg in argv}
+    found = {key: need for key, need in unused(cfg).items() if getattr(cfg, key) != getattr(type(cfg), key)}
+    for words in ("rows tokens_per_step micro_tokens", "accum micro_tokens", "seq_len seq_len", "clip clip", "mix mix"):
+        given, *keys = words.split()
         asked = given == "mix" and cfg.auto_mix  # it starts from `mix`, whatever the stages say
-        for key in keys.split() if cfg.stages and all(given in row for row in cfg.stages) and not asked else ():
+        for key in keys if cfg.stages and all(given in row for row in cfg.stages) and not asked else ():
             if getattr(cfg, key) != getattr(type(cfg), key):
                 found.setdefault(key, f"a stage without `{given}`")
     for row in cfg.stages:
@@ -149,8 +151,6 @@ def idle(cfg, argv=()):
             die(f"--{key}={getattr(cfg, key)} would do nothing here: it needs {need}")
     if cfg.parallel == "fsdp" and os.environ.get("WORLD_SIZE", "1") == "1":  # never refused: one process may go on with a run of several
         found["parallel"] = "torchrun with several processes"
-    folders = [Path(folder) for folder in (cfg.data.values() if isinstance(cfg.data, dict) else [cfg.data])]
-    known = [data.read_manifest(folder)["tokenizer"]["vocab_size"] for folder in folders if (folder / "manifest.json").is_file()]
-    if known and cfg.vocab_size - (cfg.n_sentinels + 4) * (cfg.arch == "encdec") > max(known) + SPARE:
-        found["vocab_size"] = f"a tokenizer of more than {max(known):,} ids"
+    if ids and cfg.vocab_size - (cfg.n_sentinels + 4) * (cfg.arch == "encdec") > ids + SPARE:
+        found["vocab_size"] = f"a tokenizer of more than {ids:,} ids"
     return ", ".join(f"{key} (needs {need})" for key, need in found.items())

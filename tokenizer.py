@@ -96,7 +96,8 @@ class Tokenizer:
         return [[i for _ in some for i in np.asarray(next(ids), np.uint32).tolist()] for some in parts]
 
     def decode(self, ids):
-        return self.whole(list(ids)) if self.whole else b"".join(self.table[i] for i in ids).decode("utf-8", "replace")
+        ids = [i for i in ids if i < self.vocab_size]  # a model may have rows that no text ever used
+        return self.whole(ids) if self.whole else b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
 
     def token_bytes(self, i):
         return self.table[i]

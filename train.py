@@ -186,7 +186,7 @@ def evaluate(model, val, machine, shares: bool) -> dict[str, float]:
     return rows | mix.over_domains(rows, suffix)
 
 
-def examine(cfg, model, sets, row, step, end, machine) -> dict[str, float]:
+def examine(cfg, model, sets, rank, row, step, end, machine) -> dict[str, float]:
     """One evaluation, in bf16. Domains take part in every `domains_every`-th; without them there is no mean to be the best by."""
     whole = end or not cfg.eval_every or step // cfg.eval_every % max(1, cfg.domains_every) == 0
     shares, some = cfg.parallel == "ddp", lambda sets: {k: v for k, v in sets.items() if whole or "document" not in v[0]}
@@ -195,7 +195,7 @@ def examine(cfg, model, sets, row, step, end, machine) -> dict[str, float]:
         if cfg.eval_stage:
             again = evaluate(model, some(sets(row.seq_len)), machine, shares)
             metrics |= {k.replace("val/", "val_L/", 1): v for k, v in again.items() if k.startswith("val/")}
-        metrics |= contrast.rank_pairs(cfg, model) if contrast.ranks(cfg) else {}
+        metrics |= rank(model) if rank else {}
     return metrics if whole else {k: v for k, v in metrics.items() if not re.search("/mean/|/sd/|^surprise_", k)}
 
 
@@ -204,11 +204,9 @@ def sources(cfg) -> dict[str, str]:
 
 
 def check_vocabulary(cfg, resumed=None):
-    """The data's ids fit the model, and mean what they meant to the weights that it starts from -> fingerprint of their tokenizer."""
+    """The data's ids fit the model, and mean what they meant to the weights that it starts from -> what shards say of their tokenizer."""
     shards = cfg.objective in ("lm", "denoise") or (cfg.objective == "contrast" and not str(cfg.data).endswith(".jsonl"))
-    ids = {"fingerprint": None}
-    if contrast.ranks(cfg):
-        contrast.scored_pairs(cfg)  # there, and of the right columns
+    ids = {"fingerprint": None, "vocab_size": 0}
     for path in sources(cfg).values() if shards else ():
         ids = data.read_manifest(Path(path))["tokenizer"]
         if (tokens := ids["vocab_size"]) > cfg.vocab_size:
@@ -217,7 +215,7 @@ def check_vocabulary(cfg, resumed=None):
             import tokenizer
 
             tokenizer.expect_same(checkpoint.resolve(cfg.init_from).parent, path)
-    return ids["fingerprint"]
+    return ids
 
 
 def held_out(cfg, length) -> dict[str, list]:
@@ -343,7 +341,6 @@ def listen() -> list:
 def main(argv):
     cfg, files = configurator.load(Config, argv, __doc__)
     needs.possible(cfg)
-    idle = needs.idle(cfg, argv)
     machine = hardware.find(cfg.device, cfg.dtype)
     hardware.join(machine)
     if machine.device.type == "cuda" and machine.dtype == torch.float32:  # TF32, for a run in fp32 alone: beside bf16, fp32 means fp32
@@ -351,7 +348,8 @@ def main(argv):
     lead, objective = machine.rank == 0, find_objective(cfg)
     scratch = tempfile.TemporaryDirectory(prefix="benchmark-") if cfg.benchmark else None  # goes, too, where the run is refused
     out = Path(scratch.name if scratch else cfg.out)
-    fingerprint = check_vocabulary(cfg, checkpoint.find_resume(out, cfg.resume))  # says no before the folder is touched
+    ids = check_vocabulary(cfg, checkpoint.find_resume(out, cfg.resume))  # this and the next two say no before the folder is touched
+    idle, rank = needs.idle(cfg, argv, ids["vocab_size"]), contrast.ranking(cfg)
     lock = checkpoint.lock(out) if lead else None  # held until the process ends: two runs in one folder would destroy each other
     resume_from = checkpoint.find_resume(out, cfg.resume)
     if cfg.eos_id is None and (begun := resume_from or (cfg.init_from and checkpoint.resolve(cfg.init_from))):
@@ -404,7 +402,7 @@ def main(argv):
         best = score is not None and math.isfinite(score) and (state["best"] is None or sign * score < sign * state["best"])
         state["best"] = score if best else state["best"]
         now = {"step": step, "stream": position, "bytes": meter.bytes(), "metrics": metrics, "tau": float(raw.tau), "fp8": fp8.memory(raw)}
-        now |= {"stage": plan(step - 1).stage, "tokenizer": fingerprint}
+        now |= {"stage": plan(step - 1).stage, "tokenizer": ids["fingerprint"]}
         now |= {"precision": used + " (not before fp8_start_step)" * bool(raw.fp8 and not raw.fp8.on)}
         full = state | now | {"config": configurator.to_dict(cfg)} | ({"auto_mix": plan.state} if cfg.auto_mix else {})
         if lead:
@@ -498,9 +496,9 @@ def main(argv):
             say(f"step {step:>6}/{plan.steps} | {line} | norm {norm:.2f}")
             if lead:
                 log.row({"step": step, "tokens": state["tokens"]} | record | monitor.seen(position) | watched)
-        evaluating = (val or contrast.ranks(cfg)) and (end or (cfg.eval_every and step % cfg.eval_every == 0))
+        evaluating = (val or rank) and (end or (cfg.eval_every and step % cfg.eval_every == 0))
         if evaluating:
-            state["metrics"] = examine(cfg, raw, sets, row, step, end, machine)
+            state["metrics"] = examine(cfg, raw, sets, rank, row, step, end, machine)
             if lead:
                 log.row({"step": step} | state["metrics"])
             say("  ".join(f"{k} {v:.4f}" for k, v in state["metrics"].items() if not re.search("/layer_|^surprise|/ppl|/acc", k)))

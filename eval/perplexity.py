@@ -12,6 +12,7 @@ bits per byte = nats / (ln 2 x UTF-8 bytes) is the one figure that compares toke
 Read next: eval/harness.py (tasks), eval/routing.py (what the neurons chose).
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -232,6 +233,7 @@ def main(argv):
     sets, results, began = {}, {}, time.time()
     if o.domains:
         tok, trained = load_tokenizer(o.ckpt), [path for path in sources(state).values() if Path(path, "manifest.json").is_file()]
+        tok.encode = functools.cache(tok.encode)  # what is scored is then looked for in training shards
         sets |= domain_batches(o.domains, tok, min(o.eval_len, model.cfg.max_len), o.batch_tokens, stride=o.window_stride)
         expect_unseen(o.domains, tok, trained)
         facts["unseen_in"] = trained  # none of these texts is a document there; []: the shards that it was trained on are not here

@@ -9,7 +9,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+import checkpoint
+import configurator
 import native
+import tokenizer
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
@@ -37,6 +40,13 @@ def story(i: int) -> str:
     return "".join(lines).strip()
 
 
+def save_run(folder, model, tok=None, step=0, **state):
+    """A run of `model` as a training leaves it; with `tok` ("bytes", or a tokenizer) it can read text."""
+    checkpoint.save(folder, step, model, None, {"config": configurator.to_dict(model.cfg)} | state, keep=1)
+    if tok:
+        (tokenizer.load(tok) if isinstance(tok, str) else tok).save(os.path.join(folder, "tokenizer"))
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     """Shards of 300 stories in bytes; every tenth or so is held out."""
@@ -56,8 +66,9 @@ def dies(capsys):
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             call()
-        line = capsys.readouterr().err
-        assert stop.value.code == 2 and line.count("\n") == 1 and all(word in line for word in words), line
+        line, code = capsys.readouterr().err, stop.value.code
+        del stop  # its traceback holds what the call did, such as the lock of a folder
+        assert code == 2 and line.count("\n") == 1 and all(word in line for word in words), line
 
     return check
 

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +17,7 @@ import contrast
 import model as M
 import tokenizer
 import train
+from eval import embedding
 from model import ModelConfig
 from train import Config
 
@@ -164,14 +166,12 @@ def test_stream_is_resumable_and_covers_an_epoch(tmp_path, dies):
         contrast.build(ModelConfig(arch="decoder"))
 
 
-def test_rows_that_are_no_pairs_are_named(tmp_path, capsys, dies):
+def test_rows_that_are_no_pairs_are_named(tmp_path, dies):
     """A text of negatives would be a negative per character, and null no text at all."""
     good, plan = {"query": "a", "positive": "b"}, SimpleNamespace(steps=1)
     for bad in (good | {"negatives": "words"}, good | {"positive": None}, good | {"negatives": ["a", None]}, {"query": "a"}, ["a", "b"]):
         (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [good | {"negatives": ["x"]}] * 16 + [bad]))
-        with pytest.raises(SystemExit) as stop:
-            contrast.PairStream(config(tmp_path / "pairs.jsonl"), plan, 0, 1)
-        assert stop.value.code == 2 and "row 17 is not" in capsys.readouterr().err
+        dies(lambda: contrast.PairStream(config(tmp_path / "pairs.jsonl"), plan, 0, 1), "row 17 is not")
     dies(lambda: contrast.open_stream(config(tmp_path / "pairs.jsonl"), plan, 0, 1), "set --init_from=RUN")
 
 
@@ -221,7 +221,7 @@ def test_through_the_loop(tmp_path, capsys):
     assert Embedder.load(tmp_path / "run").encode(["a"]).shape == (1, 32)
 
 
-def test_pairs_with_human_scores_choose_the_best_step(tmp_path, corpus, capsys, dies):
+def test_pairs_with_human_scores_choose_the_best_step(tmp_path, corpus, monkeypatch, dies):
     """val/sts/spearman is scipy's, of the checkpoint as saved; "-NAME" makes the highest the best; training goes on as without."""
     rng = np.random.default_rng(1)
     rows = [{"sentence1": f"the {i} apples", "sentence2": f"{rng.integers(9)} pears", "score": float(rng.integers(6))} for i in range(30)]
@@ -233,9 +233,15 @@ def test_pairs_with_human_scores_choose_the_best_step(tmp_path, corpus, capsys, 
     base += ["--dtype=float32", "--device=cpu"]
     train.main([*base, f"--out={tmp_path}/start", f"--data={corpus}", "--max_steps=1"])
     base += [f"--data={pairs}", f"--init_from={tmp_path}/start", "--max_steps=6"]
-    train.main(
-        [*base, f"--out={run}", f"--eval_sts={file}", "--eval_every=2", "--save_every=2", "--keep=0", "--best_metric=-val/sts/spearman"]
-    )
+    read_rows, read_tok, opened = embedding.read_rows, contrast.tokenizer.load, []
+    with monkeypatch.context() as patch:
+        patch.setattr(embedding, "read_rows", lambda stem, *columns: opened.append(stem) or read_rows(stem, *columns))
+        patch.setattr(contrast.tokenizer, "load", lambda path: opened.append(Path(path)) or read_tok(path))
+        patch.setattr(embedding, "interval", None)  # nobody would hear of it
+        train.main(
+            [*base, f"--out={run}", f"--eval_sts={file}", "--eval_every=2", "--save_every=2", "--keep=0", "--best_metric=-val/sts/spearman"]
+        )
+    assert opened.count(file) == opened.count(run) == 1  # at three evaluations
     train.main([*base, f"--out={tmp_path}/blind"])
     read = lambda out: [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]  # noqa: E731
     found = {row["step"]: row["val/sts/spearman"] for row in read(run) if "val/sts/spearman" in row}
@@ -260,7 +266,7 @@ def test_pairs_with_human_scores_choose_the_best_step(tmp_path, corpus, capsys, 
     assert not any("sts" in key for row in read(tmp_path / "decoder") for key in row)
     table = file.with_suffix(".csv")  # beside dev.jsonl: what was named is read
     table.write_text("sentence1,sentence2,score\na,b,1\nc,d,2.5\n")
-    assert [row["score"] for row in contrast.scored_pairs(SimpleNamespace(eval_sts=str(table)))] == [1, 2.5]
+    assert contrast.ranking(Config(objective="contrast", eval_sts=str(table))) and not contrast.ranking(Config(eval_sts="of no use here"))
     table.write_text("sentence1,sentence2,score\na,b,high\n")
     dies(lambda: train.main([*base, f"--eval_sts={table}"]), "dev.csv", "'high'; a score is a number")  # not at the first evaluation
     dies(lambda: train.main([*base, f"--eval_sts={tmp_path}/none.jsonl"]), "none.jsonl", "--eval_sts", "prepare.sts")

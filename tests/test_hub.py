@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import save_run
 from safetensors.torch import load_file, save_file
 
 import checkpoint
@@ -126,7 +127,7 @@ def test_a_model_of_ours_with_its_tokenizer(tmp_path):
     tok = tokenizer.load(tmp_path / "run")
     cfg = ModelConfig(vocab_size=tok.vocab_size, n_layer=2, n_head=4, n_kv_head=2, d_model=64, max_len=128, init_std=0.2, embed_rank=24)
     model = build(cfg).eval()
-    checkpoint.save(tmp_path / "run", 7, model, None, {"config": configurator.to_dict(cfg)}, keep=1)
+    save_run(tmp_path / "run", model, step=7)
     assert run("export", f"--ckpt={tmp_path / 'run'}", "--to=transformers", f"--out={tmp_path / 'out'}") == 0
     their = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     theirs_tok = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -142,8 +143,7 @@ def test_a_model_of_ours_with_its_tokenizer(tmp_path):
 def test_an_encoder_goes_out_without_its_mask_and_comes_back(tmp_path):
     cfg = ModelConfig(arch="encoder", vocab_size=257, n_layer=2, n_head=4, n_kv_head=2, d_model=32, head_dim=16, max_len=64, init_std=0.2)
     model = build(cfg).eval()
-    checkpoint.save(tmp_path / "run", 1, model, None, {"config": configurator.to_dict(cfg)}, keep=1)
-    tokenizer.load("bytes").save(tmp_path / "run" / "tokenizer")
+    save_run(tmp_path / "run", model, "bytes", step=1)
     for n, source in ((1, "run"), (2, "run2")):
         where = f"--ckpt={tmp_path / source}", f"--out={tmp_path / f'out{n}'}"
         assert run("export", *where, "--to=transformers", "--max_seq_length=64") == 0
@@ -205,7 +205,7 @@ def test_command_line_mistakes_end_in_one_line(tmp_path, capsys):
     assert "text.txt: no weights; name a folder" in refused(capsys, "import", f"--from={tmp_path / 'text.txt'}", "--out=x")
     assert "--to=onnx" in refused(capsys, "export", "--ckpt=x", "--to=onnx", "--out=y")
     cfg = ModelConfig(n_layer=2, n_head=2, d_model=32, act=("silu", "relu"))
-    checkpoint.save(tmp_path / "run", 0, build(cfg), None, {"config": configurator.to_dict(cfg)}, keep=1)
+    save_run(tmp_path / "run", build(cfg))
     assert "a run of prism already" in refused(capsys, "import", f"--from={tmp_path / 'run'}", "--out=x")
     args = ("export", f"--ckpt={tmp_path / 'run'}", "--to=transformers", f"--out={tmp_path / 'out'}")
     assert "one activation per layer" in refused(capsys, *args)
@@ -216,8 +216,7 @@ def test_command_line_mistakes_end_in_one_line(tmp_path, capsys):
 
 def test_a_run_without_tokenizer_json_is_exported_with_one(tmp_path):
     cfg = ModelConfig(n_layer=1, n_head=2, d_model=32)
-    checkpoint.save(tmp_path / "run", 0, build(cfg), None, {"config": configurator.to_dict(cfg)}, keep=1)
-    tokenizer.load("bytes").save(tmp_path / "run" / "tokenizer")
+    save_run(tmp_path / "run", build(cfg), "bytes")
     assert run("export", f"--ckpt={tmp_path / 'run'}", "--to=transformers", f"--out={tmp_path / 'out'}") == 0
     tok = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tok("héllo\n")["input_ids"] == tokenizer.load("bytes").encode("héllo\n") and tok.eos_token_id == 256
@@ -591,7 +590,7 @@ def test_polyglu_modeling_file_needs_nothing_of_ours(change, tmp_path):
         for p in model.parameters():
             p.add_(torch.randn(p.shape) * 0.2)
         model.embed.weight[77:] = 0
-    checkpoint.save(tmp_path / "run", 5, model, None, {"config": configurator.to_dict(cfg), "tau": 0.37}, keep=1)
+    save_run(tmp_path / "run", model, step=5, tau=0.37)
     model.tau.fill_(0.37)
     assert run("export", f"--ckpt={tmp_path / 'run'}", "--to=transformers", f"--out={tmp_path / 'out'}") == 0
     ids = torch.randint(77, (2, 19))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import save_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -255,8 +256,7 @@ def models(tmp_path_factory):
     for name, tok, width, heads in (("a", "bytes", 32, 2), ("b", str(root / "bpe"), 48, 3)):
         tok = tokenizer.load(tok)
         cfg = ModelConfig(vocab_size=tok.vocab_size, n_layer=2, n_head=heads, d_model=width, max_len=256, init_std=0.1, seed=len(name))
-        checkpoint.save(root / name, 0, build(cfg), None, {"config": configurator.to_dict(cfg), "tau": 1.0}, 1)
-        tok.save(str(root / name / "tokenizer"))
+        save_run(root / name, build(cfg), tok, tau=1.0)
     rows = [{"context": t, "question": "Where?", "answers": [a], "id": str(i)} for i, (t, a) in enumerate(zip(TEXTS, "abcde", strict=True))]
     write_rows(root / "qa.jsonl", rows)
     write_rows(root / "text.jsonl", [{"text": t * 2} for t in TEXTS[:2]])
@@ -408,7 +408,7 @@ def test_frozen_layers_are_read_where_they_lie(models, tmp_path, dies, monkeypat
     assert all(torch.equal(value, weights[name]) for name, value in third.state_dict().items() if name.startswith("encoder."))
     lm = lw.frozen(models / "a")
     lm.embed.weight.data[0, 0] += 1
-    checkpoint.save(tmp_path / "a", 0, lm, None, {"config": configurator.to_dict(lm.cfg), "tau": 1.0}, 1)
+    save_run(tmp_path / "a", lm, tau=1.0)
     (tmp_path / "a" / "tokenizer").symlink_to(models / "a" / "tokenizer")
     other = lw.build(SimpleNamespace(**vars(cfg) | {"latent_reader": str(tmp_path / "a")}))
     dies(lambda: checkpoint.put_weights(other, weights, tmp_path), "around other frozen models")
@@ -616,6 +616,10 @@ def test_train_resumes_to_the_bit_and_keeps_the_frozen_frozen(models, tmp_path, 
         lambda: checkpoint.put_weights(lw.Interlingua(SimpleNamespace(**other)), lw.read(tmp_path / "one")[1], "here"),
         "another architecture",
     )
+    saved, weights = lw.read(tmp_path / "one")
+    for key, was, value in (("adapter_hidden", 0, 9), ("latent_private", 2, 1), ("adapter", "mlp", "linear")):  # no tensor's name alone
+        edited = lw.build(configurator.from_dict(train.Config, saved["config"] | {key: value, "wire_slots": [2, 4]}))
+        dies(lambda: checkpoint.put_weights(edited, weights, tmp_path / "one/x", saved), f"{key}={value}, but", f"set --{key}={was},")
     size, texts = lw.answers(model, TEXTS[0], "Where?", bits=4, max_new_tokens=4)
     assert size == 16 + 4 + 20 and len(texts) == 2
     third = dict(latent_from=str(tmp_path / "one"), lms=(str(models / "b"),), latent_reader=str(models / "a"))

@@ -101,12 +101,10 @@ def test_ultra_curriculum_by_steps():
     assert halves.total == plan.total and halves(0).micro_tokens == 2048 and halves(0).accum == 8
 
 
-def test_rows_are_those_of_a_micro_batch_and_divide_over_the_processes(capsys):
+def test_rows_are_those_of_a_micro_batch_and_divide_over_the_processes(dies):
     cfg = Config(stages=({"start": 0, "rows": 6, "accum": 4},), max_steps=9)
     assert Plan(cfg, 2).table().splitlines()[1].split()[:4] == ["0", "256", "6", "4"]
-    with pytest.raises(SystemExit):
-        Plan(cfg, 4)  # no micro_tokens could mend it: `rows` says what they are
-    assert "rows=6 do not divide over 4 processes" in capsys.readouterr().err
+    dies(lambda: Plan(cfg, 4), "rows=6 do not divide over 4 processes")  # no micro_tokens could mend it: `rows` says what they are
 
 
 def test_mult_moves_linearly_over_a_stage_warmup():

@@ -436,7 +436,7 @@ def test_parts_are_unpacked_beside_their_place(tmp_path, monkeypatch):
     assert (tmp_path / "mine" / "file.txt").read_text() == "text"
 
 
-def test_wrong_arguments_end_in_one_line(tmp_path, capsys):
+def test_wrong_arguments_end_in_one_line(tmp_path, dies):
     corpus(tmp_path / "a.jsonl")
     (tmp_path / "b.jsonl.zst").write_bytes(b"packed")
     (tmp_path / "t.txt").write_text("a€b€c")
@@ -448,9 +448,7 @@ def test_wrong_arguments_end_in_one_line(tmp_path, capsys):
         [f"from={tmp_path}/a.jsonl", "out=x", "separator=;"], [f"from={tmp_path}/t.txt", "out=x", "text_field=body"],
         [f"from={tmp_path}/t.txt", "out=x", "split=train"], [f"from={tmp_path}/t.txt", "out=x", "val=0.1", f"val_from={tmp_path}/a.jsonl"],
     ]:  # fmt: skip
-        with pytest.raises(SystemExit) as stop:
-            run(*bad)
-        assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1, bad
+        dies(lambda: run(*bad))
     for sign in ("€", "\\u20ac"):
         run(f"from={tmp_path}/t.txt", f"out={tmp_path}/{len(sign)}", f"separator={sign}", "val=0", "workers=1")
         assert read(tmp_path / str(len(sign)), "train") == ["a", "b", "c"]

@@ -8,6 +8,7 @@ import subprocess
 from types import SimpleNamespace
 
 import pytest
+from conftest import save_run
 
 from eval import report
 
@@ -93,8 +94,6 @@ def test_what_was_measured_once_is_a_number_and_no_picture_of_a_dot(tmp_path):
 
 
 def test_samples_of_a_real_checkpoint(tmp_path):
-    import checkpoint
-    import configurator
     import tokenizer
     from model import ModelConfig, build
 
@@ -103,7 +102,7 @@ def test_samples_of_a_real_checkpoint(tmp_path):
     texts = []
     for arch in ("encoder", "decoder"):
         cfg = ModelConfig(arch=arch, n_layer=1, n_head=2, d_model=16, max_len=32)
-        checkpoint.save(folder, 60, build(cfg), None, {"config": configurator.to_dict(cfg)}, keep=1)
+        save_run(folder, build(cfg), step=60)
         report.main([f"--run={folder}", "--prompts=a<b|def", "--samples=2", "--max_new_tokens=5"])
         texts.append((folder / "report.html").read_text())
     assert "an encoder writes no text" in texts[0] and "<b class=drawn>" not in texts[0]
@@ -142,14 +141,11 @@ def test_an_encoder_decoder_s_counts_and_shares_lie_apart_and_pairs_are_no_token
         assert f"nats per {unit}" in base64.b64decode(first).decode() and "<h2>Samples" not in (folder / "report.html").read_text()
 
 
-def test_mistakes_end_in_one_line(tmp_path, capsys):
+def test_mistakes_end_in_one_line(tmp_path, dies):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "metrics.jsonl").write_text("")
     for args, word in (([f"--run={tmp_path / 'gone'}"], "metrics.jsonl"), ([f"--run={tmp_path / 'empty'}"], "is empty"), ([], "--run")):
-        with pytest.raises(SystemExit) as end:
-            report.main(args)
-        err = capsys.readouterr().err
-        assert end.value.code == 2 and word in err and err.count("\n") == 1
+        dies(lambda: report.main(args), word)
 
 
 def browser():

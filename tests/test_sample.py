@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import save_run
 
 import beams
 import checkpoint
-import configurator
 import lean
 import native
 import sample
@@ -380,8 +380,7 @@ def test_encdec_never_draws_reserved_ids():
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     model = tiny()
-    checkpoint.save(folder, 3, model, None, {"config": configurator.to_dict(model.cfg)}, keep=1)
-    BYTES.save(folder / "tokenizer")
+    save_run(folder, model, BYTES, step=3)
     return folder
 
 
@@ -423,8 +422,7 @@ def test_command_line(run, monkeypatch, capsys):
     code, out, err = call(monkeypatch, capsys, *fixed, f"--prompt={'a' * 90}")
     assert code == 0 and "; no more than 6 tokens fit in max_len=96" in err
     model = tiny(ffn="polyglu", gate="sequence", allow_noncausal=True)
-    checkpoint.save(run.parent / "future", 0, model, None, {"config": configurator.to_dict(model.cfg)}, keep=1)
-    BYTES.save(run.parent / "future" / "tokenizer")
+    save_run(run.parent / "future", model, BYTES)
     code, out, err = call(monkeypatch, capsys, f"--ckpt={run.parent / 'future'}", "--prompt=a", "--beams=2", "--temperature=0")
     assert code == 2 and not out and err.startswith("--beams=2 needs a cache")
 
@@ -432,8 +430,7 @@ def test_command_line(run, monkeypatch, capsys):
 def test_gates_at_another_temperature_and_hard(run, monkeypatch, capsys):
     model = tiny(ffn="polyglu", gate_noise=False)
     model.tau.fill_(0.7)
-    checkpoint.save(run.parent / "poly", 0, model, None, {"config": configurator.to_dict(model.cfg), "tau": 0.7}, keep=1)
-    BYTES.save(run.parent / "poly" / "tokenizer")
+    save_run(run.parent / "poly", model, BYTES, tau=0.7)
     texts = {}
     for tau, option in ((0.7, ()), (5.0, ("--tau=5",)), (1e-6, ("--gate_hard",))):
         model.tau.fill_(tau)
@@ -441,8 +438,7 @@ def test_gates_at_another_temperature_and_hard(run, monkeypatch, capsys):
         args = (f"--ckpt={run.parent / 'poly'}", "--dtype=float32", "--device=cpu", "--max_new_tokens=40", "--temperature=0", "--prompt=ab")
         assert call(monkeypatch, capsys, *args, *option)[1] == texts[tau] + "\n"
     assert len(set(texts.values())) == 3
-    checkpoint.save(run.parent / "reader", 0, reader := tiny(arch="encoder"), None, {"config": configurator.to_dict(reader.cfg)}, keep=1)
-    BYTES.save(run.parent / "reader" / "tokenizer")
+    save_run(run.parent / "reader", tiny(arch="encoder"), BYTES)
     code, out, err = call(monkeypatch, capsys, f"--ckpt={run.parent / 'reader'}", "--prompt=ab")
     assert code == 2 and not out and "an encoder writes no text" in err
     for option in ("--tau=2", "--gate_hard"):
@@ -455,7 +451,7 @@ def test_chat_in_the_terminal(run, chatty, monkeypatch, capsys):
 
     shutil.copytree(run, chatty / "run", dirs_exist_ok=True, symlinks=True)
     model = tiny(vocab_size=260)
-    checkpoint.save(chatty / "run2", 0, model, None, {"config": configurator.to_dict(model.cfg)}, keep=1)
+    save_run(chatty / "run2", model)
     shutil.copytree(chatty, chatty / "run2" / "tokenizer", ignore=lambda d, names: [n for n in names if n.startswith("run")])
     code, out, _ = call(monkeypatch, capsys, f"--ckpt={chatty / 'run2'}", "--chat", "--max_new_tokens=4", stdin="hello\n\nagain\n")
     assert code == 0 and out.count("> ") == 4

@@ -1,5 +1,6 @@
 """Every setting does something: it is read, a test touches it, and where it could do nothing (needs.py) it is refused or named."""
 
+import itertools
 import json
 import math
 import os
@@ -56,6 +57,11 @@ def test_numbers_that_no_run_can_have_are_refused(dies):
     rows = ({"rows": 0}, {"clip": -1.0}, {"clip": math.nan}, {"mult": -1.0}, {"warmup": -3}, {"seq_len": "a"})
     for key, value in (*impossible.items(), *pairs, *(("stages", ({"seq_len": 64}, row)) for row in rows)):
         dies(lambda: needs.possible(Config(**{"mix": {"a": 1.0}, "mix_end": {"a": 1.0}} | {key: value})), key)
+    sizes = "vocab_size n_layer n_head d_model d_ff head_dim max_len seq_len tokens_per_step micro_tokens contrast_pairs latent_len"
+    for key, value in itertools.product(sizes.split(), (1 << 40, 1 << 50)):  # which would be planned and built for hours
+        dies(lambda: needs.possible(Config(**{key: value})), f"{key}={value} must be", "or less")
+    for size in (dict(rows=1 << 24, accum=1 << 24), dict(seq_len=1 << 20, rows=1 << 10)):
+        dies(lambda: needs.possible(Config(stages=({"start": 0, **size},))), "stages[0]: in all tokens_per_step=", "67,108,864 or less")
     for file in ROOT.glob("config/*.py"):
         if not re.search("^(fp8_table|sweep)", file.name):
             needs.possible(configurator.load(Config, [str(file)])[0])
@@ -261,7 +267,8 @@ def test_a_run_without_a_folder_is_refused(dies):
 
 
 def test_rows_of_the_vocabulary_that_no_token_has_are_named(corpus):
-    assert needs.idle(Config(data=corpus, vocab_size=257 + needs.SPARE)) == ""
-    cfg = Config(data={"a": corpus}, vocab_size=8192)
-    assert needs.idle(cfg, ["--vocab_size=8192"]) == "vocab_size (needs a tokenizer of more than 257 ids)"  # no reason to stop
-    assert needs.idle(Config(data=corpus, vocab_size=361 + needs.SPARE, arch="encdec", objective="denoise")) == ""  # modes and sentinels
+    named = lambda *argv, **keys: needs.idle(cfg := Config(**keys), argv, train.check_vocabulary(cfg)["vocab_size"])  # noqa: E731
+    assert named(data=corpus, vocab_size=257 + needs.SPARE) == ""
+    found = named("--vocab_size=8192", data={"a": corpus}, vocab_size=8192)
+    assert found == "vocab_size (needs a tokenizer of more than 257 ids)"  # no reason to stop
+    assert named(data=corpus, vocab_size=361 + needs.SPARE, arch="encdec", objective="denoise") == ""  # modes and sentinels

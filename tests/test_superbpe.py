@@ -9,10 +9,10 @@ import re
 import numpy as np
 import pytest
 import torch
+from conftest import save_run
 from test_tokenizer import MARKED, real, unicode_strings
 
 import checkpoint
-import configurator
 import tokenizer
 from model import ModelConfig, build
 from prepare import compare, superbpe, val
@@ -94,11 +94,10 @@ def test_allowed():
     assert superbpe.allowed("aĠbĠcĠd") and superbpe.allowed("Ġinch:") and not superbpe.allowed("aĠbĠcĊdĠe") and not superbpe.allowed("a:Ġb")
 
 
-def test_too_little_text_or_wrong_sizes_end_in_one_line(trained, capsys):
+def test_too_little_text_or_wrong_sizes_end_in_one_line(trained, dies):
     for vocab, transition in (60_000, 10_000), (400, 500), (300, 100), (9_000, 400):
-        with pytest.raises(SystemExit) as stop:
-            superbpe.main([f"--from={trained}/text.jsonl", f"--out={trained}/no", f"--vocab={vocab}", f"--transition={transition}"])
-        assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+        argv = [f"--from={trained}/text.jsonl", f"--out={trained}/no", f"--vocab={vocab}", f"--transition={transition}"]
+        dies(lambda: superbpe.main(argv))
 
 
 def test_compare_adds_up(trained, capsys):
@@ -120,8 +119,7 @@ def test_a_run_in_the_comparison_is_asked_for_its_bits(tmp_path, capsys, dies):
     (tmp_path / "words.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     for name, more in (("run", {}), ("future", {"ffn": "polyglu", "gate": "sequence", "allow_noncausal": True})):
         model = build(ModelConfig(vocab_size=257, n_layer=1, n_head=2, d_model=16, init_std=0.5, **more)).eval()
-        checkpoint.save(tmp_path / name, 1, model, None, {"config": configurator.to_dict(model.cfg)}, keep=1)
-        tokenizer.load("bytes").save(tmp_path / name / "tokenizer")
+        save_run(tmp_path / name, model, "bytes", step=1)
     model, _ = checkpoint.load(tmp_path / "run")
     nats = 0.0
     for text in texts:
@@ -135,7 +133,7 @@ def test_a_run_in_the_comparison_is_asked_for_its_bits(tmp_path, capsys, dies):
     dies(lambda: compare.main([f"--tokenizers={tmp_path}/future", f"--texts={tmp_path}/words.jsonl"]), "future", "likelihood")
 
 
-def test_compare_halves_one_document_and_keeps_every_file(trained, tmp_path, capsys):
+def test_compare_halves_one_document_and_keeps_every_file(trained, tmp_path, dies):
     lines = [f"the cat number {i % 7} sat on the mat\n" for i in range(500)]
     for name, text in (("my_code.txt", "".join(lines)), ("my_sums.txt", "".join(lines[::-1])), ("more.txt", "".join(lines))):
         (tmp_path / name).write_text(text)
@@ -145,9 +143,7 @@ def test_compare_halves_one_document_and_keeps_every_file(trained, tmp_path, cap
     assert all(row["unigram_bits_per_byte"] < 5 and row["round_trip"] == 1 for row in found["more"]["rows"])  # not the 8 of knowing nothing
     for name, text in (("empty.txt", ""), ("one.txt", "a line")):
         (tmp_path / name).write_text(text)
-        with pytest.raises(SystemExit):
-            compare.main(["--tokenizers=bytes", f"--texts={tmp_path}/{name}", "--max_docs=1"])
-        assert capsys.readouterr().err.count("\n") == 1
+        dies(lambda: compare.main(["--tokenizers=bytes", f"--texts={tmp_path}/{name}", "--max_docs=1"]))
 
 
 def test_max_bytes_counts_bytes(tmp_path):

@@ -14,6 +14,7 @@
 #endif
 
 #define TILE 512 /* numbers converted at a time: small enough for the first cache */
+#define AHEAD 128 /* vectors of a weight asked of the memory before they are multiplied: it takes that long to answer */
 #define INLINE inline __attribute__((always_inline))
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
@@ -340,7 +341,8 @@ static INLINE Lanes multiply(Lanes sum, uint32_t x, Pairs w) {
 static INLINE void product(const int rows, const int squeezed, int64_t pairs, const uint32_t *x, const Pairs *w, const Lanes *scale,
                            float *y, int64_t out, int64_t first) {
     Lanes sum[8][2] = {0};
-    for (int64_t i = 0; i < pairs; i += 2, w += squeezed ? 3 : 4)
+    for (int64_t i = 0; i < pairs; i += 2, w += squeezed ? 3 : 4) {
+        for (int n = 0; n < 3 && squeezed; n++) __builtin_prefetch(w + n + AHEAD);
 #pragma GCC unroll 4
         for (int n = 0; n < 4 && i + n / 2 < pairs; n++) {
             Pairs number = w[squeezed ? n / 2 : n], power = w[2];
@@ -352,6 +354,7 @@ static INLINE void product(const int rows, const int squeezed, int64_t pairs, co
 #pragma GCC unroll 8
             for (int r = 0; r < rows; r++) sum[r][n % 2] = multiply(sum[r][n % 2], x[r * pairs + i + n / 2], number);
         }
+    }
     for (int r = 0; r < rows; r++) {
         if (squeezed) sum[r][0] *= scale[0], sum[r][1] *= scale[1];
         memcpy(y + r * out + first, sum[r], MIN(32, out - first) * sizeof(float));
@@ -394,7 +397,7 @@ void squeeze(int half, int threads, int64_t in, int64_t out, int64_t bytes, cons
                 if (!(row[i] & 0x7fff)) continue;
                 if (power < 1 || power > 15) {
                     int32_t n = b.strays[0]++;
-                    if (n < b.most) load(b.value + n, row, i, 1, 1), b.place[n] = l * in + i;
+                    if (n < b.most) load(b.value + n, row, i, 1, 1), b.place[n] = 32 * i + l;
                     continue;
                 }
                 uint16_t *at = b.halves + i / 4 * 96 + l % 16 * 2 + i % 2;
@@ -409,10 +412,21 @@ void squeeze(int half, int threads, int64_t in, int64_t out, int64_t bytes, cons
     }
 }
 
-/* y (rows, out) = x (rows, in) w^T in fp32, x rounded to bf16, at most 8 rows; w as `squeeze` packs it */
+/* Not inlined: in the loops of its caller a compiler runs out of registers for the sums. */
+static __attribute__((noinline)) void up_to_eight(int64_t rows, int64_t pairs, const uint32_t *x, const Block *b, float *y, int64_t out,
+                                                  int64_t first) {
+    switch (rows) {
+#define CASE(n) case n: product(n, 1, pairs, x, (Pairs *)b->halves, b->scale, y, out, first); break;
+        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
+    }
+}
+
+/* y (rows, out) = x (rows, in) w^T in fp32, x rounded to bf16; w as `squeeze` packs it. A block is read once, then multiplied by eight rows
+   at a time out of the first caches. */
 void linear_few(int half, int threads, int64_t rows, int64_t in, int64_t out, int64_t bytes, const float *x, const void *w, float *y) {
     int64_t pairs = (in + 3) / 4 * 2;
     uint32_t rounded[rows * pairs];
+    PARALLEL(rows *in)
     for (int64_t r = 0; r < rows; r++) {
         float scaled[2 * pairs]; /* 2^64 times as large, exactly, so that neither they nor the weights come near the ends of their range */
         for (int64_t i = 0; i < 2 * pairs; i++) scaled[i] = i < in ? x[r * in + i] * 0x1p64f : 0;
@@ -421,16 +435,15 @@ void linear_few(int half, int threads, int64_t rows, int64_t in, int64_t out, in
     PARALLEL(in *out)
     for (int64_t first = 0; first < out; first += 32) {
         Block b = squeezed_block(w, bytes, first, in);
-        switch (rows) {
-#define CASE(n) case n: product(n, 1, pairs, rounded, (Pairs *)b.halves, b.scale, y, out, first); break;
-            CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
-        }
-        for (int64_t n = 0; n < b.strays[0]; n++)
+        for (int64_t r = 0; r < rows; r += 8) up_to_eight(MIN(8, rows - r), pairs, rounded + r * pairs, &b, y + r * out, out, first);
+        for (int64_t n = 0; n < b.strays[0]; n++) {
+            const uint16_t *input = (uint16_t *)rounded + b.place[n] / 32;
+            float *sum = y + first + b.place[n] % 32;
             for (int64_t r = 0; r < rows; r++) {
-                float input;
-                load(&input, rounded, 2 * r * pairs + b.place[n] % in, 1, 1);
-                y[r * out + first + b.place[n] / in] += b.value[n] * (input * 0x1p-64f);
+                union { uint32_t bits; float value; } wide = {(uint32_t)input[2 * r * pairs] << 16};
+                sum[r * out] += b.value[n] * (wide.value * 0x1p-64f);
             }
+        }
     }
 }
 

@@ -143,7 +143,7 @@ def test_an_edit_reaches_every_path(edit, dtype, way, monkeypatch):
         return M.Embedder(model, SimpleNamespace(eos_id=0, special={}), normalize=False)(M.flat(ids.tolist()))[1]
 
     def same(got, want):
-        assert (got - want).norm() < (1e-5 if dtype == torch.float32 else 0.05) * want.norm()
+        assert (got - want).norm() < (1e-5 if dtype == torch.float32 else 0.1) * want.norm()
 
     with monkeypatch.context() as patch:
         untouched = fresh().logits(ids).detach()

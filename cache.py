@@ -67,8 +67,9 @@ class Cache:
         """What Packed.attend is in training. Which keys are seen is said in `begin`; where it says no mask, one query sees all."""
         layer, (rows, width), groups = attn.layer, self.pos.shape, k.shape[1]
         plain = self.mask is None or (self.mask.dtype == torch.bool and self.mask.shape[1] == 1)  # as `begin` makes it
-        if width == 1 and plain and decode_triton.attends(q, k):
-            return self.attend_one(layer, q, k, v)
+        for way in (decode_triton, lean) if width == 1 and plain else ():
+            if way.attends(q, self.k[layer]):
+                return self.attend_one(way, layer, q, k, v).to(self.out)
         if width == 1:  # the queries of one key head as its rows: no key is read twice
             q, k, v = q.view(rows, groups, -1, q.shape[-1]), k.unsqueeze(2), v.unsqueeze(2)
         else:
@@ -82,20 +83,18 @@ class Cache:
         k, v = self.seen[0][layer], self.seen[1][layer]
         if self.enc is not None:
             k, v = (torch.cat((e, own), dim=2) for e, own in zip(self.enc[layer], (k, v), strict=True))
-        if width == 1 and self.mask is None and self.enc is None and lean.attends(q, k):
-            return lean.attend_one(q.float(), k, v).flatten(1, 2).to(self.out)
         causal = self.mask is None and width > 1
         y = F.scaled_dot_product_attention(q, k, v, self.mask, is_causal=causal, enable_gqa=q.shape[1] != groups)
         return (y.flatten(1, 2) if width == 1 else y.transpose(1, 2).flatten(0, 1)).to(self.out)
 
-    def attend_one(self, layer, q, k, v):
-        """One token of each row on a GPU, whose own key and value the kernel adds to the cache."""
+    def attend_one(self, way, layer, q, k, v):
+        """One token of each row, whose own key and value the kernel adds to the cache."""
         mask, first, before = self.mask, 0, None
         if self.enc is not None:
             first = self.enc_mask.shape[-1]
             before = (*self.enc[layer], mask[:, 0, 0, :first])
         mask = mask if mask is None else mask[:, 0, 0, first:]
-        return decode_triton.attend_one(q, k, v, self.seen[0][layer], self.seen[1][layer], self.pos, mask, before)
+        return way.attend_one(q, k, v, self.seen[0][layer], self.seen[1][layer], self.pos, mask, before)
 
     def pool(self, ffn, p):
         rows, width = self.pos.shape

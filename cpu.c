@@ -458,38 +458,58 @@ static INLINE Lanes fold(Lanes a, Lanes b) {
 #endif
 }
 
-/* One query of each of `share` heads (B, G, share, E) over the keys and values of its group, k and v (B, G, keys, E) in fp32, their
-   strides batch and head, a key behind the other, E a multiple of 16. Sixteen keys at a time: a sum across a vector costs more than its
-   products. */
-void attend_one(int half, int threads, int64_t B, int64_t G, int64_t share, int64_t keys, int64_t E, int64_t batch, int64_t head,
-                const float *q, const float *k, const float *v, float *y) {
-    typedef float Loose __attribute__((vector_size(64), aligned(4)));
-    PARALLEL(B *G *share *keys *E)
-    for (int64_t h = 0; h < B * G * share; h++) {
-        const float *key = k + h / share / G * batch + h / share % G * head, *value = v + (key - k);
-        float score[keys + 16], top = -INFINITY, sum = 0, scale = 1 / sqrtf(E);
-        for (int64_t first = 0; first < keys; first += 16) {
-            Lanes dots[16] = {0};
-            for (int64_t e = 0; e < E; e += 16)
+typedef float Loose __attribute__((vector_size(64), aligned(4)));
+
+/* score (n, up to 15 more) = q key^T of n keys behind one another, E a multiple of 16; sixteen at a time, for a sum across a vector costs
+   more than its products */
+static void dots(const float *q, const float *key, int64_t n, int64_t E, float *score) {
+    for (int64_t first = 0; first < n; first += 16) {
+        Lanes sum[16] = {0};
+        for (int64_t e = 0; e < E; e += 16)
 #pragma GCC unroll 16
-                for (int i = 0; i < 16; i++) /* past the last key that one again */
-                    dots[i] += *(Loose *)(q + h * E + e) * *(Loose *)(key + MIN(first + i, keys - 1) * E + e);
-            for (int n = 16; n > 1; n /= 2)
-                for (int i = 0; i < n / 2; i++) dots[i] = fold(dots[2 * i], dots[2 * i + 1]);
-            memcpy(score + first, dots, sizeof(Lanes));
-        }
+            for (int i = 0; i < 16; i++) sum[i] += *(Loose *)(q + e) * *(Loose *)(key + MIN(first + i, n - 1) * E + e); /* or the last again */
+        for (int many = 16; many > 1; many /= 2)
+            for (int i = 0; i < many / 2; i++) sum[i] = fold(sum[2 * i], sum[2 * i + 1]);
+        memcpy(score + first, sum, sizeof(Lanes));
+    }
+}
+
+/* sixteen numbers of p value, value (n, E) */
+static INLINE Lanes mixture(const float *p, const float *value, int64_t n, int64_t E) {
+    Lanes sum[4] = {0};
+    int64_t i = 0;
+    for (; i + 4 <= n; i += 4)
+        for (int j = 0; j < 4; j++) sum[j] += p[i + j] * *(Loose *)(value + (i + j) * E);
+    for (; i < n; i++) sum[0] += p[i] * *(Loose *)(value + i * E);
+    return sum[0] + sum[1] + sum[2] + sum[3];
+}
+
+/* A token of each row: its queries (B, G share, E) over the keys of an encoder (B, G, S, E), if there is one, the first pos[b] of the cache
+   (B, G, room, E) and its own, which is put behind those. All in fp32, each by its strides: of a row (q, k, v); of batch and head, a key
+   behind the other. Masks (B, S) and (B, room), if given: what is seen of them. */
+void attend_one(int half, int threads, int64_t B, int64_t G, int64_t share, int64_t E, int64_t S, int64_t room, int64_t q_row, int64_t k_row,
+                int64_t v_row, int64_t batch, int64_t head, int64_t other_batch, int64_t other_head, int64_t mask_row, const float *q,
+                const float *k, const float *v, const int64_t *pos, float *keys, float *values, const uint8_t *mask, const float *other_keys,
+                const float *other_values, const uint8_t *other_mask, float *y) {
+    for (int64_t i = 0; i < B * G; i++) {
+        int64_t b = i / G, g = i % G, to = b * batch + g * head + pos[b] * E;
+        memcpy(keys + to, k + b * k_row + g * E, E * sizeof(float)), memcpy(values + to, v + b * v_row + g * E, E * sizeof(float));
+    }
+    PARALLEL(B *G *share *(S + room) * E)
+    for (int64_t h = 0; h < B * G * share; h++) {
+        int64_t b = h / share / G, g = h / share % G, n = pos[b] + 1, own = b * batch + g * head, other = b * other_batch + g * other_head;
+        const float *query = q + b * q_row + h % (G * share) * E;
+        float p[S + n + 16], top = -INFINITY, sum = 0, scale = 1 / sqrtf(E);
+        dots(query, other_keys + other, S, E, p);
+        dots(query, keys + own, n, E, p + S);
+        for (int64_t i = 0; other_mask && i < S; i++) p[i] = other_mask[b * mask_row + i] ? p[i] : -INFINITY;
+        for (int64_t i = 0; mask && i < n; i++) p[S + i] = mask[b * mask_row + i] ? p[S + i] : -INFINITY;
 #pragma omp simd reduction(max : top)
-        for (int64_t i = 0; i < keys; i++) top = MAX(top, score[i]);
+        for (int64_t i = 0; i < S + n; i++) top = MAX(top, p[i]);
 #pragma omp simd reduction(+ : sum)
-        for (int64_t i = 0; i < keys; i++) sum += score[i] = exp_((score[i] - top) * scale);
-        for (int64_t e = 0; e < E; e += 16) {
-            Lanes out[4] = {0};
-            int64_t i = 0;
-            for (; i + 4 <= keys; i += 4)
-                for (int j = 0; j < 4; j++) out[j] += score[i + j] * *(Loose *)(value + (i + j) * E + e);
-            for (; i < keys; i++) out[0] += score[i] * *(Loose *)(value + i * E + e);
-            *(Loose *)(y + h * E + e) = (out[0] + out[1] + out[2] + out[3]) / sum;
-        }
+        for (int64_t i = 0; i < S + n; i++) sum += p[i] = exp_((p[i] - top) * scale);
+        for (int64_t e = 0; e < E; e += 16)
+            *(Loose *)(y + h * E + e) = (mixture(p, other_values + other + e, S, E) + mixture(p + S, values + own + e, n, E)) / sum;
     }
 }
 

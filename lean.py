@@ -59,13 +59,17 @@ def in_place_of(plain, linear, rows):
     return lambda x, w, b: fast(x) if w is weight and b is bias else plain(x, w, b)
 
 
-def attends(q, k):
-    """Whether attend_one takes this query and these keys."""
-    return q.shape[-1] % 16 == 0 and k.dtype == torch.float32 and native.fits(q)
+def attends(q, keys):
+    """Whether attend_one takes these queries (B, H, E) and keys that are kept (B, G, K, E)."""
+    return q.shape[-1] % 16 == 0 and keys.dtype == torch.float32 and native.fits(q)
 
 
-def attend_one(q, k, v):
-    """One query of each head, q (B, G, share, E), over keys and values (B, G, K, E) in fp32."""
-    (batch, groups, share, width), y = q.shape, torch.empty_like(q, memory_format=torch.contiguous_format)
-    native.call("attend_one", q, batch, groups, share, k.shape[2], width, *k.stride()[:2], q.contiguous(), k, v, y)
+def attend_one(q, k, v, keys, values, pos, mask=None, before=None):
+    """What decode_triton.attend_one is on a GPU, in fp32."""
+    (rows, heads, width), groups = q.shape, k.shape[1]
+    q, k, v = (t if t.stride()[1:] == (width, 1) else t.contiguous() for t in (q.float(), k.float(), v.float()))
+    y, share, places, (*other, seen) = torch.empty(rows, heads, width), heads // groups, keys.shape[2], before or (None,) * 3
+    size, strides = (0, (0, 0)) if before is None else (other[0].shape[2], other[0].stride()[:2])
+    strides = *(t.stride(0) for t in (q, k, v)), *keys.stride()[:2], *strides, 0 if mask is None else mask.stride(0)
+    native.call("attend_one", q, rows, groups, share, width, size, places, *strides, q, k, v, pos, keys, values, mask, *other, seen, y)
     return y

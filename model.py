@@ -535,9 +535,9 @@ class Transformer(nn.Module):
         for block in self.decoder.blocks:
             padded = []
             for t in block.attn.encoder_keys(hidden, rope):  # (N, G, E)
-                rect = t.new_zeros(len(lengths), batch["max_len"], *t.shape[1:])
-                rect[row, batch["pos"]] = t
-                padded.append(rect.transpose(1, 2))
+                rect = t.new_zeros(len(lengths), t.shape[1], batch["max_len"], t.shape[2], dtype=cache.dtype)
+                rect[row, :, batch["pos"]] = t.to(cache.dtype)
+                padded.append(rect)
             cache.enc.append(padded)
 
     @torch.no_grad()

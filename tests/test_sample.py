@@ -141,16 +141,30 @@ def test_twelve_bits_of_a_weight_hold_all_sixteen():
 
 
 @pytest.mark.skipif(native.compiled()[0] is None, reason="no cpu.c here")
-@pytest.mark.parametrize(("keys", "width"), [(1, 16), (37, 48), (40, 64)])
-def test_attention_of_one_query_against_float64(keys, width):
+@pytest.mark.parametrize(("room", "width"), [(1, 16), (37, 48), (40, 64)])
+@pytest.mark.parametrize("others", [0, 21])
+def test_attention_of_one_query_against_float64(room, width, others):
     g = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(size, generator=g) for size in ((2, 3, 5, width), (2, 3, 40, width), (2, 3, 40, width)))
-    k, v = (30 * k)[:, :, :keys], v[:, :, :keys]  # a view of a longer cache, scores that overflow
-    want = (q.double() @ k.double().mT / width**0.5).softmax(-1) @ v.double()
-    strided = torch.cat((q, q), -1)[..., :width]
-    assert lean.attends(q, k) and not lean.attends(q[..., :8], k[..., :8])
-    for given in (q, strided):
-        torch.testing.assert_close(lean.attend_one(given, k, v).double(), want, rtol=1e-4, atol=1e-4)
+    q, k, v, keys, values, *other = (
+        torch.randn(size, generator=g)
+        for size in ((2, 15, width), *[(2, 3, width)] * 2, *[(2, 3, 40, width)] * 2, *[(2, 3, others, width)] * 2)
+    )
+    keys, pos, strided = 30 * keys, torch.tensor([[room - 1], [room // 2]]), torch.cat((q, q), 1)[:, :15]  # scores that overflow
+    shown, seen = torch.rand(2, others + room, generator=g) < 0.5, torch.arange(room) <= pos
+    mask = torch.cat((shown[:, :others], seen & (shown[:, others:] | (torch.arange(room) == pos))), 1)
+    assert lean.attends(q, keys) and not lean.attends(q[..., :8], keys[..., :8])
+    for given, hidden in ((q, False), (strided, True)):
+        kept = [t.clone() for t in (keys, values)]
+        for t, new in zip(kept, (k, v), strict=True):
+            t[torch.arange(2), :, pos[:, 0]] = new
+        wide = [torch.cat((o, t[:, :, :room]), 2).double() for o, t in zip(other, kept, strict=True)]
+        visible = mask if hidden else torch.cat((torch.ones(2, others, dtype=torch.bool), seen), 1)
+        want = F.scaled_dot_product_attention(given[:, :, None].double(), *wide, visible[:, None, None], enable_gqa=True)[:, :, 0]
+        mine, masks = [t.clone() for t in (keys, values)], (mask[:, :others], mask[:, others:]) if hidden else (None, None)
+        before = (*other, masks[0]) if others else None
+        got = lean.attend_one(given, k, v, *(t[:, :, :room] for t in mine), pos, masks[1], before)
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
+        assert all(map(torch.equal, mine, kept))  # its own key and value lie where they belong, and nothing else has changed
 
 
 def test_a_row_depends_on_its_seed_and_sample_only():

@@ -9,6 +9,7 @@ A quarter of an hour of one core; LOG.md has what 28 of the 50 steps are worth. 
 out = "out/encdec_smollm2"
 arch, objective, mixture = "encdec", "denoise", "recommended"
 vocab_size = 49_152 + 4 + 100
+eos_id = 0  # <|endoftext|>, as in README's table; the release's own, <|im_end|> (2), was no better (LOG.md)
 n_layer, n_head, n_kv_head, d_model, d_ff = 30, 9, 3, 576, 1536
 qk_norm, norm_eps, rope_theta, max_len = False, 1e-5, 1e5, 8192
 max_enc, max_dec = 128, 64

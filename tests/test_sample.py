@@ -124,6 +124,14 @@ def test_products_of_a_few_rows_against_float64(rows, ins, outs):
 
 
 @pytest.mark.skipif(native.compiled()[0] is None, reason="no cpu.c here")
+def test_what_the_stack_has_no_room_for_goes_to_torch(monkeypatch):
+    product = lean.laid_out(torch.ones(3, 70_000, dtype=torch.bfloat16), 1)
+    assert product(torch.ones(2, 70_000)).tolist() == [[70_000] * 3] * 2
+    monkeypatch.setattr(native, "call", None)  # it would end the process, for 64 rows of these are 9 MB
+    assert product(torch.zeros(64, 70_000)).shape == (64, 3)
+
+
+@pytest.mark.skipif(native.compiled()[0] is None, reason="no cpu.c here")
 def test_twelve_bits_of_a_weight_hold_all_sixteen():
     outs, ins = 40, 768
     weight = torch.randn(outs, ins, generator=torch.Generator().manual_seed(0)) * torch.logspace(-30, 15, outs)[:, None]

@@ -161,9 +161,11 @@ def enough_memory(cfg, row, saved=False):
         else:
             lengths = {stage.get("seq_len", cfg.seq_len) for stage in cfg.stages} | {row.seq_len} if cfg.objective != "denoise" else {1}
             total, half = row.micro_tokens * row.accum, row.micro_tokens // 2
-            fits = next((n for n in range(half, 0, -1) if total % n == 0 and not any(n % length for length in lengths)), 0)
+            least = cfg.max_enc + cfg.max_dec if cfg.objective == "denoise" else 0  # what a pack must hold
+            fits = next((n for n in range(half, max(least - 1, 0), -1) if total % n == 0 and not any(n % length for length in lengths)), 0)
             fits *= not any(stage.keys() & {"rows", "accum"} for stage in cfg.stages)  # those stages ask for no micro_tokens
-            remedy = f"--micro_tokens={fits}" if fits else "half the rows, twice the accum"
+            less = "half the rows, twice the accum" if half >= least else "--remat=1" if cfg.remat != 1 else f"--max_enc={cfg.max_enc // 2}"
+            remedy = f"--micro_tokens={fits}" if fits else less
             rows = f"{row.micro_tokens // row.seq_len} rows"
             what = f" in stage {row.stage}: L={row.seq_len}, {rows} per micro-batch, precision={cfg.precision}"
         if cfg.auto_batch and fits and os.environ.get("WORLD_SIZE", "1") == "1":

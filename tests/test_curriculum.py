@@ -22,6 +22,7 @@ import checkpoint
 import configurator
 import data
 import fp8
+import machine
 import mix
 import monitor
 import needs
@@ -418,6 +419,11 @@ def test_a_wrong_product_of_fp8_stops_before_the_first_step(shards, tmp_path, mo
     dies(lambda: train.main(short(shards, tmp_path / "wrong", *FP8, "--compile=True")), "of its length off bf16's: use --precision=bf16")
 
 
+def run_out_of_memory(cfg):
+    with machine.enough_memory(cfg, optim.Plan(cfg)(0)):
+        raise torch.OutOfMemoryError
+
+
 def test_out_of_memory_names_the_stage_and_the_remedy(shards, tmp_path, monkeypatch, dies):
     def full(model, raw, batch):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -428,6 +434,10 @@ def test_out_of_memory_names_the_stage_and_the_remedy(shards, tmp_path, monkeypa
     monkeypatch.setattr(os, "execv", None)  # --micro_tokens says nothing of a stage with `accum`: begun again, it would never end
     argv = short(shards, tmp_path / "accum", "--auto_batch=True", "--stages=({'start': 0}, {'start': 4, 'accum': 2})")
     dies(lambda: train.main(argv), "2 rows per micro-batch, precision=bf16; try half the rows, twice the accum")
+    for micro, remat, remedy in ((2048, 0, "--micro_tokens=1024"), (1024, 0, "--remat=1"), (1024, 1, "--max_enc=256")):
+        keys = dict(arch="encdec", objective="denoise", max_enc=512, max_dec=256, tokens_per_step=2048, auto_batch=micro < 2048)
+        cfg = train.Config(**keys, micro_tokens=micro, remat=remat, max_steps=1)  # a pack of less than max_enc + max_dec would be refused
+        dies(lambda: run_out_of_memory(cfg), f"try {remedy}")
 
 
 def test_auto_batch_takes_the_remedy_until_it_fits(shards, tmp_path):

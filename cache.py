@@ -65,8 +65,8 @@ class Cache:
 
     def attend(self, attn, q, k, v):
         """What Packed.attend is in training. Which keys are seen is said in `begin`; where it says no mask, one query sees all."""
-        layer, (rows, width), groups = attn.layer, self.pos.shape, k.shape[1]
-        plain = self.mask is None or (self.mask.dtype == torch.bool and self.mask.shape[1] == 1)  # as `begin` makes it
+        layer, (rows, width), groups, mask = attn.layer, self.pos.shape, k.shape[1], self.mask
+        plain = mask is None or (mask.dtype == torch.bool and mask.shape[:2] == (rows, 1) and mask.stride(3) == 1)  # as `begin` makes it
         for way in (decode_triton, lean) if width == 1 and plain else ():
             if way.attends(q, self.k[layer]):
                 return self.attend_one(way, layer, q, k, v).to(self.out)
@@ -83,8 +83,8 @@ class Cache:
         k, v = self.seen[0][layer], self.seen[1][layer]
         if self.enc is not None:
             k, v = (torch.cat((e, own), dim=2) for e, own in zip(self.enc[layer], (k, v), strict=True))
-        causal = self.mask is None and width > 1
-        y = F.scaled_dot_product_attention(q, k, v, self.mask, is_causal=causal, enable_gqa=q.shape[1] != groups)
+        causal = mask is None and width > 1
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.shape[1] != groups)
         return (y.flatten(1, 2) if width == 1 else y.transpose(1, 2).flatten(0, 1)).to(self.out)
 
     def attend_one(self, way, layer, q, k, v):

@@ -85,7 +85,8 @@ class PairStream:
             self.shards = data.Shards(cfg.data, "train")
         self.size = len(self.rows) if self.rows else self.shards.n_documents
         known = self.shards.id if self.shards else hashlib.blake2b(Path(cfg.data).read_bytes(), digest_size=8).hexdigest()
-        self.order = f"pairs={cfg.contrast_pairs} max_enc={cfg.max_enc} seed={cfg.seed} data={known}"  # all that decides it
+        end = f" eos_id={self.eos}" * (self.eos != self.tok.eos_id)
+        self.order = f"pairs={cfg.contrast_pairs} max_enc={cfg.max_enc} seed={cfg.seed} data={known}{end}"  # all that decides it
         self.state = {"step": 0, "order": self.order}
 
     def load(self, state):

@@ -199,9 +199,9 @@ def wish(pooled, bias, weight, shift, beta):
     return y
 
 
-def attends(q, k) -> bool:
-    """Whether attend_one takes queries (B, H, E) and keys (B, G, E) of one token."""
-    return fits(q) and q.shape[2] <= 256 and q.shape[1] <= 16 * k.shape[1]
+def attends(q, keys) -> bool:
+    """Whether attend_one takes these queries (B, H, E) and keys that are kept (B, G, K, E)."""
+    return fits(q) and q.shape[2] <= 256 and q.shape[1] <= 16 * keys.shape[1]
 
 
 def attend_one(q, k, v, keys, values, pos, mask=None, before=None):

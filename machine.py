@@ -148,8 +148,9 @@ def to_device(batch: dict, device: torch.device) -> dict:
 
 
 @contextlib.contextmanager
-def enough_memory(cfg, row):
-    """What a forward and backward of this row of the plan do not find room for ends in one line with the remedy; auto_batch takes it."""
+def enough_memory(cfg, row, saved=False):
+    """What a forward and backward of this row of the plan do not find room for ends in one line with the remedy; auto_batch takes it.
+    saved: this process has left a checkpoint, which is then what to go on from."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -160,21 +161,23 @@ def enough_memory(cfg, row):
         else:
             lengths = {stage.get("seq_len", cfg.seq_len) for stage in cfg.stages} | {row.seq_len} if cfg.objective != "denoise" else {1}
             total, half = row.micro_tokens * row.accum, row.micro_tokens // 2
-            fits = next((n for n in range(half, 0, -1) if total % n == 0 and not any(n % length for length in lengths)), 0)
-            fits *= not any("rows" in stage for stage in cfg.stages)
-            remedy = f"--micro_tokens={fits}" if fits else "half the rows, twice the accum"
+            least = cfg.max_enc + cfg.max_dec if cfg.objective == "denoise" else 0  # what a pack must hold
+            fits = next((n for n in range(half, max(least - 1, 0), -1) if total % n == 0 and not any(n % length for length in lengths)), 0)
+            fits *= not any(stage.keys() & {"rows", "accum"} for stage in cfg.stages)  # those stages ask for no micro_tokens
+            less = "half the rows, twice the accum" if half >= least else "--remat=1" if cfg.remat != 1 else f"--max_enc={cfg.max_enc // 2}"
+            remedy = f"--micro_tokens={fits}" if fits else less
             rows = f"{row.micro_tokens // row.seq_len} rows"
             what = f" in stage {row.stage}: L={row.seq_len}, {rows} per micro-batch, precision={cfg.precision}"
         if cfg.auto_batch and fits and os.environ.get("WORLD_SIZE", "1") == "1":
-            once_more(remedy, f"out of memory{what}")
+            once_more(f"out of memory{what}", remedy, f"--resume={'auto' if saved else cfg.resume or 'auto'}")
         die(f"out of memory{what}; try {remedy}")
 
 
-def once_more(setting, why):
-    """This very command with another setting, in this process's place, so that nothing of it still holds memory of the device."""
-    argv = [arg for arg in sys.orig_argv if arg.partition("=")[0] != setting.partition("=")[0]]
-    print(f"{why}; once more, with {setting}", flush=True)
-    os.execv(sys.executable, [*argv, setting, *["--resume=auto"] * all(arg.partition("=")[0] != "--resume" for arg in argv)])
+def once_more(why, *settings):
+    """This very command with other settings, in this process's place, so that nothing of it still holds memory of the device."""
+    names = [setting.partition("=")[0] for setting in settings]
+    print(f"{why}; once more, with {settings[0]}", flush=True)
+    os.execv(sys.executable, [*(arg for arg in sys.orig_argv if arg.partition("=")[0] not in names), *settings])
 
 
 def uncompiled():

@@ -151,6 +151,8 @@ def idle(cfg, argv=(), ids=0):
             die(f"--{key}={getattr(cfg, key)} would do nothing here: it needs {need}")
     if cfg.parallel == "fsdp" and os.environ.get("WORLD_SIZE", "1") == "1":  # never refused: one process may go on with a run of several
         found["parallel"] = "torchrun with several processes"
+    if cfg.auto_batch and os.environ.get("WORLD_SIZE", "1") != "1":
+        found["auto_batch"] = "one process"
     if ids and cfg.vocab_size - (cfg.n_sentinels + 4) * (cfg.arch == "encdec") > ids + SPARE:
         found["vocab_size"] = f"a tokenizer of more than {ids:,} ids"
     return ", ".join(f"{key} (needs {need})" for key, need in found.items())

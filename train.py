@@ -438,7 +438,7 @@ def main(argv):
         if line := fp8.set_step(raw, step):
             say(line)
         if objective.prepare:
-            with hardware.enough_memory(cfg, row), fp8.scope(raw):
+            with hardware.enough_memory(cfg, row, saved_at > first), fp8.scope(raw):
                 objective.prepare(call, raw, batches)
 
         meter.expect(batches)
@@ -448,7 +448,7 @@ def main(argv):
         for i, batch in enumerate(batches):
             hardware.sync_gradients(call, cfg.parallel, machine, now=i == len(batches) - 1)
             batch = to_device(batch, machine.device)
-            with hardware.enough_memory(cfg, row):
+            with hardware.enough_memory(cfg, row, saved_at > first):
                 with fp8.scope(raw):
                     term, each = objective.sums(call, raw, batch)
                 loss = sum(objective.weights.get(t, 1.0) * term[t] / max(count[t], 1.0) for t in term)
@@ -464,7 +464,7 @@ def main(argv):
         if good:
             if row.clip:
                 torch.nn.utils.clip_grads_with_norm_(params, row.clip, whole)
-            with hardware.enough_memory(cfg, row):  # the first step makes the moments
+            with hardware.enough_memory(cfg, row, saved_at > first):  # the first step makes the moments
                 optimizer.step()
             fp8.refresh(raw)
         else:

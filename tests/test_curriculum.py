@@ -22,6 +22,7 @@ import checkpoint
 import configurator
 import data
 import fp8
+import machine
 import mix
 import monitor
 import needs
@@ -418,6 +419,11 @@ def test_a_wrong_product_of_fp8_stops_before_the_first_step(shards, tmp_path, mo
     dies(lambda: train.main(short(shards, tmp_path / "wrong", *FP8, "--compile=True")), "of its length off bf16's: use --precision=bf16")
 
 
+def run_out_of_memory(cfg):
+    with machine.enough_memory(cfg, optim.Plan(cfg)(0)):
+        raise torch.OutOfMemoryError
+
+
 def test_out_of_memory_names_the_stage_and_the_remedy(shards, tmp_path, monkeypatch, dies):
     def full(model, raw, batch):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -425,16 +431,23 @@ def test_out_of_memory_names_the_stage_and_the_remedy(shards, tmp_path, monkeypa
     monkeypatch.setattr(train, "token_sums", full)
     said = "stage 0: L=16, 8 rows per micro-batch, precision=bf16; try --micro_tokens=64"
     dies(lambda: train.main(short(shards, tmp_path / "out")), said)
+    monkeypatch.setattr(os, "execv", None)  # --micro_tokens says nothing of a stage with `accum`: begun again, it would never end
+    argv = short(shards, tmp_path / "accum", "--auto_batch=True", "--stages=({'start': 0}, {'start': 4, 'accum': 2})")
+    dies(lambda: train.main(argv), "2 rows per micro-batch, precision=bf16; try half the rows, twice the accum")
+    for micro, remat, remedy in ((2048, 0, "--micro_tokens=1024"), (1024, 0, "--remat=1"), (1024, 1, "--max_enc=256")):
+        keys = dict(arch="encdec", objective="denoise", max_enc=512, max_dec=256, tokens_per_step=2048, auto_batch=micro < 2048)
+        cfg = train.Config(**keys, micro_tokens=micro, remat=remat, max_steps=1)  # a pack of less than max_enc + max_dec would be refused
+        dies(lambda: run_out_of_memory(cfg), f"try {remedy}")
 
 
 def test_auto_batch_takes_the_remedy_until_it_fits(shards, tmp_path):
     """As on a device that holds 64 tokens: 128 and 256 begin again, and from a checkpoint where one is; the step keeps its size."""
     script = tmp_path / "small.py"
     script.write_text(
-        "import sys, torch, train\n"
+        "import glob, sys, torch, train\n"
         "sums = train.token_sums\n"
         "def small(model, raw, batch):\n"
-        "    if len(batch['ids']) > (64 if open(sys.argv[0] + '.room').read() == 'little' else 256):\n"
+        "    if len(batch['ids']) > (64 if glob.glob(open(sys.argv[0] + '.room').read()) else 256):\n"
         "        raise torch.OutOfMemoryError('CUDA out of memory')\n"
         "    return sums(model, raw, batch)\n"
         "train.token_sums = small\n"
@@ -447,18 +460,23 @@ def test_auto_batch_takes_the_remedy_until_it_fits(shards, tmp_path):
         env = os.environ | {"PYTHONPATH": str(root)}
         return subprocess.run(argv, cwd=root, env=env, capture_output=True, text=True, check=True).stdout
 
-    room.write_text("little")
+    room.write_text(little := str(root))
     said = go("halved", "--micro_tokens=256")
     assert said.count("once more, with") == 2 and "once more, with --micro_tokens=128" in said and "done: 12 steps" in said
     config = json.loads((tmp_path / "halved" / "config.json").read_text())["config"]
     assert (config["micro_tokens"], config["tokens_per_step"]) == (64, 256)
-    room.write_text("much")
+    room.write_text("")
     assert "once more" not in go("whole", "--micro_tokens=64")
     assert rows_of(tmp_path / "whole") == rows_of(tmp_path / "halved")
     go("later", "--micro_tokens=256", "--max_steps=6", "--stages=()", "--save_every=6")
-    room.write_text("little")
+    room.write_text(little)
     said = go("later", "--micro_tokens=256", "--max_steps=8", "--stages=()", "--resume")
     assert "resumed from" in said and "once more, with --micro_tokens=64" in said and "done: 8 steps" in said
+    room.write_text(f"{tmp_path}/moved/step-*")  # once there is a checkpoint of its own, the run goes on from that one
+    argv = ["--micro_tokens=256", "--stages=()", "--save_every=1", f"--resume={tmp_path / 'later'}"]
+    assert f"resumed from {tmp_path}/moved/step-000009" in go("moved", "--max_steps=10", *argv)
+    room.write_text(little)
+    assert "with --micro_tokens=64" in (said := go("anew", "--max_steps=9", *argv)) and said.count(f"resumed from {tmp_path}/later") == 3
 
 
 def test_any_precision_resumes_any(shards, tmp_path, capsys):

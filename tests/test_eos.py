@@ -166,7 +166,8 @@ def test_pairs_end_with_it_as_what_they_are_compared_with_will(home, tmp_path, k
     for eos, want in ((TURN, TURN), (None, DOC)):
         cfg = train.Config(arch="encdec", objective="contrast", vocab_size=320, n_sentinels=20, data=data, init_from=str(home / "init"),
                            contrast_pairs=4, contrast_micro=4, max_enc=64, eos_id=eos)  # fmt: skip
-        (batch,) = next(contrast.PairStream(cfg, SimpleNamespace(steps=1), 0, 1))
+        (batch,) = next(stream := contrast.PairStream(cfg, SimpleNamespace(steps=1), 0, 1))
+        assert (f"eos_id={TURN}" in stream.order) == (eos == TURN)  # or a run from before there was an eos_id could go on with another
         assert set(batch["ids"][batch["cu"][1:].long() - 1].tolist()) == {want}
 
 

@@ -19,6 +19,7 @@ import lean
 import native
 import sample
 import tokenizer
+from cache import Cache
 from model import ModelConfig, build, flat, rectangle
 from prepare import chat, prompts
 
@@ -123,6 +124,14 @@ def test_products_of_a_few_rows_against_float64(rows, ins, outs):
 
 
 @pytest.mark.skipif(native.compiled()[0] is None, reason="no cpu.c here")
+def test_what_the_stack_has_no_room_for_goes_to_torch(monkeypatch):
+    product = lean.laid_out(torch.ones(3, 70_000, dtype=torch.bfloat16), 1)
+    assert product(torch.ones(2, 70_000)).tolist() == [[70_000] * 3] * 2
+    monkeypatch.setattr(native, "call", None)  # it would end the process, for 64 rows of these are 9 MB
+    assert product(torch.zeros(64, 70_000)).shape == (64, 3)
+
+
+@pytest.mark.skipif(native.compiled()[0] is None, reason="no cpu.c here")
 def test_twelve_bits_of_a_weight_hold_all_sixteen():
     outs, ins = 40, 768
     weight = torch.randn(outs, ins, generator=torch.Generator().manual_seed(0)) * torch.logspace(-30, 15, outs)[:, None]
@@ -166,6 +175,31 @@ def test_attention_of_one_query_against_float64(room, width, others):
         got = lean.attend_one(given, k, apart, *(t[:, :, :room] for t in mine), pos, masks[1], before)
         torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
         assert all(map(torch.equal, mine, kept))  # its own key and value lie where they belong, and nothing else has changed
+
+
+@pytest.mark.skipif(native.compiled()[0] is None, reason="no cpu.c here")
+@pytest.mark.parametrize("kind", ["of each row", "of all rows", "turned"])
+def test_an_edited_mask_is_read_as_it_lies_in_memory(kind, monkeypatch):
+    """A window, as README says where to put one; cpu.c knows no broadcasting and no strides within a row."""
+    plain, model, ids = Cache.begin, tiny(d_model=64), torch.randint(90, (3, 9), generator=torch.Generator().manual_seed(0))
+
+    def begin(cache, *args):
+        plain(cache, *args)
+        if cache.pos.shape[1] == 1:
+            window = (cache.pos - torch.arange(9) < 3)[:, None, None]
+            turned, one = window.movedim(0, 3).contiguous().movedim(3, 0), torch.cat((window[:1], ~window))[:1]  # behind it lies another
+            cache.mask = {"of each row": window, "of all rows": one, "turned": turned}[kind]
+
+    def last():
+        cache = model.new_cache(3, 9)
+        model.step(ids[:, :8], cache)
+        return model.step(ids[:, 8:], cache)
+
+    monkeypatch.setattr(Cache, "begin", begin)
+    with torch.no_grad():
+        got = last()
+        monkeypatch.setattr(lean, "attends", lambda q, keys: False)
+        torch.testing.assert_close(got, last(), rtol=1e-4, atol=1e-5)
 
 
 def test_a_row_depends_on_its_seed_and_sample_only():

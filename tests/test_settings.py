@@ -77,7 +77,7 @@ def test_a_device_or_dtype_that_is_not_there_is_one_line(monkeypatch, dies):
         dies(lambda: machine.find(device, dtype), said)
 
 
-def test_what_would_do_nothing_is_refused_when_typed_and_named_when_inherited(capsys):
+def test_what_would_do_nothing_is_refused_when_typed_and_named_when_inherited(capsys, monkeypatch):
     keys = {f.name for f in fields(Config)}
     for need, some in needs.NEEDS:
         assert set(some.split()) <= keys and {part.partition("=")[0] for part in need.split(" or ")} <= keys, need
@@ -116,6 +116,9 @@ def test_what_would_do_nothing_is_refused_when_typed_and_named_when_inherited(ca
     own |= {"schedule": "rsqrt", "min_lr_ratio": 0.0, "ffn": "geglu", "act": "gelu"}
     assert needs.idle(Config(**own), [f"--{key}=x" for key in own]) == ""  # of which the table has never heard
     assert needs.idle(Config(parallel="fsdp"), ["--parallel=fsdp"]) == "parallel (needs torchrun with several processes)"
+    with monkeypatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        assert needs.idle(Config(auto_batch=True), ["--auto_batch=True"]) == "auto_batch (needs one process)"
     for changes in (
         {},
         {"objective": "latent", "latent_encoder": "byte", "n_layer": 3, "wire_bits": (8,), "wire_start": 0.5},

@@ -201,7 +201,7 @@ def main(argv):
     text_field = not o.exclude and tabled and not any(tabled)
     from_hub = files or o.dataset == "dummy", "a --dataset of the hub"
     needs = {"val": (vals, "no --val_from"), "config": from_hub, "split": from_hub}
-    needs |= {"text_field": (text_field, "jsonl or tables"), "separator": (tabled and all(tabled), "files of plain text")}
+    needs |= {"text_field": (text_field, "jsonl or tables"), "separator": (all(tabled) and not o.exclude, "files of plain text")}
     if idle := [key for key, (vain, _) in needs.items() if vain and key in given]:
         die(f"--{idle[0]} would do nothing here: it needs {needs[idle[0]][1]}")
     o.val = 0.0 if vals else o.val

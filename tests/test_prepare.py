@@ -67,6 +67,7 @@ def test_the_dummy_data_set_is_always_the_same_and_easy(tmp_path, dies):
     assert [row["text"] for (_, rows), _ in text.dummy(1990) for row in rows] == [row["text"] for row in text.dummy(0)[0][0][1][1990:]]
     assert text.dummy(2000) == []
     dies(lambda: run(f"--out={tmp_path / 'c'}", "--dataset=dummy", "--split=validation"), "--split", "--dataset of the hub")
+    dies(lambda: run(f"--out={tmp_path / 'c'}", "--dataset=dummy", "--separator=x"), "--separator", "files of plain text")
 
 
 @pytest.fixture

@@ -204,8 +204,11 @@ def main(argv):
     texts, alone = prompts, len(prompts) * opt.num_samples == 1 and "<extra_id_" not in prompt
     if opt.chat:
         prompts = [start + [{"role": "user", "content": p}] for p in prompts]
-    long = [2 if model.cfg.arch == "encdec" else len(chat_ids(tok, p) if opt.chat else prefix_ids(tok) + tok.encode(p)) for p in prompts]
-    fits = room(model, [range(max(long))], opt.max_new_tokens)
+    if model.cfg.arch == "encdec":  # which refuses what its encoder cannot read, before the prompt is printed
+        begun = [hole_ids(model.cfg, tok, p, options["mode"])[1] for p in prompts]
+    else:
+        begun = [chat_ids(tok, p) if opt.chat else prefix_ids(tok) + tok.encode(p) for p in prompts]
+    fits = room(model, begun, opt.max_new_tokens)
     model.lean(len(prompts) * opt.num_samples * opt.beams)
     write(0, texts[0] if alone and not opt.chat else "")
     began = time.perf_counter()

@@ -142,6 +142,8 @@ def hole_ids(cfg, tokenizer, text, mode=None):
     for i, piece in enumerate(pieces):
         ids += [sp.sentinel + int(piece)] if i % 2 else tokenizer.encode(piece) if piece else []
     holes, ids = (holes, ids) if holes else ([0], [*ids, sp.sentinel])
+    if len(ids) >= cfg.max_len:
+        die(f"a prompt of {len(ids) + 1} tokens: the model accepts {cfg.max_len}; shorten it")
     special = set(tokenizer.special.values())
     words = [i for i in range(min(tokenizer.vocab_size, sp.mode)) if i not in special]
     return [*ids, sp.eos], [sp.start, sp.sentinel + holes[0]], [*words, sp.eos, *(sp.sentinel + k for k in holes[1:])]

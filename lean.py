@@ -10,6 +10,7 @@ import native
 
 FEW = 8  # rows that cpu.c multiplies as fast as it can read the weights, 1.5 to 3 times as fast as torch's libraries (LOG.md)
 PROMPT = 64  # rows up to which it is no slower than they are with a weight that is not laid out for them
+STACK = 1 << 20  # numbers in those rows: cpu.c has them on the stack, two bytes each
 
 
 def streams(weight, rows):
@@ -41,7 +42,7 @@ def laid_out(weight, rows, bias=None):
 
         def few(x):
             n = x.numel() // ins
-            if n > PROMPT or packed is None:
+            if n > PROMPT or x.numel() > STACK or packed is None:
                 return many(x)
             x, y = x.float().contiguous(), x.new_empty(*x.shape[:-1], outs, dtype=torch.float32)
             native.call("linear_few", weight, n, ins, outs, packed.shape[1], x, packed, y)

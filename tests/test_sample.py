@@ -123,6 +123,14 @@ def test_products_of_a_few_rows_against_float64(rows, ins, outs):
 
 
 @pytest.mark.skipif(native.compiled()[0] is None, reason="no cpu.c here")
+def test_rows_that_would_fill_the_stack_are_left_to_torch():
+    weight = torch.randn(32, 17000, generator=torch.Generator().manual_seed(0)).bfloat16()
+    product, x = lean.laid_out(weight, 8), torch.randn(64, 17000, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(product(x), F.linear(x.bfloat16(), weight).float())
+    assert not torch.equal(product(x[:8]), F.linear(x[:8].bfloat16(), weight).float())  # which rounds what cpu.c gives in fp32
+
+
+@pytest.mark.skipif(native.compiled()[0] is None, reason="no cpu.c here")
 def test_twelve_bits_of_a_weight_hold_all_sixteen():
     outs, ins = 40, 768
     weight = torch.randn(outs, ins, generator=torch.Generator().manual_seed(0)) * torch.logspace(-30, 15, outs)[:, None]

@@ -30,7 +30,7 @@ from beams import keep_rows, possible, read, room, search
 from configurator import die
 from eval import open_run
 from model import flat
-from prepare.prompts import Printer, chat_ids, hole_ids, prefix_ids, splice, stop_ids
+from prepare.prompts import HOLE, Printer, chat_ids, hole_ids, prefix_ids, splice, stop_ids
 
 
 def pick(logits, temperature, top_k, top_p, u):
@@ -116,7 +116,7 @@ def generate(model, tokenizer, prompt, max_new_tokens=128, temperature=0.0, top_
     allowed = torch.zeros(len(ids), vocab, dtype=torch.bool)
     for mask, some in zip(allowed, may, strict=True):
         mask[torch.tensor(some)] = True
-    holes = [enc is not None and "<extra_id_" in p for p in prompts for _ in range(num_samples)]
+    holes = [enc is not None and bool(HOLE.search(p)) for p in prompts for _ in range(num_samples)]
     rows, stops = len(holes), stop_ids(tokenizer, chat) | {tokenizers.end_of(model.cfg, tokenizer)}
     printers, texts, drawn = [Printer(tokenizer) for _ in range(rows)], [""] * rows, [[] for _ in range(rows)]
 
@@ -201,21 +201,27 @@ def main(argv):
         return converse(model.lean(), tok, start, options)
     prompt = prelude.listen(opt.prompt)
     prompts = (prompt.splitlines() if opt.lines else [prompt]) or die("--lines: the prompt has no line")
-    texts, alone = prompts, len(prompts) * opt.num_samples == 1 and "<extra_id_" not in prompt
+    filled = [model.cfg.arch == "encdec" and bool(HOLE.search(p)) for p in prompts]  # the answer is the whole text
+    texts, alone = prompts, len(prompts) * opt.num_samples == 1 and not filled[0]
     if opt.chat:
         prompts = [start + [{"role": "user", "content": p}] for p in prompts]
-    long = [2 if model.cfg.arch == "encdec" else len(chat_ids(tok, p) if opt.chat else prefix_ids(tok) + tok.encode(p)) for p in prompts]
-    fits = room(model, [range(max(long))], opt.max_new_tokens)
+    if model.cfg.arch == "encdec":  # which refuses what its encoder cannot read, before the prompt is printed
+        begun = [hole_ids(model.cfg, tok, p, options["mode"])[1] for p in prompts]
+    else:
+        begun = [chat_ids(tok, p) if opt.chat else prefix_ids(tok) + tok.encode(p) for p in prompts]
+    fits = room(model, begun, opt.max_new_tokens)
     model.lean(len(prompts) * opt.num_samples * opt.beams)
     write(0, texts[0] if alone and not opt.chat else "")
     began = time.perf_counter()
     answers = generate(model, tok, prompts, chat=opt.chat, num_samples=opt.num_samples, on_text=write if alone else None, **options)
     seconds = time.perf_counter() - began
     for row, answer in enumerate(() if alone else answers):
-        text = texts[row // opt.num_samples]
-        print(f"--- {row + 1}\n{'' if opt.chat or '<extra_id_' in text else text}{answer}")
+        text = row // opt.num_samples
+        print(f"--- {row + 1}\n{'' if opt.chat or filled[text] else texts[text]}{answer}")
     write(0, "\n" if alone else "")
-    n, short = sum(len(tok.encode(answer)) for answer in answers), fits < opt.max_new_tokens
+    given = [HOLE.sub("", text) for text, whole in zip(texts, filled, strict=True) if whole] * opt.num_samples
+    n, m = (sum(len(tok.encode(text)) for text in some) for some in (answers, given))
+    n, short = max(0, n - m), fits < opt.max_new_tokens
     more = f"; no more than {fits} tokens fit in max_len={model.cfg.max_len}" * short
     print(f"[about {n} tokens in {seconds:.1f} s, {n / seconds:.1f} tokens/s; {where.why}{more}]", file=sys.stderr)
 

@@ -19,6 +19,7 @@ from configurator import die
 ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>")  # of a text
 TURNS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>")  # of one speaker's turn
 CHATML = ("<|im_start|>", "<|im_end|>")  # split off even where a tokenizer has them only as characters
+HOLE = re.compile("<extra_id_([0-9]+)>")  # in a text for an encoder-decoder
 SHOWN = ("<think>", "</think>", "<tool_call>", "</tool_call>")  # markers that are part of an answer
 
 
@@ -132,7 +133,7 @@ def hole_ids(cfg, tokenizer, text, mode=None):
     from denoise_stream import special_of
 
     sp = special_of(cfg, tokenizer)
-    pieces = re.split(r"<extra_id_(\d+)>", text)  # text, number, text, number, ... text
+    pieces = HOLE.split(text)  # text, number, text, number, ... text
     holes = [int(k) for k in pieces[1::2]]
     if holes != sorted(set(holes)) or max(holes, default=0) >= cfg.n_sentinels:
         die(f"holes {holes}: number them upwards, each once, below {cfg.n_sentinels}")
@@ -142,6 +143,8 @@ def hole_ids(cfg, tokenizer, text, mode=None):
     for i, piece in enumerate(pieces):
         ids += [sp.sentinel + int(piece)] if i % 2 else tokenizer.encode(piece) if piece else []
     holes, ids = (holes, ids) if holes else ([0], [*ids, sp.sentinel])
+    if len(ids) >= cfg.max_len:
+        die(f"a prompt of {len(ids) + 1} tokens: the model accepts {cfg.max_len}; shorten it")
     special = set(tokenizer.special.values())
     words = [i for i in range(min(tokenizer.vocab_size, sp.mode)) if i not in special]
     return [*ids, sp.eos], [sp.start, sp.sentinel + holes[0]], [*words, sp.eos, *(sp.sentinel + k for k in holes[1:])]
@@ -150,8 +153,8 @@ def hole_ids(cfg, tokenizer, text, mode=None):
 def splice(cfg, text, drawn, write):
     """The text with its holes filled: what was drawn up to the first sentinel goes into the first hole, and so on."""
     first, spans = cfg.vocab_size - cfg.n_sentinels, {}
-    now = int(re.search(r"<extra_id_(\d+)>", text)[1])
+    now = int(HOLE.search(text)[1])
     for i in drawn:
         now = i - first if i >= first else now
         spans.setdefault(now, []).extend([i] if i < first else [])
-    return re.sub(r"<extra_id_(\d+)>", lambda m: write(spans.get(int(m[1]), [])), text)
+    return HOLE.sub(lambda m: write(spans.get(int(m[1]), [])), text)

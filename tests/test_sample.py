@@ -476,6 +476,24 @@ def test_command_line(run, monkeypatch, capsys):
     assert code == 2 and not out and err.startswith("--beams=2 needs a cache")
 
 
+def test_what_an_encoder_cannot_read_is_refused_before_it_is_printed(tmp_path, monkeypatch, capsys):
+    save_run(tmp_path, tiny(arch="encdec", vocab_size=361, n_sentinels=100), BYTES)
+    ask = lambda n: call(monkeypatch, capsys, f"--ckpt={tmp_path}", f"--prompt={'a' * n}", "--max_new_tokens=2")  # noqa: E731
+    code, out, _ = ask(93)  # beside it: the mode, the hole, EOS
+    assert code == 0 and out.startswith("a" * 93)
+    code, out, err = ask(94)
+    assert (code, out) == (2, "") and "97 tokens" in err and "accepts 96" in err
+
+
+def test_only_an_encoder_decoder_fills_holes_and_what_was_given_is_not_counted(run, tmp_path, monkeypatch, capsys):
+    save_run(tmp_path, tiny(arch="encdec", vocab_size=361, n_sentinels=100), BYTES)
+    for ckpt, prompt, text in ((tmp_path, "a" * 50 + "<extra_id_0>", "a" * 50), (run, "b<extra_id_0>", "b<extra_id_0>")):
+        code, out, err = call(monkeypatch, capsys, f"--ckpt={ckpt}", f"--prompt={prompt}", "--max_new_tokens=3", "--num_samples=2")
+        assert code == 0 and out.count(text) == 2 and int(err.split()[1]) < 20, (out, err)
+    code, out, _ = call(monkeypatch, capsys, f"--ckpt={tmp_path}", "--prompt=a <extra_id_x> b", "--max_new_tokens=3")  # no hole: text
+    assert code == 0 and out.startswith("a <extra_id_x> b")
+
+
 def test_gates_at_another_temperature_and_hard(run, monkeypatch, capsys):
     model = tiny(ffn="polyglu", gate_noise=False)
     model.tau.fill_(0.7)

@@ -13,8 +13,10 @@ quickstart: .venv/.train ## train a small model on Python's own source, measure 
 	$(PY) -m eval.routing --ckpt=out/quickstart --windows=8 --draws=1
 	$(PY) sample.py --ckpt=out/quickstart --prompt="$$(printf 'class Reader:\n    def __init__(self')" --max_new_tokens=200 --temperature=0.6 --seed=6
 
-test: .venv/.test ## every test; two at a time, one thread each
+test: .venv/.test .venv/.triton ## every test; two at a time, one thread each; then a GPU's kernels in Triton's interpreter
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist=worksteal
+	test ! -d .venv/triton || TRITON_INTERPRET=1 PYTHONPATH=$(CURDIR)/.venv/triton OMP_NUM_THREADS=1 \
+	    $(PY) -m pytest -n 2 --dist=worksteal tests/test_decode_triton.py tests/test_fp8_triton.py tests/test_head.py tests/test_kernels.py
 
 lint: .venv/.test
 	.venv/bin/ruff check .
@@ -54,4 +56,8 @@ faults: .venv/.test ## every promise of README's table, the long way (ten minute
 
 .venv/.test: .venv/.train
 	$(PY) -m pip install -q torch==2.13.0 -e .[test]
+	touch $@
+
+.venv/.triton: .venv/.test # beside the other packages: torch for a CPU shall not see it; there is none but for Linux
+	test "$$(uname -s)" != Linux || $(PY) -m pip install -q --no-deps --upgrade --target .venv/triton triton==3.9.0
 	touch $@

@@ -77,8 +77,9 @@ if HAS_TRITON:
         if BLOCK == 0:
             y = total / (pos + 1).to(tl.float64)
         else:
-            y = tl.load(before_ptr + at, mask=ok, other=0.0) / tl.maximum(pos // BLOCK * BLOCK, 1).to(tl.float64)
-            tl.store(before_ptr + at, total, mask=ok & ((pos + 1) % BLOCK == 0))
+            before = tl.load(before_ptr + at, mask=ok, other=0.0)
+            y = before / tl.maximum(pos // BLOCK * BLOCK, 1).to(tl.float64)
+            tl.store(before_ptr + at, tl.where((pos + 1) % BLOCK == 0, total, before), mask=ok)
         tl.store(y_ptr + at, y.to(tl.float32), mask=ok)
 
     @triton.jit

@@ -20,9 +20,9 @@ test: .venv/.test ## every test; then a GPU's kernels in the interpreter of Trit
 bench: .venv/.test ## speed against named peers, as ratios
 	$(PY) bench.py --suite=cpu
 
-encdec: $(addprefix encdec_,$(or $(PHASES),sanity validation medium full)) ## UL2 of out/encdec_init, phase by phase; the first that fails ends it
+encdec: $(patsubst %_full,%_ul2,$(addprefix encdec_,$(or $(PHASES),sanity validation medium full))) ## UL2 of out/encdec_init, phase by phase; the first that fails ends it
 encdec_%: .venv/.plot
-	$(PY) train.py config/encdec_ul2.py $(wildcard config/encdec_phase_$*.py) --out=out/encdec_$* --init_from=out/encdec_init --resume=auto $(ARGS)
+	$(PY) train.py config/encdec_ul2.py $(wildcard config/encdec_phase_$*.py) --init_from=out/encdec_init --resume=auto $(ARGS)
 	$(PY) -m eval.sanity --ckpt=out/encdec_$* $(if $(filter validation,$*),--learned)
 
 latent: .venv/.plot ## two small readers, one packet between them, and everything that could refute it

@@ -218,7 +218,7 @@ def test_phases_run_in_order_and_stop_at_a_failure(tmp_path):
     python.chmod(0o755)
 
     def go(phases):
-        command = ["make", "-s", "-o", ".venv/.train", "encdec", f"PY={python}", f"PHASES={phases}", "ARGS=--data=data/mine"]
+        command = ["make", "-s", "-o", ".venv/.plot", "encdec", f"PY={python}", f"PHASES={phases}", "ARGS=--data=data/mine"]
         done = subprocess.run(command, cwd=Path(train.__file__).parent, capture_output=True, text=True)
         return done.returncode, [line[4:] for line in done.stdout.splitlines() if line.startswith("ran ")]
 
